@@ -1,0 +1,65 @@
+"""`<application>.ingest_documents`: sources → bronze → silver documents → chunks."""
+
+from airflow.sdk import DAG, AssetAlias, task
+from airflow.timetables.interval import CronDataIntervalTimetable
+from millrace_airflow import asset, defaults, run_name
+from pendulum import datetime
+
+from millrace.applications import Application, load_applications
+from millrace.settings import read_settings
+
+RUNBOOK = """
+### What it does
+Reads every declared source, keeps what arrived in `bronze/documents`, brings `silver/documents` to the
+sources' current state and cuts it into `silver/chunks`. Content decides: a run that finds nothing new writes nothing.
+
+### Healthy
+Green every night; the chunks asset is updated only when a document changed.
+
+### When it fails
+*land*: a source can't be read; the message names it. Nothing was removed: deletions are applied only after a complete
+read. *chunk*: the Spark Connect server doesn't answer; `millrace status`, then clear the task. Safe to clear any time.
+"""
+
+
+def ingest_documents(application: Application) -> DAG:
+    with DAG(
+        dag_id=f"{application.name}.ingest_documents",
+        schedule=CronDataIntervalTimetable(application.schedules.ingest_documents, timezone="UTC"),
+        start_date=datetime(2026, 1, 1, tz="UTC"),
+        catchup=False,
+        max_active_runs=1,
+        default_args=defaults(application.owner),
+        doc_md=RUNBOOK,
+        tags=[application.name, "documents"],
+    ) as dag:
+
+        @task
+        def land() -> dict:
+            from millrace.sources.ingest import land_documents
+
+            return land_documents(read_settings(), application, run=run_name())
+
+        @task
+        def refine() -> dict:
+            from millrace.sources.ingest import refine_documents
+
+            return refine_documents(read_settings(), application, run=run_name())
+
+        @task(outlets=[AssetAlias(f"{application.name}/silver/chunks")])
+        def chunk(*, outlet_events) -> dict:
+            from millrace.retrieval.chunk import refresh_chunks
+
+            written = refresh_chunks(read_settings(), application, run=run_name())
+            if written["changed"]:
+                outlet_events[AssetAlias(f"{application.name}/silver/chunks")].add(
+                    asset(application.name, "silver/chunks"), extra=written
+                )
+            return written
+
+        land() >> refine() >> chunk()
+    return dag
+
+
+for declared in load_applications(read_settings()):
+    globals()[f"{declared.name}_ingest_documents"] = ingest_documents(declared)

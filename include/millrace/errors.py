@@ -1,0 +1,63 @@
+"""Every error that Millrace raises on purpose. A message says what is wrong, with the value, and what to do.
+
+MillraceError
+├── SettingsError          a setting or an application's declaration is wrong
+├── StackError             a part of the embedded stack can't start, or answers no more
+├── LakehouseError         a table can't be read or written as asked
+│   └── ConflictError      somebody else committed first; read again and retry
+├── SourceError            a document or event source can't be read
+├── RetrievalError         no index build, or one that can't be trusted
+│   └── CanaryError        a new index build finds less than the one before
+├── ReleaseError           a release can't be packaged, registered or loaded
+├── EngineError            a generator can't be loaded or doesn't answer
+├── TrainingError          a training set or a fine-tune is unusable
+└── GateRefusal            a candidate did not pass; the message names the criterion
+"""
+
+
+class MillraceError(Exception):
+    """Root of the tree above."""
+
+
+class SettingsError(MillraceError):
+    """A setting or an application's declaration is wrong."""
+
+
+class StackError(MillraceError):
+    """A part of the embedded stack can't start, or answers no more."""
+
+
+class LakehouseError(MillraceError):
+    """A table can't be read or written as asked."""
+
+
+class ConflictError(LakehouseError):
+    """Somebody else committed first; read again and retry."""
+
+
+class SourceError(MillraceError):
+    """A document or event source can't be read."""
+
+
+class RetrievalError(MillraceError):
+    """No index build, or one that can't be trusted."""
+
+
+class CanaryError(RetrievalError):
+    """A new index build finds less than the one before."""
+
+
+class ReleaseError(MillraceError):
+    """A release can't be packaged, registered or loaded."""
+
+
+class EngineError(MillraceError):
+    """A generator can't be loaded or doesn't answer."""
+
+
+class TrainingError(MillraceError):
+    """A training set or a fine-tune is unusable."""
+
+
+class GateRefusal(MillraceError):
+    """A candidate did not pass the gate; the message names the criterion, by how much, and examples."""

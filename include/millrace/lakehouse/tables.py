@@ -1,0 +1,323 @@
+"""Every Delta table of an application, declared once: schema, key, partitioning, change feed, retention.
+
+Knows names and types; how a table is committed is the engines' business (`lake.py`).
+Times are UTC microseconds. `simulated` marks what no person did or said.
+"""
+
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+TIME = pa.timestamp("us", tz="UTC")
+VECTOR = pa.list_(pa.float32())
+
+PROVENANCE = (
+    pa.field("written_by", pa.string(), nullable=False),  # the run that wrote the row
+    pa.field("code_version", pa.string(), nullable=False),
+    pa.field("written_at", TIME, nullable=False),
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """One declared table. `columns` excludes provenance, which every table has (`schema` includes it)."""
+
+    layer: str
+    name: str
+    columns: tuple[pa.Field, ...]
+    key: tuple[str, ...]
+    partition_by: tuple[str, ...] = ()
+    change_feed: bool = False
+    retention_days: int = 30
+    constraints: dict[str, str] = field(default_factory=dict)
+    """Name → SQL condition that every row satisfies."""
+
+    @property
+    def path(self) -> str:
+        return f"{self.layer}/{self.name}"
+
+    @property
+    def schema(self) -> pa.Schema:
+        """All columns, provenance last."""
+        return pa.schema([*self.columns, *PROVENANCE])
+
+    @property
+    def rows_schema(self) -> pa.Schema:
+        """What a stage hands in: the columns without provenance."""
+        return pa.schema(self.columns)
+
+
+def text(name: str, nullable: bool = False) -> pa.Field:
+    return pa.field(name, pa.string(), nullable=nullable)
+
+
+def number(name: str, nullable: bool = False) -> pa.Field:
+    return pa.field(name, pa.float64(), nullable=nullable)
+
+
+def count(name: str, nullable: bool = False) -> pa.Field:
+    return pa.field(name, pa.int64(), nullable=nullable)
+
+
+def flag(name: str, nullable: bool = False) -> pa.Field:
+    return pa.field(name, pa.bool_(), nullable=nullable)
+
+
+def time(name: str, nullable: bool = False) -> pa.Field:
+    return pa.field(name, TIME, nullable=nullable)
+
+
+BRONZE_DOCUMENTS = Table(
+    "bronze",
+    "documents",
+    (
+        text("document_id"),
+        text("version_hash"),  # of everything below but observed_at; key with document_id
+        text("source"),
+        text("uri"),
+        text("section", nullable=True),
+        text("title"),
+        pa.field("content", pa.binary(), nullable=True),  # bytes as they arrived; null: deleted at the source
+        flag("deleted"),
+        time("observed_at"),
+    ),
+    key=("document_id", "version_hash", "observed_at"),
+)
+
+BRONZE_EVENTS = Table(
+    "bronze",
+    "events",
+    (
+        text("event_id"),
+        text("kind"),  # accepted, completed, failed, feedback
+        text("completion_id"),
+        time("occurred_at"),
+        pa.field("date", pa.date32(), nullable=False),
+        text("payload"),  # the event's line as it was written, JSON
+    ),
+    key=("event_id",),
+    partition_by=("date",),
+)
+
+SILVER_DOCUMENTS = Table(
+    "silver",
+    "documents",
+    (
+        text("document_id"),
+        text("content_hash"),
+        text("source"),
+        text("uri"),
+        text("section", nullable=True),
+        text("title"),
+        text("text"),
+    ),
+    key=("document_id",),
+    change_feed=True,
+)
+
+SILVER_CHUNKS = Table(
+    "silver",
+    "chunks",
+    (
+        text("chunk_id"),  # hash of document, position and content
+        text("content_hash"),
+        text("document_id"),
+        count("position"),
+        text("source"),
+        text("uri"),
+        text("section", nullable=True),
+        text("title"),
+        text("text"),
+    ),
+    key=("chunk_id",),
+    change_feed=True,
+)
+
+SILVER_EMBEDDINGS = Table(
+    "silver",
+    "embeddings",
+    (
+        text("lineage"),
+        text("chunk_id"),
+        text("content_hash"),
+        pa.field("vector", VECTOR, nullable=False),
+    ),
+    key=("lineage", "chunk_id"),
+    change_feed=True,
+)
+
+SILVER_EXCHANGES = Table(
+    "silver",
+    "exchanges",
+    (
+        text("completion_id"),
+        text("content_hash"),
+        count("events_seen"),
+        text("state"),  # accepted (never completed), completed, failed
+        time("occurred_at"),  # of the accepted event
+        time("completed_at", nullable=True),
+        pa.field("date", pa.date32(), nullable=False),
+        text("user"),  # keyed pseudonym
+        flag("simulated"),
+        text("question"),
+        text("answer", nullable=True),
+        text("release_id"),
+        text("release_version"),
+        text("index_build"),
+        text("prompt_version"),
+        text("rollout_id", nullable=True),
+        count("epoch", nullable=True),
+        text("arm", nullable=True),  # champion, challenger; null: pinned by the caller, or no rollout
+        number("assignment_probability", nullable=True),  # of the challenger
+        flag("pinned"),
+        flag("fell_back"),  # the champion answered because the challenger failed
+        flag("from_cache"),
+        pa.field("citations", pa.list_(pa.string()), nullable=False),  # chunk ids
+        count("prompt_tokens"),
+        count("completion_tokens"),
+        number("seconds", nullable=True),
+        number("cost_usd"),
+        text("error", nullable=True),
+    ),
+    key=("completion_id",),
+    partition_by=("date",),
+    change_feed=True,
+)
+
+SILVER_FEEDBACK = Table(
+    "silver",
+    "feedback",
+    (
+        text("completion_id"),
+        text("content_hash"),
+        count("events_seen"),
+        time("occurred_at"),  # of the last feedback event on this completion
+        pa.field("date", pa.date32(), nullable=False),
+        text("user"),
+        flag("simulated"),
+        number("rating"),
+        text("comment", nullable=True),
+        text("correction", nullable=True),
+        text("question"),
+        text("answer", nullable=True),
+        text("release_id"),
+        text("release_version"),
+        text("index_build"),
+    ),
+    key=("completion_id",),
+    partition_by=("date",),
+    change_feed=True,
+    constraints={"rating_in_range": "rating >= 0 AND rating <= 1"},
+)
+
+GOLD_TRAINING_EXAMPLES = Table(
+    "gold",
+    "training_examples",
+    (
+        text("training_set"),  # hash of its examples
+        text("example_id"),
+        text("origin"),  # document, correction
+        flag("simulated"),
+        text("section", nullable=True),
+        text("question"),
+        text("answer"),
+        pa.field("chunk_ids", pa.list_(pa.string()), nullable=False),
+        text("prompt"),  # rendered, as the generator sees it
+    ),
+    key=("training_set", "example_id"),
+)
+
+GOLD_EVALUATION_EXAMPLES = Table(
+    "gold",
+    "evaluation_examples",
+    (
+        text("evaluation_set"),  # hash of its examples; frozen once written
+        text("example_id"),
+        text("section", nullable=True),
+        text("question"),
+        text("answer"),
+        text("document_id"),  # the document that holds the answer
+    ),
+    key=("evaluation_set", "example_id"),
+)
+
+OPS_DECISIONS = Table(
+    "ops",
+    "decisions",
+    (
+        count("sequence"),  # 0, 1, 2 …, no gaps
+        time("decided_at"),
+        text("kind"),  # see rollout/decisions.py
+        text("actor"),
+        text("reason"),
+        text("rollout_id", nullable=True),
+        count("epoch", nullable=True),
+        text("champion", nullable=True),  # release version
+        text("challenger", nullable=True),
+        number("share"),  # of traffic that the challenger gets from now on
+        text("evidence"),  # JSON
+        flag("simulated"),  # rests on simulated users
+    ),
+    key=("sequence",),
+    retention_days=3650,
+)
+
+OPS_EVALUATIONS = Table(
+    "ops",
+    "evaluations",
+    (
+        text("evaluation_id"),  # hash of set, champion, candidate and index build
+        text("evaluation_set"),
+        text("champion"),
+        text("candidate"),
+        text("candidate_release_id"),
+        text("champion_release_id"),
+        text("index_build"),
+        flag("passed"),
+        text("criteria"),  # JSON: list of criterion, value, interval, bound, passed
+        text("examples"),  # JSON: per example scores of both, worst first
+        time("evaluated_at"),
+    ),
+    key=("evaluation_id",),
+    retention_days=3650,
+)
+
+OPS_CURSORS = Table(
+    "ops",
+    "cursors",
+    (text("reader"), text("table"), count("version")),
+    key=("reader", "table"),
+)
+
+QUARANTINE_FEEDBACK = Table(
+    "quarantine",
+    "feedback",
+    (
+        text("item_id"),  # event id, or segment and offset of a line that can't be read
+        text("reason"),
+        text("payload"),  # the line as it was found, replayable
+        text("segment"),
+        time("found_in"),  # start of the data interval
+    ),
+    key=("item_id",),
+)
+
+TABLES: dict[str, Table] = {
+    table.path: table
+    for table in (
+        BRONZE_DOCUMENTS,
+        BRONZE_EVENTS,
+        SILVER_DOCUMENTS,
+        SILVER_CHUNKS,
+        SILVER_EMBEDDINGS,
+        SILVER_EXCHANGES,
+        SILVER_FEEDBACK,
+        GOLD_TRAINING_EXAMPLES,
+        GOLD_EVALUATION_EXAMPLES,
+        OPS_DECISIONS,
+        OPS_EVALUATIONS,
+        OPS_CURSORS,
+        QUARANTINE_FEEDBACK,
+    )
+}
+"""Path (`layer/name`) → table."""

@@ -1,0 +1,116 @@
+"""One typed object with every deployment choice, read from the environment once, at the edge.
+
+It knows where things are and who may be asked; it does not know what an application is
+(`applications.py`) nor start anything (`stack.py`).
+"""
+
+import os
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from millrace.errors import SettingsError
+
+PACKAGE = Path(__file__).parent
+PROJECT = PACKAGE.parents[1]
+
+
+class Settings(BaseSettings):
+    """Read from `MILLRACE_<FIELD>`. Construct with `read_settings()`, which turns mistakes into one sentence."""
+
+    model_config = SettingsConfigDict(env_prefix="MILLRACE_", frozen=True)
+
+    home: Path = Path(".millrace")
+    """Everything that this deployment keeps: lake, index builds, logs, database."""
+    cache: Path = Path("~/.cache/millrace")
+    """What can be downloaded or converted again: Spark's jars, converted models. Shared between homes."""
+    environment: Literal["dev", "staging", "prod"] = "dev"
+    pace: Literal["standard", "demo"] = "standard"
+    """`demo` applies the `[pace.demo]` section of each application's declaration: shorter waits, larger first shares."""
+    applications: Path = PACKAGE.parent / "applications"
+    """Folder with one declaration (`<name>.toml`) per application."""
+
+    host: str = "127.0.0.1"
+    airflow_port: int = Field(8080, ge=1, le=65535)
+    mlflow_port: int = Field(5000, ge=1, le=65535)
+    gateway_port: int = Field(8000, ge=1, le=65535)
+    spark_port: int = Field(15002, ge=1, le=65535)
+    mlflow_uri: str = ""
+    """An MLflow server elsewhere; empty: the embedded one."""
+    spark_remote: str = ""
+    """A Spark Connect server elsewhere (`sc://host:port`); empty: the embedded one."""
+
+    spark_tables: frozenset[str] = frozenset({"silver/chunks"})
+    """Tables that Spark commits to in this deployment, as a JSON list; delta-rs commits to all others."""
+
+    answer_cache: bool = True
+    """Answer an identical request to the same release and index build from memory."""
+    engine_cache_gb: int = Field(1, ge=1)
+    """Key-value cache of each loaded generator, in GiB."""
+    threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
+    """Threads that one part of the stack may compute with."""
+
+    alert_webhook: str = ""
+    """Alerts are POSTed here as JSON; empty: alerts are only logged."""
+
+    completion_key: SecretStr = SecretStr("")
+    """Signs completion ids."""
+    pseudonym_key: SecretStr = SecretStr("")
+    """Turns users into pseudonyms before anything is stored."""
+
+    @model_validator(mode="after")
+    def _absolute_paths(self) -> Self:
+        for name in ("home", "cache", "applications"):
+            object.__setattr__(self, name, Path(getattr(self, name)).expanduser().absolute())
+        return self
+
+    @property
+    def lake(self) -> Path:
+        """Root of the Lakehouse; tables are at `<lake>/<environment>/<application>/<layer>/<table>`."""
+        return self.home / "lake"
+
+    @property
+    def mlflow_url(self) -> str:
+        return self.mlflow_uri or f"http://{self.host}:{self.mlflow_port}"
+
+    @property
+    def airflow_url(self) -> str:
+        return f"http://{self.host}:{self.airflow_port}"
+
+    @property
+    def gateway_url(self) -> str:
+        return f"http://{self.host}:{self.gateway_port}"
+
+    @property
+    def spark_url(self) -> str:
+        return self.spark_remote or f"sc://{self.host}:{self.spark_port}"
+
+    def event_log(self, application: str) -> Path:
+        """Folder of the gateway's event segments for one application."""
+        return self.home / "events" / self.environment / application
+
+    def index_builds(self, application: str) -> Path:
+        """Folder of one application's index builds, a folder per retrieval lineage."""
+        return self.home / "indexes" / self.environment / application
+
+
+def read_settings() -> Settings:
+    """The settings of this process.
+
+    Raises:
+        SettingsError: a value is invalid, or a `MILLRACE_` variable is unknown (it would be ignored silently).
+    """
+    known = {f"MILLRACE_{name}".upper() for name in Settings.model_fields}
+    unknown = sorted(name for name in os.environ if name.startswith("MILLRACE_") and name not in known)
+    if unknown:
+        raise SettingsError(f"unknown setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    try:
+        return Settings()
+    except ValidationError as error:
+        problems = "; ".join(
+            f"MILLRACE_{'_'.join(str(part) for part in e['loc']).upper()}: {e['msg']} (got {e.get('input')!r})"
+            for e in error.errors()
+        )
+        raise SettingsError(f"invalid settings: {problems}") from None
