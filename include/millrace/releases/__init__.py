@@ -1,0 +1,1 @@
+"""Releases: immutable data that turns a question into an answer, how they are registered, loaded and assigned."""
