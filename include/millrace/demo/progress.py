@@ -1,0 +1,99 @@
+"""What the terminal shows while the story runs: each stage, what it is doing, how long it took.
+
+On a terminal one live table; elsewhere a line whenever something changes. Knows nothing about what a stage does.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Literal, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+State = Literal["waiting", "running", "done", "nothing new", "refused", "failed"]
+MARKS: dict[State, str] = {
+    "waiting": "[dim]·[/]",
+    "running": "[cyan]▸[/]",
+    "done": "[green]✓[/]",
+    "nothing new": "[green]=[/]",
+    "refused": "[yellow]✗[/]",
+    "failed": "[red]✗[/]",
+}
+
+
+@dataclass
+class Stage:
+    """One line of the display, and one row of the report."""
+
+    name: str
+    state: State = "waiting"
+    detail: str = ""
+    started: float | None = None
+    seconds: float = 0.0
+    _changed: object = field(default=None, repr=False)
+
+    def elapsed(self) -> float:
+        """Seconds since the stage began, or that it took."""
+        running = self.state == "running" and self.started is not None
+        return time.monotonic() - (self.started or 0.0) if running else self.seconds
+
+
+class Progress:
+    """The stages of one story, shown as they change."""
+
+    def __init__(self, names: tuple[str, ...], console: Console | None = None) -> None:
+        self.stages = [Stage(name) for name in names]
+        self._console = console or Console()
+        self._live = Live(console=self._console, get_renderable=self._table, refresh_per_second=2, transient=False)
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Stage]:
+        """Run a block as the stage called `name`; what it raises marks the stage failed and goes on up."""
+        stage = next(s for s in self.stages if s.name == name)
+        stage.state, stage.started = "running", time.monotonic()
+        self.say(stage, "")
+        try:
+            yield stage
+        except BaseException as error:
+            self._end(stage, "failed")
+            self.say(stage, stage.detail or str(error) or type(error).__name__)
+            raise
+        self._end(stage, "done" if stage.state == "running" else stage.state)
+        self.say(stage, stage.detail)
+
+    def say(self, stage: Stage, detail: str) -> None:
+        """Show what `stage` is doing now."""
+        changed = (stage.state, detail) != stage._changed
+        stage.detail, stage._changed = detail, (stage.state, detail)
+        if changed and not self._console.is_terminal:
+            self._console.print(
+                f"{stage.name:<22} {stage.state:<12} {stage.elapsed():6.1f} s  {detail}",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    @staticmethod
+    def _end(stage: Stage, state: State) -> None:
+        stage.seconds = time.monotonic() - (stage.started or time.monotonic())
+        stage.state = state
+
+    def _table(self) -> Table:
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for stage in self.stages:
+            seconds = "" if stage.state == "waiting" else f"{stage.elapsed():.0f} s"
+            table.add_row(MARKS[stage.state], stage.name, f"[dim]{seconds}[/]", stage.detail)
+        return table

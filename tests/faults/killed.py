@@ -1,0 +1,75 @@
+"""Runs one stage in a process that is killed (SIGKILL) right after its first write, if it makes one.
+
+A write is a Delta commit or a rename: both are what the libraries themselves do last. Exit status 0 means that
+the stage ended without writing anything, so calling this again and again stops at every gap between two writes.
+"""
+
+import os
+import pickle
+import signal
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import deltalake
+import deltalake.table
+
+HOUR = datetime(2026, 11, 24, 12, tzinfo=UTC)
+
+
+def dying(function: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    return run
+
+
+def dying_commit(function: Any) -> Any:
+    """Dies only if the table's version moved: a merge that finds nothing to do writes nothing."""
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = self._table.version()
+        result = function(self, *args, **kwargs)
+        if self._table.version() != before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    return run
+
+
+def stage(name: str, settings: Any, application: Any) -> None:
+    from millrace.evaluation.canaries import publish_build
+    from millrace.evaluation.sets import freeze_evaluation_set
+    from millrace.retrieval.chunk import refresh_chunks
+    from millrace.retrieval.embed import refresh_embeddings
+    from millrace.retrieval.index import build_index
+    from millrace.sources.feedback import land_events, refine_feedback
+    from millrace.sources.ingest import land_documents, refine_documents
+    from millrace.training.sets import build_training_set
+
+    interval = {"start": HOUR, "end": HOUR + timedelta(hours=1)}
+    stages: dict[str, Any] = {
+        "land documents": lambda: land_documents(settings, application, run="killed"),
+        "refine documents": lambda: refine_documents(settings, application, run="killed"),
+        "chunk": lambda: refresh_chunks(settings, application, run="killed"),
+        "embed": lambda: refresh_embeddings(settings, application, run="killed"),
+        "build and publish": lambda: publish_build(
+            settings, application, build_index(settings, application, run="killed")["build"], run="killed"
+        ),
+        "land events": lambda: land_events(settings, application, **interval, run="killed"),
+        "refine feedback": lambda: refine_feedback(settings, application, **interval, run="killed"),
+        "training set": lambda: build_training_set(settings, application, run="killed"),
+        "evaluation set": lambda: freeze_evaluation_set(settings, application, run="killed"),
+    }
+    stages[name]()
+
+
+if __name__ == "__main__":
+    given = pickle.loads(Path(sys.argv[2]).read_bytes())
+    deltalake.table.TableMerger.execute = dying_commit(deltalake.table.TableMerger.execute)
+    deltalake.write_deltalake = dying(deltalake.write_deltalake)
+    os.rename, os.replace = dying(os.rename), dying(os.replace)
+    stage(sys.argv[1], given["settings"], given["application"])
