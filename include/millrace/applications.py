@@ -139,6 +139,12 @@ class Prices(Declared):
     completion_million_tokens: float = Field(0.06, ge=0)
     training_hour: float = Field(0.10, ge=0)
 
+    def answer(self, prompt_tokens: int, completion_tokens: int) -> float:
+        """What one answer costs, in US dollars."""
+        return (
+            prompt_tokens * self.prompt_million_tokens + completion_tokens * self.completion_million_tokens
+        ) / 1_000_000
+
 
 class Demo(Declared):
     """Sizes of the story that `make run` tells with simulated users."""

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+
 from millrace.applications import Gate
 from millrace.errors import MillraceError
 from millrace.evaluation.comparison import Scores, compare, mean_difference, ratio_of_means
@@ -75,7 +76,7 @@ def test_a_95_percent_interval_holds_the_truth_about_95_times_in_100(draw):
         noise = rng.normal(0.1, 0.2, 30) if draw == "normal" else rng.exponential(0.1, 30)
         found = mean_difference(hard, hard + noise, 0.95, 400, seed)
         held += found.low <= 0.1 <= found.high
-    # Binomial(400, 0.95) lies above 0.918 in 99.7 % of the cases; skewed samples of 30 are known to fall short a little.
+    # Binomial(400, 0.95) is above 0.918 in 99.7 % of the cases; skewed samples of 30 fall short a little more.
     assert held / 400 >= (0.92 if draw == "normal" else 0.89)
 
 
@@ -122,7 +123,7 @@ def test_a_small_loss_within_the_margin_passes_only_once_enough_examples_exclude
 def test_prices_of_nothing_cost_the_same_and_something_instead_of_nothing_is_refused():
     nothing, something = np.zeros(10), np.ones(10)
     assert ratio_of_means(nothing, nothing, 0.95, 100, 0).high == 1
-    assert ratio_of_means(nothing, something, 0.95, 100, 0).high == np.inf
+    assert ratio_of_means(nothing, something, 0.95, 100, 0).low == pytest.approx(1e9)
 
 
 @pytest.mark.parametrize("value", [-1.0, np.nan, np.inf])

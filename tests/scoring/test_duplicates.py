@@ -3,6 +3,7 @@
 from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
+
 from millrace.scoring.duplicates import near_duplicates
 
 PATTERN = "What is the default value of the option {} in section [{}] of Airflow's configuration?"

@@ -24,6 +24,9 @@ Floats = npt.NDArray[np.float64]
 MINIMUM_EXAMPLES = 5
 """Fewer decide nothing: the interval's small-sample correction doesn't hold either."""
 
+LARGEST_RATIO = 1e9
+"""Stands for infinity, which JSON doesn't have."""
+
 NORMAL = NormalDist()
 
 
@@ -83,7 +86,7 @@ def mean_difference(champion: Floats, candidate: Floats, confidence: float, resa
 def ratio_of_means(champion: Floats, candidate: Floats, confidence: float, resamples: int, seed: int) -> Interval:
     """Candidate's mean divided by champion's, with its BCa interval. Swapping the arms inverts it.
 
-    Both nothing: the ratio is 1. Champion nothing and candidate something: it is infinite.
+    Both nothing: the ratio is 1. Champion nothing and candidate something: it is `LARGEST_RATIO`.
 
     Raises:
         MillraceError: a value is negative or not finite.
@@ -91,14 +94,11 @@ def ratio_of_means(champion: Floats, candidate: Floats, confidence: float, resam
     both = np.stack([champion, candidate], axis=1)
     if not np.isfinite(both).all() or (both < 0).any():
         raise MillraceError("seconds and costs must be finite and not negative; a ratio of means needs a scale from 0")
-    if not candidate.any() or not champion.any():
-        ratio = 1.0 if not both.any() else (float("inf") if candidate.any() else 0.0)
-        return Interval(ratio, ratio, ratio)
 
     def log_ratio(means: Floats) -> Floats:
-        # A resample in which one arm is all zeros has an infinite ratio: right, and no reason to warn.
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.nan_to_num(np.log(means[..., 1]) - np.log(means[..., 0]), nan=0.0)
+            logs = np.log(means[..., 1]) - np.log(means[..., 0])
+        return np.clip(np.nan_to_num(logs, nan=0.0), -np.log(LARGEST_RATIO), np.log(LARGEST_RATIO))
 
     on_log = _bca(both, log_ratio, confidence, resamples, seed)
     return Interval(*(float(np.exp(value)) for value in (on_log.estimate, on_log.low, on_log.high)))
@@ -184,19 +184,16 @@ def _bca(
     below = (np.searchsorted(replicates, estimate, "left") + np.searchsorted(replicates, estimate, "right")) / 2
     bias = NORMAL.inv_cdf(min(max(below / resamples, 0.5 / resamples), 1 - 0.5 / resamples))
     left_out = statistic((values.sum(axis=0) - values) / (n - 1))
-    influence = left_out[np.isfinite(left_out)]
-    influence = influence.mean() - influence
+    influence = left_out.mean() - left_out
     spread = float((influence**2).sum())
     acceleration = float((influence**3).sum()) / (6 * spread**1.5) if spread > 0 else 0.0
     reach = _widened((1 - confidence) / 2, n)
     low, high = (NORMAL.cdf(bias + (bias + z) / max(1 - acceleration * (bias + z), 1e-9)) for z in (-reach, reach))
-    return Interval(estimate, float(_quantile(replicates, low)), float(_quantile(replicates, high)))
+    return Interval(estimate, _quantile(replicates, low), _quantile(replicates, high))
 
 
 def _quantile(ordered: Floats, level: float) -> float:
-    # "linear" would give nan between two infinite neighbours; an order statistic doesn't. Rounding to the nearest
-    # keeps the mirror image of a mirrored sample.
-    return ordered[round(level * (len(ordered) - 1))]
+    return float(ordered[round(level * (len(ordered) - 1))])
 
 
 def _widened(tail: float, n: int) -> float:
