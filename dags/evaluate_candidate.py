@@ -1,0 +1,82 @@
+"""`<application>.evaluate_candidate`: a new release against the champion, before any user meets it."""
+
+from airflow.sdk import DAG, AssetAlias, Param, task
+from pendulum import datetime
+
+from millrace.applications import Application, load_applications
+from millrace.settings import read_settings
+from millrace_airflow import HEAVY, AlertNotifier, asset, defaults, run_name
+
+RUNBOOK = """
+### What it does
+Freezes the evaluation questions that the documents give, lets champion and candidate answer them side by side, and
+decides by paired bootstrap on quality, retrieval, latency and cost (`[gate]` of the declaration). Everything is in
+`ops/evaluations` and in MLflow, experiment `<application>/evaluations`. A candidate that passes may be rolled out.
+By hand: trigger with `candidate` = a release version; empty takes the newest that was not evaluated yet.
+
+### Healthy
+Green, or red at *gate* alone: a refusal is the gate at work, and nothing of it reached users.
+
+### When it fails
+*gate*: the candidate was refused; the alert names criterion, numbers and examples. Don't clear it: build a better
+candidate. *freeze_set*: the documents give no question; see `qa.ingest_documents` and `[questions]`.
+*evaluate*: a release can't be loaded or MLflow doesn't answer; `millrace status`, then clear. Safe to clear any time:
+a finished evaluation is not done again. Latency is measured beside whatever else runs, for both releases alike.
+"""
+
+
+def evaluate_candidate(application: Application) -> DAG:
+    passed = AssetAlias(f"{application.name}/evaluations")
+    with DAG(
+        dag_id=f"{application.name}.evaluate_candidate",
+        schedule=[asset(application.name, "releases")],
+        start_date=datetime(2026, 1, 1, tz="UTC"),
+        max_active_runs=1,
+        default_args=defaults(application.owner),
+        params={"candidate": Param(None, type=["null", "string"], description="Release version; empty: the newest")},
+        doc_md=RUNBOOK,
+        tags=[application.name, "releases"],
+    ) as dag:
+
+        @task
+        def freeze_set() -> str:
+            from millrace.evaluation.sets import freeze_evaluation_set
+
+            return freeze_evaluation_set(read_settings(), application, run=run_name())
+
+        @task(pool=HEAVY)
+        def evaluate(evaluation_set: str, *, params: dict) -> dict:
+            from millrace.evaluation.gate import evaluate_candidate as evaluate
+
+            return evaluate(
+                read_settings(),
+                application,
+                run=run_name(),
+                candidate=params["candidate"],
+                evaluation_set=evaluation_set,
+            )
+
+        refused = AlertNotifier("{{ dag.dag_id }}: the gate refused a candidate")
+
+        @task(outlets=[passed], retries=0, on_failure_callback=[refused])
+        def gate(result: dict, *, outlet_events) -> None:
+            from airflow.sdk.exceptions import AirflowFailException
+
+            from millrace.errors import GateRefusal
+            from millrace.evaluation.gate import require_passed
+
+            try:
+                require_passed(result)
+            except GateRefusal as refusal:
+                raise AirflowFailException(str(refusal)) from None
+            if result["verdict"] == "passed":
+                outlet_events[passed].add(
+                    asset(application.name, "evaluations"), extra={"candidate": result["candidate"]}
+                )
+
+        gate(evaluate(freeze_set()))
+    return dag
+
+
+for declared in load_applications(read_settings()):
+    globals()[f"{declared.name}_evaluate_candidate"] = evaluate_candidate(declared)
