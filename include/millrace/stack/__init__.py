@@ -1,0 +1,19 @@
+"""The embedded stack: PostgreSQL, MLflow, Spark Connect, Airflow and the gateway on one machine, nothing installed.
+
+It knows how to start, watch and end processes; it does not know what an application is, nor what a DAG does.
+
+    home.py         the data directory: its format version, secrets, and the lock of whoever runs the stack
+    environment.py  what a part's process finds in its environment
+    preflight.py    what must be true of the machine before anything starts
+    postgres.py     PostgreSQL from its package
+    parts.py        every part as a value: command, environment, readiness, what it needs
+    processes.py    start, record, find and end processes, so that none is left behind
+    running.py      `Stack`: the order of things, and what to do when one dies
+    supervisor.py   the process behind `millrace up`
+    status.py       what is running, asked from outside
+"""
+
+from millrace.stack.running import Progress, Stack
+from millrace.stack.status import Status, down, status, up
+
+__all__ = ["Progress", "Stack", "Status", "down", "status", "up"]

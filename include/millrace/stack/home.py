@@ -1,0 +1,144 @@
+"""The data directory of a deployment: its format version, its secrets, and the lock of whoever runs the stack.
+
+It does not know which parts there are.
+"""
+
+import base64
+import fcntl
+import json
+import os
+import secrets
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from pydantic import SecretStr
+
+from millrace import FORMAT_VERSION
+from millrace.errors import StackError
+from millrace.settings import Settings
+
+
+@dataclass(frozen=True)
+class Secrets:
+    """What the first start generates and later starts reuse. `secrets.json`, readable by its owner only."""
+
+    completion_key: str
+    pseudonym_key: str
+    airflow_password: str
+    airflow_fernet_key: str
+    airflow_jwt_secret: str
+    airflow_secret_key: str
+
+
+def prepare_home(settings: Settings) -> None:
+    """Create `settings.home` with its folders, or check that this version may use what is there.
+
+    Raises:
+        StackError: a newer Millrace wrote it, its version can't be read, or it can't be written.
+    """
+    home = settings.home
+    check_format(home)
+    try:
+        # As root, PostgreSQL runs as a user of its own, who must be able to pass through.
+        home.mkdir(parents=True, exist_ok=True, mode=0o711 if os.geteuid() == 0 else 0o700)
+        for name in ("run", "logs"):
+            (home / name).mkdir(exist_ok=True, mode=0o700)
+        if not (home / "format.json").exists():
+            write_json(home / "format.json", {"format": FORMAT_VERSION})
+    except OSError as error:
+        raise StackError(f"{home} can't be used: {error.strerror}; set MILLRACE_HOME to a folder of yours") from None
+
+
+def check_format(home: Path) -> None:
+    """Raises:
+    StackError: a newer Millrace wrote `home`, or its version can't be read.
+    """
+    path = home / "format.json"
+    if not path.exists():
+        return
+    try:
+        found = int(json.loads(path.read_text())["format"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StackError(f"{path} doesn't say which format the data has ({error!r}); restore it") from None
+    if found > FORMAT_VERSION:
+        raise StackError(
+            f"{home} has format {found}, written by a newer Millrace, and this one knows up to {FORMAT_VERSION}; "
+            "upgrade Millrace or set MILLRACE_HOME to another folder"
+        )
+
+
+def obtain_secrets(home: Path) -> Secrets:
+    """The secrets of `home`, generated where they are missing.
+
+    Raises:
+        StackError: the file is there and can't be understood. It is never replaced: pseudonyms depend on it.
+    """
+    path = home / "secrets.json"
+    known: dict[str, str] = {}
+    if path.exists():
+        try:
+            known = {str(name): str(value) for name, value in json.loads(path.read_text()).items()}
+        except (OSError, ValueError, AttributeError) as error:
+            raise StackError(f"{path} can't be read ({error}); restore it, or use another MILLRACE_HOME") from None
+    made = Secrets(**{field.name: known.get(field.name) or _new_secret(field.name) for field in fields(Secrets)})
+    if asdict(made) != known:
+        write_json(path, known | asdict(made))
+    return made
+
+
+def with_secrets(settings: Settings, found: Secrets) -> Settings:
+    """`settings` with its keys filled in from `found`, except those that the environment sets."""
+    keys = {
+        name: SecretStr(getattr(found, name))
+        for name in ("completion_key", "pseudonym_key")
+        if not getattr(settings, name).get_secret_value()
+    }
+    return settings.model_copy(update=keys)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Replace `path` in one step; nobody but its owner may read it. A power cut leaves the old or the new one."""
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+class HomeLock:
+    """Held by the one process that runs the stack of a home. The kernel releases it when that process ends."""
+
+    def __init__(self, home: Path) -> None:
+        self._path = home / "run" / "lock"
+        self._descriptor: int | None = None
+
+    @property
+    def held(self) -> bool:
+        return self._descriptor is not None
+
+    def acquire(self) -> bool:
+        """Whether this process holds the lock now."""
+        if self._descriptor is not None:
+            return True
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return False
+        self._descriptor = descriptor
+        return True
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _new_secret(name: str) -> str:
+    if name == "airflow_fernet_key":
+        return base64.urlsafe_b64encode(secrets.token_bytes(32)).decode()
+    return secrets.token_urlsafe(18 if name == "airflow_password" else 32)

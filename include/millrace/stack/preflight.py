@@ -1,0 +1,91 @@
+"""What must be true of the machine before anything starts: free ports, disk, memory, a Java. It changes nothing."""
+
+import shutil
+import socket
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from millrace.errors import LakehouseError, StackError
+from millrace.lakehouse import spark_server
+from millrace.settings import Settings
+
+DISK_BYTES = 3 * 2**30
+MEMORY_BYTES = 5 * 2**30
+"""What the stack and one training run take on a machine with two cores."""
+
+
+def check_machine(settings: Settings) -> None:
+    """Raises:
+    StackError: everything that is missing, a sentence each.
+    """
+    problems = [*_ports(settings), *_disk(settings.home), *_memory(), *_java(settings)]
+    if problems:
+        raise StackError(". ".join(problems))
+
+
+def needed_ports(settings: Settings) -> dict[str, tuple[str, int]]:
+    """Setting → who needs the port, and the port."""
+    ports = {
+        "MILLRACE_AIRFLOW_PORT": ("Airflow", settings.airflow_port),
+        "MILLRACE_MLFLOW_PORT": ("MLflow", settings.mlflow_port),
+        "MILLRACE_GATEWAY_PORT": ("the gateway", settings.gateway_port),
+        "MILLRACE_SPARK_PORT": ("Spark Connect", settings.spark_port),
+    }
+    if settings.mlflow_uri:
+        del ports["MILLRACE_MLFLOW_PORT"]
+    if settings.spark_remote:
+        del ports["MILLRACE_SPARK_PORT"]
+    return ports
+
+
+def _ports(settings: Settings) -> Iterator[str]:
+    wanted = defaultdict(list)
+    for variable, (who, port) in needed_ports(settings).items():
+        wanted[port].append(variable)
+        if not _is_free(settings.host, port):
+            yield f"port {port} on {settings.host} is in use and {who} needs it: free it, or set {variable} to another"
+    for port, variables in wanted.items():
+        if len(variables) > 1:
+            yield f"{' and '.join(variables)} are both {port}: set one of them to another port"
+
+
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        # As the servers do: a connection that closed a moment ago doesn't hold the port.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def _disk(home: Path) -> Iterator[str]:
+    there = next(folder for folder in (home, *home.parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    if free < DISK_BYTES:
+        yield (
+            f"{home} has {free / 2**30:.1f} GiB of free disk and {DISK_BYTES / 2**30:.0f} GiB are needed: "
+            "free some, or set MILLRACE_HOME to a folder on another disk"
+        )
+
+
+def _memory() -> Iterator[str]:
+    available = psutil.virtual_memory().available
+    if available < MEMORY_BYTES:
+        yield (
+            f"{available / 2**30:.1f} GiB of memory are available and {MEMORY_BYTES / 2**30:.0f} GiB are needed: "
+            "end other programs"
+        )
+
+
+def _java(settings: Settings) -> Iterator[str]:
+    if settings.spark_remote:
+        return
+    try:
+        spark_server.command(settings)
+    except LakehouseError as error:
+        yield str(error)
