@@ -18,6 +18,11 @@ PROVENANCE = (
 )
 
 
+FEATURES = frozenset({"appendOnly", "invariants", "checkConstraints", "changeDataFeed"})
+"""Delta features that both engines write and read. Others, deletion vectors and column mapping among them, one of
+the two refuses or reads wrong."""
+
+
 @dataclass(frozen=True)
 class Table:
     """One declared table. `columns` excludes provenance, which every table has (`schema` includes it)."""
@@ -31,6 +36,8 @@ class Table:
     retention_days: int = 30
     constraints: dict[str, str] = field(default_factory=dict)
     """Name → SQL condition that every row satisfies."""
+    features: frozenset[str] = FEATURES
+    """Delta features that the table may carry; one with another is refused."""
 
     @property
     def path(self) -> str:
@@ -94,6 +101,7 @@ BRONZE_EVENTS = Table(
         time("occurred_at"),
         pa.field("date", pa.date32(), nullable=False),
         text("payload"),  # the event's line as it was written, JSON
+        text("segment"),  # of the event log, where the line was found
     ),
     key=("event_id",),
     partition_by=("date",),
