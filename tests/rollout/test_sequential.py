@@ -5,6 +5,7 @@ import pytest
 import ville
 from hypothesis import given
 from hypothesis import strategies as st
+
 from millrace.rollout.sequential import (
     Sample,
     confidence_sequence,

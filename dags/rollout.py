@@ -1,0 +1,63 @@
+"""`<application>.rollout`: journal and evidence → at most one decision → the split that the gateway follows."""
+
+from airflow.sdk import DAG, task
+from airflow.timetables.assets import AssetOrTimeSchedule
+from airflow.timetables.trigger import CronTriggerTimetable
+from pendulum import datetime
+
+from millrace.applications import Application, load_applications
+from millrace.settings import read_settings
+from millrace_airflow import asset, defaults, run_name
+
+RUNBOOK = """
+### What it does
+One tick of the controller: starts the candidate that has waited longest, compares challenger and champion by users'
+first exposures, and advances, holds, promotes or rolls back, one decision a tick, each a row of `ops/decisions`
+with its evidence. Runs every few minutes, and as soon as feedback or a verdict of the gate arrives.
+
+### Healthy
+Green; `millrace status` shows champion, challenger and the last decision. A rollout that holds for days is healthy
+while labels are late: the reason of its last `hold` says what is still open. Only users' *first* exposures count, so
+where everybody has been met already nothing more can be learnt: skip or roll back by hand.
+
+### When it alerts
+*rolled back*: the challenger was worse; the reason names what, by how much, on how many users. It does not start
+again unless a person admits it.
+*frozen*, users are not assigned as declared: exchanges of one arm get lost on the way; look at the gateway's log.
+*frozen*, who rates differs between the arms: the reason gives bounds; nothing else can be known from ratings.
+*frozen*, moved by hand: somebody changed the tag or the alias `champion`; nothing was undone.
+After a freeze: `millrace resume`, `millrace skip` or `millrace rollback`, with a reason.
+
+### When it fails
+The registry or the lake does not answer. Clear the task any time: what was decided stands in the journal, and the
+next tick publishes it.
+"""
+
+
+def rollout(application: Application) -> DAG:
+    with DAG(
+        dag_id=f"{application.name}.rollout",
+        schedule=AssetOrTimeSchedule(
+            timetable=CronTriggerTimetable(application.schedules.rollout, timezone="UTC"),
+            assets=(asset(application.name, "silver/feedback") | asset(application.name, "evaluations")),
+        ),
+        start_date=datetime(2026, 1, 1, tz="UTC"),
+        catchup=False,
+        max_active_runs=1,
+        default_args=defaults(application.owner),
+        doc_md=RUNBOOK,
+        tags=[application.name, "rollout"],
+    ) as dag:
+
+        @task
+        def tick() -> dict:
+            from millrace.rollout import controller
+
+            return controller.tick(read_settings(), application, run=run_name())
+
+        tick()
+    return dag
+
+
+for declared in load_applications(read_settings()):
+    globals()[f"{declared.name}_rollout"] = rollout(declared)
