@@ -47,6 +47,15 @@ STAGES = (
     "rollout",
     "regression",
 )
+DAGS = (
+    "ingest_documents",
+    "refresh_embeddings",
+    "declare_release",
+    "ingest_feedback",
+    "finetune",
+    "evaluate_candidate",
+    "rollout",
+)
 DAG_MINUTES = 30
 ASSET_SECONDS = 120
 """A run that an asset should have started is missed after this long."""
@@ -91,6 +100,10 @@ class Story:
 
     def documents(self) -> None:
         with self.progress.stage("documents") as stage:
+            self.progress.say(stage, "waiting for Airflow to read the DAGs")
+            for dag in DAGS:
+                self.airflow.wait_for_dag(self._dag(dag))
+                self.airflow.unpause(self._dag(dag))
             before = self.lake.version(SILVER_CHUNKS)
             self._run_dag(stage, "ingest_documents")
             documents = self.lake.read(SILVER_DOCUMENTS, ["document_id"]).num_rows
@@ -255,12 +268,11 @@ class Story:
         champion = self._champion()
         if candidate == champion:
             return "is champion already"
+        # A new version's asset has started a run, or will: what it leaves unevaluated is asked for by name.
+        for run in self.airflow.runs(self._dag("evaluate_candidate"), since=self.started, run_type="asset_triggered"):
+            self._follow(stage, run, may_fail=True)
         if self._verdict(candidate, champion) is None:
-            run = self._newest_run("evaluate_candidate", seconds=20)
-            if run:
-                self._follow(stage, run, may_fail=True)
-            if self._verdict(candidate, champion) is None:
-                self._run_dag(stage, "evaluate_candidate", {"candidate": candidate}, may_fail=True)
+            self._run_dag(stage, "evaluate_candidate", {"candidate": candidate}, may_fail=True)
         verdict = self._verdict(candidate, champion)
         _require(verdict is not None, f"version {candidate} was not evaluated against version {champion}")
         return "passed" if verdict else "refused"
@@ -320,19 +332,8 @@ class Story:
 
     def _await_asset_run(self, stage: Stage, dag: str) -> Run:
         self.progress.say(stage, f"waiting for the asset to start {self._dag(dag)}")
-        run = self._newest_run(dag, seconds=ASSET_SECONDS)
-        _require(run is not None, f"no asset started {self._dag(dag)}")
-        assert run is not None
+        run = self.airflow.wait_for_asset_run(self._dag(dag), since=self.started, timeout=ASSET_SECONDS)
         return self._follow(stage, run)
-
-    def _newest_run(self, dag: str, seconds: float) -> Run | None:
-        """The newest run since the story began, waiting for one at most `seconds`."""
-        deadline = time.monotonic() + seconds
-        while True:
-            runs = self.airflow.runs(self._dag(dag), since=self.started)
-            if runs or time.monotonic() > deadline:
-                return runs[-1] if runs else None
-            time.sleep(1)
 
     def _follow(self, stage: Stage, run: Run, *, may_fail: bool = False) -> Run:
         def show(tasks: str) -> None:

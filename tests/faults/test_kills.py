@@ -1,0 +1,138 @@
+"""A stage that is killed between any two of its writes, and run again, leaves the tables that it leaves undisturbed."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from millrace.applications import Application
+from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.tables import PROVENANCE, TABLES
+from millrace.retrieval.embed import lineage_id
+from millrace.retrieval.index import current_build
+from millrace.settings import Settings
+from millrace.sources.completion_id import issue
+from millrace.sources.event_log import Accepted, Completed, EventLog, Feedback
+
+from tests.faults.killed import HOUR, stage
+
+pytestmark = [pytest.mark.model, pytest.mark.timeout(900)]
+
+STAGES = (
+    "land documents",
+    "refine documents",
+    "chunk",
+    "embed",
+    "build and publish",
+    "land events",
+    "refine feedback",
+    "evaluation set",
+    "training set",
+)
+MOST_WRITES = 25
+CLOCKS = {"observed_at", *(field.name for field in PROVENANCE)}
+"""Columns that say when or by whom, not what."""
+
+
+def test_every_stage_killed_after_each_write_and_run_again_leaves_equal_tables(
+    settings: Settings, qa: Application, tmp_path: Path
+) -> None:
+    undisturbed = settings.model_copy(update={"home": tmp_path / "undisturbed"})
+    log_events(settings)
+    log_events(undisturbed, ids=first_ids(settings))
+
+    for name in STAGES:
+        stage(name, undisturbed, qa)
+        kills = run_until_done(name, settings, qa)
+        assert kills, f"{name} wrote nothing at all"
+        for path in TABLES:
+            assert rows(settings, path) == rows(undisturbed, path), f"{path} after {kills} kills of {name}"
+
+    lineage = lineage_id(qa)
+    builds = [current_build(s.index_builds("qa") / lineage) for s in (settings, undisturbed)]
+    assert builds[0] is not None
+    assert builds[0] == builds[1]
+
+
+def run_until_done(name: str, settings: Settings, application: Application) -> int:
+    """How often the stage was killed before it ended without a write."""
+    given = settings.home / "given.pickle"
+    given.write_bytes(pickle.dumps({"settings": settings, "application": application}))
+    command = [sys.executable, str(Path(__file__).parent / "killed.py"), name, str(given)]
+    for kills in range(MOST_WRITES):
+        ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
+        if ended.returncode == 0:
+            return kills
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+    raise AssertionError(f"{name} writes something at every run: a repeat is not free")
+
+
+def rows(settings: Settings, path: str) -> list[dict[str, object]]:
+    table: pa.Table = Lake.of(settings, "qa").read(TABLES[path])
+    kept = table.drop_columns([name for name in table.column_names if name in CLOCKS])
+    return sorted(kept.to_pylist(), key=repr)
+
+
+def first_ids(settings: Settings) -> list[str]:
+    return (settings.home / "ids").read_text().split()
+
+
+def log_events(settings: Settings, ids: list[str] | None = None) -> None:
+    """Three exchanges at the gateway, two of them rated, one with a correction, all simulated."""
+    if ids is None:
+        key = settings.completion_key.get_secret_value().encode()
+        ids = [issue(key, "qa", HOUR) for _ in range(3)]
+        settings.home.mkdir(parents=True)
+        (settings.home / "ids").write_text(" ".join(ids))
+    moments = (HOUR + timedelta(seconds=second) for second in range(1000))
+    log = EventLog(settings.event_log("qa"), "test", clock=lambda: next(moments))
+    for number, completion_id in enumerate(ids):
+        about = {
+            "event_id": f"accepted-{number}",
+            "completion_id": completion_id,
+            "application": "qa",
+            "simulated": True,
+            "user": f"pseudonym-{number}",
+            "question": f"What is the default of option {number}?",
+            "release_id": "rel-0",
+            "release_version": "1",
+            "index_build": "build",
+            "prompt_version": "1",
+            "rollout_id": None,
+            "epoch": None,
+            "arm": None,
+            "assignment_probability": None,
+            "pinned": False,
+            "accepted_at": HOUR,
+        }
+        log.append(Accepted(**about))
+        log.append(
+            Completed(
+                **about | {"event_id": f"completed-{number}"},
+                answer="It is 3.",
+                citations=("chunk",),
+                prompt_tokens=10,
+                completion_tokens=4,
+                seconds=0.5,
+                cost_usd=0.001,
+                from_cache=False,
+                fell_back=False,
+            )
+        )
+        if number:
+            log.append(
+                Feedback(
+                    event_id=f"feedback-{number}",
+                    completion_id=completion_id,
+                    application="qa",
+                    simulated=True,
+                    rating=0.2 * number,
+                    correction="It is 4." if number == 2 else None,
+                )
+            )
+    log.close()
