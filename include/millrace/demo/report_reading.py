@@ -1,0 +1,256 @@
+"""From tables to the report's entries: the journal, evaluations and exchanges of one turn of the loop.
+
+Reads and summarises; decides nothing and draws nothing.
+"""
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from millrace.applications import Application
+from millrace.demo.report_model import (
+    ChampionEntry,
+    Costs,
+    CriterionEntry,
+    DecisionEntry,
+    EvidencePoint,
+    ExampleEntry,
+    GateEntry,
+    GuardrailEntry,
+    IntervalEntry,
+    ReleaseCost,
+    RolloutEntry,
+    StageCost,
+    StageEntry,
+)
+from millrace.evaluation.comparison import mean_difference
+from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.tables import OPS_EVALUATIONS, SILVER_EXCHANGES
+from millrace.rollout.decisions import Decision
+
+ENDS = ("promote", "skip", "rollback")
+WORST = 3
+MACHINE_STAGES = {"fine-tune": "training", "index": "embedding and indexing"}
+"""Stages of the story that are priced as machine hours → what the cost table calls them."""
+
+
+def read_evaluations(lake: Lake) -> list[dict[str, Any]]:
+    """Rows of ops/evaluations, oldest first, their JSON parsed."""
+    rows = lake.read(OPS_EVALUATIONS).sort_by("evaluated_at").to_pylist()
+    return [row | {"criteria": json.loads(row["criteria"]), "examples": json.loads(row["examples"])} for row in rows]
+
+
+def read_exchanges(lake: Lake, since: datetime) -> list[dict[str, Any]]:
+    """Exchanges accepted since then, oldest first, without their texts."""
+    texts = {"question", "answer", "citations", "error"}
+    columns = [name for name in SILVER_EXCHANGES.rows_schema.names if name not in texts]
+    rows = lake.read(SILVER_EXCHANGES, columns, where=pc.field("occurred_at") >= since)
+    return rows.sort_by("occurred_at").to_pylist()
+
+
+def gate_entry(row: dict[str, Any]) -> GateEntry:
+    compared = [example for example in row["examples"] if "candidate" in example]
+    names = ("evaluation_id", "evaluation_set", "evaluated_at", "champion", "candidate", "index_build", "passed")
+    return GateEntry(
+        **{name: row[name] for name in names},
+        examples=len(compared),
+        criteria=[CriterionEntry(**criterion) for criterion in row["criteria"]],
+        worst=[
+            ExampleEntry(
+                question=example["question"],
+                known_answer=example["answer"],
+                champion_answer=example["champion"]["answer"],
+                candidate_answer=example["candidate"]["error"] or example["candidate"]["answer"],
+                champion_quality=example["champion"]["quality"],
+                candidate_quality=example["candidate"]["quality"],
+            )
+            for example in compared[:WORST]
+            if example["candidate"]["quality"] < example["champion"]["quality"]
+        ],
+    )
+
+
+def champion_entry(
+    version: str | None, evaluations: Sequence[dict[str, Any]], application: Application
+) -> ChampionEntry | None:
+    """The release with its score in the newest evaluation that it was part of."""
+    if version is None:
+        return None
+    for row in reversed(evaluations):
+        role = "champion" if row["champion"] == version else "candidate"
+        scores = np.array([example[role]["quality"] for example in row["examples"] if role in example])
+        if row[role] == version and scores.size:
+            policy = application.gate
+            found = mean_difference(np.zeros_like(scores), scores, policy.confidence, policy.resamples, seed=0)
+            return ChampionEntry(
+                version=version,
+                release_id=row[f"{role}_release_id"],
+                quality=IntervalEntry(estimate=found.estimate, low=found.low, high=found.high),
+                examples=scores.size,
+                evaluation_id=row["evaluation_id"],
+            )
+    return ChampionEntry(version=version, release_id=None, quality=None, examples=0, evaluation_id=None)
+
+
+def champions(journal: Sequence[Decision], since: datetime) -> tuple[str | None, str | None]:
+    """The champion when the run began (or the first one that it made), and the one now."""
+    held = [(decision.decided_at, decision.champion) for decision in journal if decision.champion]
+    if not held:
+        return None, None
+    before = [champion for at, champion in held if at < since]
+    return (before[-1] if before else held[0][1]), held[-1][1]
+
+
+def rollout_entries(
+    journal: Sequence[Decision],
+    evaluations: Sequence[dict[str, Any]],
+    exchanges: Sequence[dict[str, Any]],
+    application: Application,
+    since: datetime,
+) -> list[RolloutEntry]:
+    """The rollouts in which something was decided since then, whole, oldest first."""
+    return [
+        _rollout(rollout_id, decisions, journal, evaluations, exchanges, application)
+        for rollout_id, decisions in rollouts_since(journal, since).items()
+    ]
+
+
+def rollouts_since(journal: Sequence[Decision], since: datetime) -> dict[str, list[Decision]]:
+    """Rollout id → all its decisions, for rollouts in which something was decided since then."""
+    grouped: dict[str, list[Decision]] = {}
+    for decision in journal:
+        # While a rollout is on, a person may admit the next release: that decision is about another challenger.
+        if decision.rollout_id and decision.kind != "admit":
+            grouped.setdefault(decision.rollout_id, []).append(decision)
+    return {rollout_id: decisions for rollout_id, decisions in grouped.items() if decisions[-1].decided_at >= since}
+
+
+def _rollout(
+    rollout_id: str,
+    decisions: list[Decision],
+    journal: Sequence[Decision],
+    evaluations: Sequence[dict[str, Any]],
+    exchanges: Sequence[dict[str, Any]],
+    application: Application,
+) -> RolloutEntry:
+    first = decisions[0]
+    end = next((d for d in decisions if d.kind in ENDS), None)
+    admission = next(
+        (d for d in reversed(journal[: first.sequence]) if d.kind == "admit" and d.challenger == first.challenger), None
+    )
+    reason = admission or first
+    asked = [e["passed"] for e in evaluations if e["candidate"] == first.challenger]
+    mine = [e for e in exchanges if e["rollout_id"] == rollout_id and not e["pinned"]]
+    users = {e["user"] for e in mine}
+    met = {e["user"] for e in mine if e["release_version"] == first.challenger}
+    return RolloutEntry(
+        rollout_id=rollout_id,
+        champion=first.champion,
+        challenger=first.challenger,
+        started_at=first.decided_at,
+        ended_at=end.decided_at if end else None,
+        outcome=end.kind if end else "running",
+        admitted=f"{reason.actor}: {reason.reason}",
+        gate_passed=asked[-1] if asked else None,
+        simulated=any(d.simulated for d in decisions) or any(e["simulated"] for e in mine),
+        error_rate=application.rollout.error_rate,
+        decisions=[_decision(d) for d in decisions],
+        guardrails=_guardrails(decisions),
+        users=len(users),
+        users_on_challenger=len(met),
+        share_on_challenger=len(met) / len(users) if users else 0.0,
+    )
+
+
+def _decision(decision: Decision) -> DecisionEntry:
+    return DecisionEntry(
+        sequence=decision.sequence,
+        decided_at=decision.decided_at,
+        kind=decision.kind,
+        actor=decision.actor,
+        reason=decision.reason,
+        share=decision.share,
+        epoch=decision.epoch,
+        margin=decision.evidence.get("margin"),
+        harm=decision.evidence.get("harm"),
+        sample_ratio=decision.evidence.get("sample_ratio"),
+    )
+
+
+def _guardrails(decisions: Sequence[Decision]) -> list[GuardrailEntry]:
+    points: dict[str, list[EvidencePoint]] = {}
+    for decision in decisions:
+        for name, found in decision.evidence.get("guardrails", {}).items():
+            low, high = found["interval"] or (None, None)
+            points.setdefault(name, []).append(
+                EvidencePoint(
+                    decided_at=decision.decided_at,
+                    margin=decision.evidence["margin"],
+                    champion_users=found["users"]["champion"],
+                    challenger_users=found["users"]["challenger"],
+                    champion_mean=found["mean"]["champion"],
+                    challenger_mean=found["mean"]["challenger"],
+                    estimate=found["estimate"],
+                    low=low,
+                    high=high,
+                    bounds=found["bounds"],
+                    harm=found["harm"],
+                )
+            )
+    return [GuardrailEntry(name=name, points=found) for name, found in points.items()]
+
+
+def costs(
+    exchanges: Sequence[dict[str, Any]],
+    evaluations: Sequence[dict[str, Any]],
+    stages: Sequence[StageEntry],
+    application: Application,
+) -> Costs:
+    """What the run cost at the application's declared prices: tokens of answers, and hours of the machine."""
+    releases: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for exchange in exchanges:
+        releases.setdefault((exchange["release_version"], exchange["release_id"]), []).append(exchange)
+    judged = [
+        example[role]["cost"]
+        for row in evaluations
+        for example in row["examples"]
+        for role in ("champion", "candidate")
+        if role in example
+    ]
+    hour = application.prices.training_hour
+    by_stage = [
+        StageCost(
+            stage="serving",
+            basis=f"{len(exchanges)} exchanges, by tokens",
+            cost_usd=sum(exchange["cost_usd"] for exchange in exchanges),
+        ),
+        StageCost(stage="evaluation", basis=f"{len(judged)} answers, by tokens", cost_usd=sum(judged)),
+        *(
+            StageCost(
+                stage=MACHINE_STAGES[stage.name],
+                basis=f"{stage.seconds / 60:.1f} minutes of a machine at ${hour:g} an hour",
+                cost_usd=stage.seconds / 3600 * hour,
+            )
+            for stage in stages
+            if stage.name in MACHINE_STAGES and stage.seconds
+        ),
+    ]
+    return Costs(by_release=[_release_cost(*key, rows) for key, rows in sorted(releases.items())], by_stage=by_stage)
+
+
+def _release_cost(version: str, release_id: str, rows: list[dict[str, Any]]) -> ReleaseCost:
+    seconds = [row["seconds"] for row in rows if row["seconds"] is not None and not row["from_cache"]]
+    return ReleaseCost(
+        version=version,
+        release_id=release_id,
+        answers=len(rows),
+        simulated_answers=sum(row["simulated"] for row in rows),
+        prompt_tokens=sum(row["prompt_tokens"] for row in rows),
+        completion_tokens=sum(row["completion_tokens"] for row in rows),
+        mean_seconds=sum(seconds) / len(seconds) if seconds else None,
+        cost_usd=sum(row["cost_usd"] for row in rows),
+    )
