@@ -10,6 +10,7 @@ MillraceError
 │   └── CanaryError        a new index build finds less than the one before
 ├── ReleaseError           a release can't be packaged, registered or loaded
 ├── EngineError            a generator can't be loaded or doesn't answer
+├── ServingError           a request can't be answered as asked
 ├── TrainingError          a training set or a fine-tune is unusable
 └── GateRefusal            a candidate did not pass; the message names the criterion
 """
@@ -53,6 +54,10 @@ class ReleaseError(MillraceError):
 
 class EngineError(MillraceError):
     """A generator can't be loaded or doesn't answer."""
+
+
+class ServingError(MillraceError):
+    """A request can't be answered as asked."""
 
 
 class TrainingError(MillraceError):

@@ -49,6 +49,10 @@ class Settings(BaseSettings):
     """Answer an identical request to the same release and index build from memory."""
     engine_cache_gb: int = Field(1, ge=1)
     """Key-value cache of each loaded generator, in GiB."""
+    gateway_workers: int = Field(16, ge=1)
+    """Exchanges that one gateway works on at once; its engines compute them together."""
+    gateway_queue: int = Field(64, ge=0)
+    """Exchanges that may wait for a worker; beyond that a caller is told to come back (429)."""
     threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
     """Threads that one part of the stack may compute with."""
 

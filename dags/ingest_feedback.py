@@ -1,0 +1,74 @@
+"""`<application>.ingest_feedback`: the gateway's event log → bronze events → silver exchanges and feedback."""
+
+from airflow.sdk import DAG, AssetAlias, task
+from airflow.sdk.exceptions import AirflowFailException
+from airflow.timetables.interval import CronDataIntervalTimetable
+from millrace_airflow import asset, defaults, run_name
+from pendulum import datetime
+
+from millrace.applications import Application, load_applications
+from millrace.settings import read_settings
+
+RUNBOOK = """
+### What it does
+Lands the gateway's events of the run's data interval in `bronze/events`, then brings `silver/exchanges` and
+`silver/feedback` up to date for every completion that the interval touched. Great Expectations keeps what is out of
+range, forged or unreadable in `quarantine/feedback`, with the reason. Only a change updates the feedback asset.
+
+### Healthy
+Green for every interval, within seconds; `quarantined` in the tasks' results is 0.
+
+### When it fails
+*land*: a segment of the event log can't be read; the message names it. *refine*: other runs kept committing first;
+clear the task. Both are safe to clear, retry and run in any order: the tables come out the same.
+
+### Backfill
+`airflow backfill create --dag-id <application>.ingest_feedback --from-date … --to-date … --max-active-runs 3
+--reprocess-behavior completed`; without the last option intervals that have a run are skipped. It may run beside the
+schedule. Event segments are never deleted by this DAG, so any interval can be made again from them.
+"""
+
+
+def ingest_feedback(application: Application) -> DAG:
+    with DAG(
+        dag_id=f"{application.name}.ingest_feedback",
+        schedule=CronDataIntervalTimetable(application.schedules.ingest_feedback, timezone="UTC"),
+        start_date=datetime(2026, 1, 1, tz="UTC"),
+        catchup=False,
+        max_active_runs=4,
+        default_args=defaults(application.owner),
+        doc_md=RUNBOOK,
+        tags=[application.name, "feedback"],
+    ) as dag:
+
+        @task
+        def land(data_interval_start=None, data_interval_end=None) -> dict:
+            from millrace.sources.feedback import land_events
+
+            interval = interval_of(data_interval_start, data_interval_end)
+            return land_events(read_settings(), application, *interval, run=run_name())
+
+        @task(outlets=[AssetAlias(f"{application.name}/silver/feedback")])
+        def refine(data_interval_start=None, data_interval_end=None, *, outlet_events) -> dict:
+            from millrace.sources.feedback import refine_feedback
+
+            interval = interval_of(data_interval_start, data_interval_end)
+            written = refine_feedback(read_settings(), application, *interval, run=run_name())
+            if written["changed"]:
+                outlet_events[AssetAlias(f"{application.name}/silver/feedback")].add(
+                    asset(application.name, "silver/feedback"), extra=written
+                )
+            return written
+
+        land() >> refine()
+    return dag
+
+
+def interval_of(start, end) -> tuple:
+    if start is None or end is None:
+        raise AirflowFailException("this run has no data interval; trigger it with a logical date, or by a backfill")
+    return start, end
+
+
+for declared in load_applications(read_settings()):
+    globals()[f"{declared.name}_ingest_feedback"] = ingest_feedback(declared)

@@ -1,0 +1,39 @@
+"""`python -m millrace.serving`: the gateway as a process. Listens at once; `/readyz` says when it can answer.
+
+SIGTERM lets exchanges come to their end, then syncs and unloads.
+"""
+
+import logging
+import sys
+
+import uvicorn
+
+from millrace.applications import load_applications
+from millrace.errors import MillraceError
+from millrace.serving.gateway import create_app
+from millrace.settings import read_settings
+
+PATIENCE = 30
+"""Seconds that exchanges may take to end after SIGTERM."""
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        settings = read_settings()
+        app = create_app(settings, load_applications(settings))
+    except MillraceError as error:
+        sys.exit(str(error))
+    uvicorn.run(
+        app,
+        host=settings.host,
+        port=settings.gateway_port,
+        access_log=False,
+        log_config=None,
+        timeout_graceful_shutdown=PATIENCE,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""The gateway: OpenAI's API in front of releases, with every exchange and every word of feedback on disk first.
+
+`create_app` puts the parts together and knows HTTP; what happens to a question is in `exchange.py`, who answers it in
+`traffic.py`. Ids are signed, so any gateway of a deployment takes feedback on the answer of any other.
+"""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import generate_latest
+from starlette.exceptions import HTTPException
+
+from millrace.applications import Application
+from millrace.errors import SettingsError, SourceError
+from millrace.serving import openai_format
+from millrace.serving.answer_cache import AnswerCache
+from millrace.serving.asked import MAX_BODY, Asked, read_asked, read_said
+from millrace.serving.exchange import Answered, Begun, Piece, Told, hold
+from millrace.serving.metrics import Metrics
+from millrace.serving.refusal import Refusal, unavailable
+from millrace.serving.traffic import RegisteredReleases, Releases, Traffic
+from millrace.settings import Settings
+from millrace.sources.completion_id import verify
+from millrace.sources.event_log import EventLog, Feedback
+
+CACHED_ANSWERS = 10_000
+"""Per application; some kilobytes each."""
+
+
+@dataclass
+class Counter:
+    """Where one application's requests are taken: the parts that `exchange.hold` works with."""
+
+    application: Application
+    traffic: Traffic
+    events: EventLog
+    cache: AnswerCache | None
+    metrics: Metrics
+    completion_key: bytes
+
+
+def create_app(
+    settings: Settings,
+    applications: Sequence[Application],
+    releases: Callable[[Settings, Application], Releases] = RegisteredReleases,
+) -> FastAPI:
+    """The gateway for `applications`. Nothing is loaded or written before the app is started.
+
+    Args:
+        releases: where an application's releases come from; the MLflow registry, unless a test knows better.
+
+    Raises:
+        SettingsError: a key is missing, so that ids could be forged or users recognised.
+    """
+    completion_key, pseudonym_key = (_key(settings, name) for name in ("completion_key", "pseudonym_key"))
+    metrics = Metrics()
+    counters = {
+        application.name: Counter(
+            application=application,
+            traffic=Traffic(application.name, releases(settings, application)),
+            events=EventLog(settings.event_log(application.name)),
+            cache=AnswerCache(CACHED_ANSWERS) if settings.answer_cache else None,
+            metrics=metrics,
+            completion_key=completion_key,
+        )
+        for application in applications
+    }
+    workers = _Workers(settings.gateway_workers, settings.gateway_queue, metrics)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        for counter in counters.values():
+            counter.traffic.start()
+        yield
+        await asyncio.to_thread(_close, workers, list(counters.values()))
+
+    app = FastAPI(title="Millrace gateway", lifespan=lifespan, docs_url=None, redoc_url=None)
+
+    @app.exception_handler(Refusal)
+    async def refused(request: Request, refusal: Refusal) -> Response:
+        return _refused(refusal, metrics)
+
+    @app.exception_handler(HTTPException)
+    async def unknown(request: Request, error: HTTPException) -> Response:
+        sentence = f"{request.method} {request.url.path}: {error.detail}"
+        return _refused(Refusal(error.status_code, sentence, code="unknown_url"), metrics)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        asked = read_asked(await _body(request), request.headers, pseudonym_key)
+        counter = counters.get(asked.application)
+        if counter is None:
+            raise Refusal(
+                404,
+                f"there is no application {asked.application!r}; there are {', '.join(counters)}",
+                code="model_not_found",
+                param="model",
+            )
+        exchange = workers.take(counter, asked)
+        begun = await exchange.begin()
+        if asked.stream:
+            return StreamingResponse(_streamed(asked, begun, exchange), media_type="text/event-stream")
+        async for told in exchange.rest():
+            if isinstance(told, Answered):
+                return JSONResponse(openai_format.completion(asked, begun, told))
+        raise AssertionError("an exchange ends with an answer or a refusal")
+
+    @app.post("/v1/feedback")
+    async def feedback(request: Request) -> Response:
+        said = read_said(await _body(request), request.headers, pseudonym_key)
+        try:
+            issued = verify(completion_key, said.completion_id)
+        except SourceError as error:
+            raise Refusal(403, str(error), code="forged_completion_id", param="completion_id") from None
+        counter = counters.get(issued.application)
+        if counter is None:
+            raise Refusal(
+                404, f"application {issued.application!r} is not served here any more", code="unknown_application"
+            )
+        event = Feedback(
+            completion_id=said.completion_id,
+            application=issued.application,
+            simulated=said.simulated,
+            user=said.user,
+            rating=said.rating,
+            comment=said.comment,
+            correction=said.correction,
+        )
+        try:
+            await counter.events.append_async(event)
+        except SourceError as error:
+            raise unavailable(str(error), code="not_recorded") from None
+        metrics.feedback.labels(issued.application).inc()
+        return JSONResponse({"id": event.event_id, "object": "feedback", "completion_id": said.completion_id})
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        named = {name: since for counter in counters.values() for name, since in counter.traffic.models().items()}
+        return {"object": "list", "data": [_model(name, since) for name, since in named.items()]}
+
+    @app.get("/v1/models/{name}")
+    async def model(name: str) -> dict[str, Any]:
+        counter = counters.get(name.partition("@")[0])
+        since = counter.traffic.models().get(name) if counter else None
+        if since is None:
+            raise Refusal(404, f"there is no model {name!r}; see /v1/models", code="model_not_found", param="model")
+        return _model(name, since)
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        return {"status": "up"}
+
+    @app.get("/readyz")
+    async def readyz() -> Response:
+        troubles = {name: counter.traffic.not_ready for name, counter in counters.items()}
+        ready = not any(troubles.values())
+        body = {
+            "status": "ready" if ready else "not ready",
+            "applications": {name: trouble or "ready" for name, trouble in troubles.items()},
+        }
+        return JSONResponse(body, status_code=200 if ready else 503)
+
+    @app.get("/metrics")
+    async def exposition() -> Response:
+        return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return app
+
+
+class _Workers:
+    """The threads in which exchanges are held, and how many may wait for one."""
+
+    def __init__(self, workers: int, queue: int, metrics: Metrics) -> None:
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="exchange")
+        self._most = workers + queue
+        self._taken = 0
+        self._metrics = metrics
+
+    def take(self, counter: Counter, asked: Asked) -> "_Exchange":
+        """Begin an exchange. Called in the event loop, like the release of its place: no lock is needed.
+
+        Raises:
+            Refusal: 429, too many are waiting.
+        """
+        if self._taken >= self._most:
+            raise Refusal(
+                429, f"{self._taken} exchanges are at work or waiting; come back", code="overloaded", retry_after=1
+            )
+        self._taken += 1
+        self._metrics.at_work.set(self._taken)
+        loop = asyncio.get_running_loop()
+        exchange = _Exchange()
+
+        def tell(told: Told) -> None:
+            loop.call_soon_threadsafe(exchange.told.put_nowait, told)
+
+        def work() -> None:
+            hold(counter, asked, tell, exchange.left)
+            loop.call_soon_threadsafe(self._release)
+
+        self._pool.submit(work)
+        return exchange
+
+    def close(self) -> None:
+        """Wait for every exchange to end."""
+        self._pool.shutdown(wait=True)
+
+    def _release(self) -> None:
+        self._taken -= 1
+        self._metrics.at_work.set(self._taken)
+
+
+class _Exchange:
+    """The event loop's side of an exchange that a worker thread holds."""
+
+    def __init__(self) -> None:
+        self.told: asyncio.Queue[Told] = asyncio.Queue()
+        self.left = threading.Event()
+        self._first: Told | None = None
+
+    async def begin(self) -> Begun:
+        """Once the exchange is on disk and the first words, or all, are there: until then a refusal can still say so.
+
+        Raises:
+            Refusal: there is no answer.
+        """
+        begun = await self._next()
+        assert isinstance(begun, Begun)
+        self._first = await self._next()
+        return begun
+
+    async def rest(self) -> AsyncIterator[Piece | Answered]:
+        """What follows, up to the answer. Leaving this early cancels the generation."""
+        told = self._first
+        try:
+            while isinstance(told, Piece):
+                yield told
+                told = await self._next()
+            assert isinstance(told, Answered)
+            yield told
+        finally:
+            self.left.set()
+
+    async def _next(self) -> Told:
+        try:
+            told = await self.told.get()
+        except asyncio.CancelledError:
+            self.left.set()
+            raise
+        if isinstance(told, Refusal):
+            raise told
+        return told
+
+
+async def _streamed(asked: Asked, begun: Begun, exchange: _Exchange) -> AsyncIterator[bytes]:
+    yield openai_format.opening(asked, begun)
+    try:
+        async for told in exchange.rest():
+            if isinstance(told, Piece):
+                yield openai_format.words(asked, begun, told.text)
+            else:
+                yield openai_format.closing(asked, begun, told)
+    except Refusal as refusal:
+        yield openai_format.broken(refusal)
+    finally:
+        exchange.left.set()
+
+
+async def _body(request: Request) -> bytes:
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY:
+            raise Refusal(413, f"the request is larger than {MAX_BODY} bytes; send less", code="too_large")
+    return bytes(body)
+
+
+def _refused(refusal: Refusal, metrics: Metrics) -> Response:
+    metrics.refusals.labels(str(refusal.status)).inc()
+    return JSONResponse(refusal.body(), status_code=refusal.status, headers=refusal.headers())
+
+
+def _model(name: str, since: int) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": since, "owned_by": "millrace"}
+
+
+def _key(settings: Settings, name: str) -> bytes:
+    key: bytes = getattr(settings, name).get_secret_value().encode()
+    if not key:
+        raise SettingsError(f"MILLRACE_{name.upper()} is empty; `millrace up` makes one, or set your own")
+    return key
+
+
+def _close(workers: _Workers, counters: Sequence[Counter]) -> None:
+    workers.close()
+    for counter in counters:
+        counter.events.close()
+        counter.traffic.stop()
