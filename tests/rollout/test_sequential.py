@@ -16,7 +16,7 @@ from millrace.rollout.sequential import (
     log_wealth_apart,
     log_wealth_below,
     pseudo_outcomes,
-    worst_case_bounds,
+    worst_cases,
 )
 
 ERROR = 0.05
@@ -146,16 +146,24 @@ def test_epochs_are_compared_within_never_pooled() -> None:
     assert outcome[challenger].mean() - outcome[~challenger].mean() > 0.2
 
 
-def test_bounds_hold_whatever_the_silent_would_have_said() -> None:
+def test_the_worst_cases_enclose_the_effect_whatever_the_silent_would_have_said() -> None:
     rng = np.random.default_rng(2)
-    challenger = rng.random(500) < 0.5
-    outcome = rng.random(500)
-    answered = rng.random(500) < np.where(challenger, 0.5, 0.9)
-    sample = Sample(outcome, challenger, np.full(500, 0.5))
-    low, high = worst_case_bounds(sample, answered)
-    assert low < outcome[challenger].mean() - outcome[~challenger].mean() < high
-    assert high - low == pytest.approx((~answered[challenger]).mean() + (~answered[~challenger]).mean())
-    assert worst_case_bounds(sample, np.ones(500, bool)) == pytest.approx((estimate(sample),) * 2)
+    challenger = rng.random(2000) < 0.5
+    everything = Sample(rng.random(2000), challenger, np.full(2000, 0.5))
+    # Only who is content answers, and fewer of the challenger's: what is heard is no fair picture.
+    answered = (everything.outcome > 0.3) & (rng.random(2000) < np.where(challenger, 0.6, 0.9))
+    badly, well = worst_cases(everything, answered)
+    low, high = confidence_sequence(badly, ERROR)[0], confidence_sequence(well, ERROR)[1]
+    whole, lowest, highest = (estimate(sample) for sample in (everything, badly, well))
+    assert whole is not None
+    assert lowest is not None
+    assert highest is not None
+    assert low < lowest < whole < highest < high
+    silent = (~answered[challenger]).mean() + (~answered[~challenger]).mean()
+    assert highest - lowest == pytest.approx(silent)
+    assert confidence_sequence(worst_cases(everything, np.ones(2000, bool))[0], ERROR) == pytest.approx(
+        confidence_sequence(everything, ERROR)
+    )
 
 
 @pytest.mark.parametrize(

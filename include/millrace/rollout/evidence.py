@@ -82,6 +82,10 @@ class Evidence:
         answered = self.answered
         return Sample(self.rating[answered], self.challenger[answered], self.probability[answered])
 
+    def everybody(self) -> Sample:
+        """Ratings, 0 where there is none."""
+        return Sample(np.nan_to_num(self.rating), self.challenger, self.probability)
+
     def successes(self) -> Sample:
         return Sample(self.success, self.challenger, self.probability)
 

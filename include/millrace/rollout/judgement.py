@@ -9,7 +9,7 @@ own guardrail must be refuted at error_rate, so the probability is at most error
 end of an interval here is wrong, ever, with probability error_rate; the low one is what an advance goes by.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp, log
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from millrace.rollout.sequential import (
     log_sample_ratio,
     log_wealth_apart,
     log_wealth_below,
-    worst_case_bounds,
+    worst_cases,
 )
 
 SAMPLE_RATIO_ERROR = 0.001
@@ -84,8 +84,8 @@ def judge(
     samples = {"quality": evidence.quality(), "success": evidence.successes(), "latency": evidence.latency()}
     guardrails = [_guardrail(name, sample, policy.error_rate) for name, sample in samples.items()]
     if unequal:
-        guardrails[0] = _bounded(guardrails[0], evidence)
-    harm = log_harm(evidence)
+        guardrails[0] = _bounded(guardrails[0], evidence, policy.error_rate)
+    harm = log_harm(evidence, unequal=unequal)
     summary = _summary(evidence, guardrails, step, harm, ratio, response, responses)
 
     if ratio >= log(1 / SAMPLE_RATIO_ERROR) and "sample_ratio" not in overruled:
@@ -117,10 +117,17 @@ def judge(
     return Judgement("hold", "; ".join(why), summary)
 
 
-def log_harm(evidence: Evidence) -> float:
-    """Peak log wealth of who spreads a bet on harm over quality, success and latency, as users close one by one."""
-    answered = np.cumsum(evidence.answered)
-    quality = np.concatenate(([0.0], log_wealth_below(evidence.quality())))[answered]
+def log_harm(evidence: Evidence, *, unequal: bool = False) -> float:
+    """Peak log wealth of who spreads a bet on harm over quality, success and latency, as users close one by one.
+
+    Args:
+        unequal: who rates differs; the bet on quality then allows the silent challenger's users the best ratings.
+    """
+    if unequal:
+        quality = log_wealth_below(worst_cases(evidence.everybody(), evidence.answered)[1])
+    else:
+        answered = np.cumsum(evidence.answered)
+        quality = np.concatenate(([0.0], log_wealth_below(evidence.quality())))[answered]
     others = [log_wealth_below(sample) for sample in (evidence.successes(), evidence.latency())]
     return log_peak(log_mean([quality, *others])).item()
 
@@ -141,19 +148,15 @@ def _guardrail(name: str, sample: Sample, error_rate: float) -> Guardrail:
     )
 
 
-def _bounded(quality: Guardrail, evidence: Evidence) -> Guardrail:
-    everybody = Sample(np.nan_to_num(evidence.rating), evidence.challenger, evidence.probability)
-    return Guardrail(
-        quality.name,
-        quality.champion,
-        quality.challenger,
-        quality.champion_mean,
-        quality.challenger_mean,
-        None,
-        None,
-        None,
-        quality.log_harm,
-        bounds=worst_case_bounds(everybody, evidence.answered),
+def _bounded(quality: Guardrail, evidence: Evidence, error_rate: float) -> Guardrail:
+    badly, well = worst_cases(evidence.everybody(), evidence.answered)
+    return replace(
+        quality,
+        estimate=None,
+        low=None,
+        high=None,
+        log_harm=log_peak(log_wealth_below(well)).item(),
+        bounds=(confidence_sequence(badly, 2 * error_rate)[0], confidence_sequence(well, 2 * error_rate)[1]),
     )
 
 

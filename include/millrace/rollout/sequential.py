@@ -19,7 +19,7 @@ valid inference for multinomial count data, NeurIPS 2022; Manski, Nonparametric 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import lgamma, log, log1p
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -146,23 +146,19 @@ def log_sample_ratio(counts: Iterable[tuple[int, int, float]]) -> float:
     return total
 
 
-def worst_case_bounds(sample: Sample, answered: NDArray[np.bool_]) -> tuple[float, float]:
-    """Between which values the difference of means lies, whatever the users who did not answer would have said.
+def worst_cases(sample: Sample, answered: NDArray[np.bool_]) -> tuple[Sample, Sample]:
+    """The sample with the silent filled in: as badly for the challenger as can be, and as well as can be.
 
-    Epochs are weighted by their users. No sampling error is included: these bound what is unknowable here, not
-    what is unknown yet (Manski 1990).
+    The effect lies between those of the two, whatever the silent would have said (Manski 1990); the low end of the
+    first one's confidence sequence and the high end of the second's bound it, sampling error included.
 
     Args:
-        sample: one sample; the outcome of who did not answer is ignored.
+        sample: everybody; the outcome of who did not answer is ignored.
+        answered: of the sample's shape.
     """
-    low = high = 0.0
-    for p in np.unique(sample.probability):
-        epoch = sample.probability == p
-        bounds = [_mean_bounds(sample.outcome[arm], answered[arm]) for arm in _arms(sample, epoch)]
-        (new_low, new_high), (old_low, old_high) = bounds
-        low += epoch.mean() * (new_low - old_high)
-        high += epoch.mean() * (new_high - old_low)
-    return (float(low), float(high)) if len(sample) else (-1.0, 1.0)
+    badly = np.where(answered, sample.outcome, ~sample.challenger)
+    well = np.where(answered, sample.outcome, sample.challenger)
+    return Sample(badly, sample.challenger, sample.probability), Sample(well, sample.challenger, sample.probability)
 
 
 def _log_wealth(x: Floats, largest: Floats, effect: float) -> Floats:
@@ -182,14 +178,3 @@ def _lowest_excluded(excluded: Callable[[float], bool]) -> float:
 
 def _log_beta(a: float, b: float) -> float:
     return lgamma(a) + lgamma(b) - lgamma(a + b)
-
-
-def _arms(sample: Sample, epoch: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[Any]]:
-    return epoch & sample.challenger, epoch & ~sample.challenger
-
-
-def _mean_bounds(outcome: Floats, answered: NDArray[np.bool_]) -> tuple[float, float]:
-    if not outcome.size:
-        return 0.0, 1.0
-    known, unknown = float(np.where(answered, outcome, 0).mean()), float((~answered).mean())
-    return known, known + unknown
