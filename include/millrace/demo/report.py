@@ -3,7 +3,6 @@
 It reads and tells; whether the loop did its work is the story's verdict, whose stages it is given.
 """
 
-import json
 import os
 import platform
 import tempfile
@@ -25,7 +24,7 @@ from millrace.demo.report_model import (
 )
 from millrace.demo.report_page import render_page
 from millrace.demo.report_reading import (
-    champion_entry,
+    champion_entries,
     champions,
     costs,
     gate_entry,
@@ -64,7 +63,7 @@ def build_report(
     recent = [exchange for exchange in exchanges if exchange["occurred_at"] >= started_at]
     judged = [row for row in evaluations if row["evaluated_at"] >= started_at]
     rollouts = rollout_entries(journal, evaluations, exchanges, application, started_at)
-    before, after = (champion_entry(champion, evaluations, application) for champion in champions(journal, started_at))
+    before, after = champion_entries(champions(journal, started_at), evaluations, application)
     told = [StageEntry(name=s.name, state=s.state, seconds=s.elapsed(), detail=s.detail) for s in stages]
     gates = [gate_entry(row) for row in judged]
     return Report(
@@ -90,7 +89,7 @@ def build_report(
             cores=os.cpu_count() or 1,
             memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             memory_peak_bytes=memory_peak_bytes,
-            platform=platform.platform(),
+            platform=f"{platform.system()} {platform.machine()}",
             python=platform.python_version(),
         ),
         code_version=version("millrace"),
@@ -126,7 +125,7 @@ def headline(
     else:
         said.append("There is no champion.")
     said += [
-        f"Version {rollout.challenger}, {'a worse release' if rollout.gate_passed is False else 'a challenger'}, was "
+        f"Version {rollout.challenger}{', which the gate had refused,' if rollout.gate_passed is False else ''} was "
         f"rolled back after {rollout.users_on_challenger} of {rollout.users} "
         f"{'simulated users' if rollout.simulated else 'users'} had met it."
         for rollout in rollouts
@@ -145,7 +144,15 @@ def _gain(before: ChampionEntry, after: ChampionEntry) -> str:
 
 
 def _said(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    """A declared value in words."""
+    match value:
+        case None:
+            return "none"
+        case dict():
+            return ", ".join(f"{key} {_said(item)}" for key, item in value.items())
+        case list() | tuple():
+            return "; ".join(_said(item) for item in value)
+    return str(value)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from millrace.demo.report_model import Report, RolloutEntry
 from millrace.demo.report_plots import criterion_plot, evidence_plot, share_plot
@@ -16,6 +17,12 @@ OUTCOMES = {
     "rollback": ("rolled back", "bad"),
     "running": ("still running", "quiet"),
 }
+MEANINGS = {
+    "quality": "mean rating",
+    "success": "answered by its own release",
+    "latency": "answered within the budget",
+}
+"""Guardrail → what its means are the mean of; in this order."""
 STATES = {"done": "good", "nothing new": "good", "refused": "warn", "failed": "bad"}
 
 
@@ -24,7 +31,14 @@ def render_page(report: Report) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"duration": _duration, "usd": _usd, "memory": _memory, "signed": _signed, "rate": _rate}
+    environment.filters |= {
+        "duration": _duration,
+        "usd": _usd,
+        "memory": _memory,
+        "signed": _signed,
+        "rate": _rate,
+        "measured": _measured,
+    }
     spent = sum(stage.seconds for stage in report.stages)
     return environment.from_string(TEMPLATE.read_text()).render(
         report=report,
@@ -32,22 +46,24 @@ def render_page(report: Report) -> str:
         spent=spent,
         elapsed=(report.finished_at - report.started_at).total_seconds(),
         gates=[
-            (gate, [(c, _markup(criterion_plot(c)) if c.measure != "count" else "") for c in gate.criteria])
+            (gate, [(c, Markup(criterion_plot(c)) if c.measure != "count" else "") for c in gate.criteria])
             for gate in report.gates
         ],
         rollouts=[_shown(rollout) for rollout in report.rollouts],
         bad=[rollout for rollout in report.rollouts if rollout.outcome == "rollback"],
         outcomes=OUTCOMES,
+        meanings=MEANINGS,
     )
 
 
 def _shown(rollout: RolloutEntry) -> dict[str, Any]:
-    quality = next((g for g in rollout.guardrails if g.name == "quality"), None)
+    order = list(MEANINGS)
+    guardrails = sorted(rollout.guardrails, key=lambda g: order.index(g.name) if g.name in order else len(order))
     return {
         "rollout": rollout,
-        "share": _markup(share_plot(rollout)),
-        "evidence": _markup(evidence_plot(rollout, quality)) if quality else "",
-        "guardrails": [(guardrail, guardrail.points[-1]) for guardrail in rollout.guardrails],
+        "share": Markup(share_plot(rollout)),
+        "evidence": Markup(evidence_plot(rollout, guardrails[0])) if guardrails else "",
+        "guardrails": [(guardrail, guardrail.points[-1]) for guardrail in guardrails],
         "decisions": _folded(rollout),
     }
 
@@ -76,12 +92,6 @@ def _placed(report: Report) -> list[dict[str, Any]]:
     return placed
 
 
-def _markup(svg: str) -> Any:
-    from markupsafe import Markup
-
-    return Markup(svg)
-
-
 def _duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
@@ -103,3 +113,13 @@ def _signed(value: float | None) -> str:
 
 def _rate(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
+
+
+def _measured(value: float, criterion: str) -> str:
+    """A criterion's mean in its own unit."""
+    match criterion:
+        case "latency":
+            return f"{value:.2f} s"
+        case "cost":
+            return f"${value * 1e6:.3g} / 1M"
+    return f"{value:.3f}"

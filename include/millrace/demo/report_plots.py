@@ -21,7 +21,8 @@ KIND_COLOURS = {
     "rollback": BAD,
     "freeze": BAD,
 }
-WIDTH, HEIGHT = 380, 190
+WIDTH, HEIGHT = 470, 270
+"""Of a whole picture, in pixels: titles and axes included, so that two beside each other stand level."""
 
 
 def share_plot(rollout: RolloutEntry) -> str:
@@ -53,7 +54,7 @@ def share_plot(rollout: RolloutEntry) -> str:
                 ]
             )
         )
-        .mark_text(align="right" if right else "left", dx=-7 if right else 7, dy=-9, fontSize=11)
+        .mark_text(align="right" if right else "left", dx=-7 if right else 7, dy=-9, fontSize=12)
         .encode(x=x, y=y, text="label:N", color=colour)
         for right in (False, True)
     ]
@@ -69,6 +70,9 @@ def evidence_plot(rollout: RolloutEntry, guardrail: GuardrailEntry) -> str:
         | ({} if p.estimate is None else {"estimate": p.estimate})
         for p in known
     ]
+    if rows:
+        # Before the first user anything is possible.
+        rows.insert(0, {"minutes": 0.0, "low": -1.0, "high": 1.0, "margin": rows[0]["margin"]})
     x = alt.X(
         "minutes:Q",
         title="minutes since the rollout began",
@@ -80,10 +84,9 @@ def evidence_plot(rollout: RolloutEntry, guardrail: GuardrailEntry) -> str:
         return alt.Y(f"{field}:Q", title=None, scale=scale, axis=alt.Axis(format="+.1f"))
 
     base = alt.Chart(_data(rows))
-    band = base.mark_area(color=CHALLENGER, opacity=0.16, interpolate="step-after").encode(x=x, y=y("low"), y2="high:Q")
+    band = base.mark_area(color=CHALLENGER, opacity=0.16).encode(x=x, y=y("low"), y2="high:Q")
     edges = [
-        base.mark_line(color=CHALLENGER, opacity=0.6, strokeWidth=1, interpolate="step-after").encode(x=x, y=y(side))
-        for side in ("low", "high")
+        base.mark_line(color=CHALLENGER, opacity=0.6, strokeWidth=1).encode(x=x, y=y(side)) for side in ("low", "high")
     ]
     margin = base.mark_line(color=BAD, strokeDash=[4, 3], strokeWidth=1.2, interpolate="step-after").encode(
         x=x, y=y("margin")
@@ -92,19 +95,20 @@ def evidence_plot(rollout: RolloutEntry, guardrail: GuardrailEntry) -> str:
     line = estimated.mark_line(color=CHALLENGER, strokeWidth=2).encode(x=x, y=y("estimate"))
     dots = estimated.mark_point(color=CHALLENGER, filled=True, size=24, opacity=1).encode(x=x, y=y("estimate"))
     zero = alt.Chart(_data([{"zero": 0.0}])).mark_rule(color=FAINT, strokeWidth=1).encode(y=y("zero"))
-    named = [
-        alt.Chart(_data([{"level": level, "said": said}]))
-        .mark_text(align="right", dy=dy, dx=-2, fontSize=10.5, color=colour)
-        .encode(x=alt.value(WIDTH), y=y("level"), text="said:N")
-        for level, said, dy, colour in (
-            (0.0, "no difference", -6, FAINT),
-            *([(rows[-1]["margin"], "harm to exclude", 9, BAD)] if rows else []),
-        )
-    ]
+    zero_named = (
+        alt.Chart(_data([{"zero": 0.0, "said": "no difference"}]))
+        .mark_text(align="left", dy=-6, dx=4, fontSize=11, color=FAINT)
+        .encode(x=alt.value(0), y=y("zero"), text="said:N")
+    )
+    margin_named = (
+        alt.Chart(_data([{"margin": row["margin"], "said": "harm to exclude"} for row in rows[-1:]]))
+        .mark_text(align="right", dy=10, dx=-2, fontSize=11, color=BAD)
+        .encode(x=alt.value("width"), y=y("margin"), text="said:N")
+    )
     last = guardrail.points[-1]
     whom = "simulated users" if rollout.simulated else "users"
     return _svg(
-        alt.layer(zero, band, *edges, margin, line, dots, *named),
+        alt.layer(zero, band, *edges, margin, line, dots, zero_named, margin_named),
         f"{guardrail.name.capitalize()}: challenger minus champion",
         f"confidence sequence; {last.champion_users} champion and {last.challenger_users} challenger {whom}",
     )
@@ -146,6 +150,7 @@ def _svg(chart: Any, title: str, subtitle: str) -> str:
     titled = chart.properties(
         width=WIDTH,
         height=HEIGHT,
+        autosize=alt.AutoSizeParams(type="fit", contains="padding"),
         title=alt.TitleParams(title, subtitle=subtitle, anchor="start", offset=12),
         background="transparent",
     )
@@ -153,13 +158,13 @@ def _svg(chart: Any, title: str, subtitle: str) -> str:
         "config": {
             "font": "Helvetica, Arial, sans-serif",
             "view": {"stroke": None},
-            "title": {"fontSize": 13, "fontWeight": 600, "color": INK, "subtitleColor": FAINT, "subtitleFontSize": 11},
+            "title": {"fontSize": 14, "fontWeight": 600, "color": INK, "subtitleColor": FAINT, "subtitleFontSize": 12},
             "axis": {
                 "labelColor": FAINT,
                 "titleColor": FAINT,
                 "titleFontWeight": "normal",
-                "titleFontSize": 11,
-                "labelFontSize": 11,
+                "titleFontSize": 12,
+                "labelFontSize": 12,
                 "gridColor": GRID,
                 "domainColor": GRID,
                 "tickColor": GRID,

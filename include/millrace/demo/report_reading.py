@@ -74,12 +74,19 @@ def gate_entry(row: dict[str, Any]) -> GateEntry:
     )
 
 
-def champion_entry(
-    version: str | None, evaluations: Sequence[dict[str, Any]], application: Application
-) -> ChampionEntry | None:
-    """The release with its score in the newest evaluation that it was part of."""
-    if version is None:
-        return None
+def champion_entries(
+    versions: tuple[str | None, str | None], evaluations: Sequence[dict[str, Any]], application: Application
+) -> tuple[ChampionEntry | None, ChampionEntry | None]:
+    """Champion before and after, each with its score in the evaluation that compared them, else in its newest one."""
+    together = [row for row in evaluations if {row["champion"], row["candidate"]} == set(versions)]
+    before, after = (
+        _champion(version, [*evaluations, *together], application) if version else None for version in versions
+    )
+    return before, after
+
+
+def _champion(version: str, evaluations: Sequence[dict[str, Any]], application: Application) -> ChampionEntry:
+    """The release with its score in the last of the evaluations that it was part of."""
     for row in reversed(evaluations):
         role = "champion" if row["champion"] == version else "candidate"
         scores = np.array([example[role]["quality"] for example in row["examples"] if role in example])
