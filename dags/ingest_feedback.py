@@ -3,11 +3,11 @@
 from airflow.sdk import DAG, AssetAlias, task
 from airflow.sdk.exceptions import AirflowFailException
 from airflow.timetables.interval import CronDataIntervalTimetable
-from millrace_airflow import asset, defaults, run_name
 from pendulum import datetime
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
+from millrace_airflow import asset, defaults, run_name
 
 RUNBOOK = """
 ### What it does
