@@ -93,12 +93,16 @@ class Training(Declared):
     epochs: int = Field(1, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
     lora_rank: int = Field(16, ge=1)
-    micro_batch: int = Field(2, ge=1)
+    lora_layers: int = Field(0, ge=0)
+    """Adapt the last so many blocks, which saves the way back through the others; 0: all blocks."""
+    micro_batch: int = Field(1, ge=1)
     gradient_accumulation: int = Field(2, ge=1)
     max_tokens: int = Field(640, ge=64)
     """Longer examples are left out, and counted."""
     processes: int = Field(2, ge=1)
     seed: int = 0
+    deepspeed: dict[str, Any] = {}
+    """Overrides of DeepSpeed's configuration, by section; `training/spec.py` has the keys, others are refused."""
 
 
 class Gate(Declared):

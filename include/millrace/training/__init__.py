@@ -1,0 +1,1 @@
+"""Fine-tuning: training sets without leaks, the DeepSpeed program and its launcher, export, the candidate release."""

@@ -1,0 +1,73 @@
+"""`<application>.finetune`: training set → DeepSpeed LoRA fine-tune → candidate release."""
+
+from datetime import timedelta
+
+from airflow.sdk import DAG, AssetAlias, Param, task
+from airflow.timetables.trigger import CronTriggerTimetable
+
+from millrace.applications import Application, load_applications
+from millrace.settings import read_settings
+from millrace_airflow import HEAVY, asset, defaults, run_name
+
+BELATED = timedelta(minutes=10)
+"""How long after its time the very first run may still start; a parse in between would else skip a week."""
+
+RUNBOOK = """
+### What it does
+Writes a training set (`gold/training_examples`) from documents' questions and users' corrections, none of them near
+an evaluation question; trains a LoRA adapter with DeepSpeed (curves in MLflow, experiment `<application>/finetune`);
+merges it into the base model and registers the result as a candidate release. The gate comes next, by itself.
+By hand: trigger with `max_examples` to train on fewer than `[training]` declares.
+
+### Healthy
+Green once a week. A set and configuration that were trained before are not trained again: the same version results.
+
+### When it fails
+*build_set*: too few examples (the message counts what was left out and why), no index build, or an evaluation question
+among them. *train*: the message names the process's reason; its logs and the last checkpoint are in
+`<home>/training`. Clear the task: it continues behind the checkpoint. *release*: the exported file doesn't answer like
+the trained model, or MLflow doesn't answer. Clear it: nothing is trained again. Safe to clear any time.
+"""
+
+
+def finetune(application: Application) -> DAG:
+    releases = AssetAlias(f"{application.name}/releases")
+    with DAG(
+        dag_id=f"{application.name}.finetune",
+        # Not a data interval: a weekly one is due the moment it is unpaused, on documents that are not there yet.
+        schedule=CronTriggerTimetable(application.schedules.finetune, timezone="UTC", run_immediately=BELATED),
+        catchup=False,
+        max_active_runs=1,
+        default_args=defaults(application.owner),
+        params={"max_examples": Param(None, type=["null", "integer"], minimum=8, description="Empty: as declared")},
+        doc_md=RUNBOOK,
+        tags=[application.name, "releases"],
+    ) as dag:
+
+        @task
+        def build_set(*, params: dict) -> dict:
+            from millrace.training.sets import build_training_set
+
+            return build_training_set(read_settings(), application, run=run_name(), max_examples=params["max_examples"])
+
+        @task(pool=HEAVY)
+        def train(built: dict) -> dict:
+            from millrace.training.finetune import finetune as train
+
+            return train(read_settings(), application, training_set=built["training_set"], run=run_name())
+
+        @task(pool=HEAVY, outlets=[releases])
+        def release(trained: dict, *, outlet_events) -> dict:
+            from millrace.training.candidate import release_candidate
+
+            released = release_candidate(read_settings(), application, trained=trained, run=run_name())
+            if released["changed"]:
+                outlet_events[releases].add(asset(application.name, "releases"), extra=released)
+            return released
+
+        release(train(build_set()))
+    return dag
+
+
+for declared in load_applications(read_settings()):
+    globals()[f"{declared.name}_finetune"] = finetune(declared)

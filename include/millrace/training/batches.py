@@ -1,0 +1,76 @@
+"""From examples to the batches of every step and process. Pure; it knows nothing of models.
+
+Loss counts on the answer alone: its tokens and the end of the turn, so that the model learns to stop.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from millrace.engines.chat import END_OF_TURN, chat_prompt
+from millrace.engines.engine import Message
+
+WINDOW = 8
+"""Steps within which examples are sorted by length."""
+
+Tokenize = Callable[[str], list[int]]
+"""Text to token ids; control tokens of the chat template are one token each."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example as token ids."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    """With the end of the turn."""
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+
+def encode(prompt: str, answer: str, tokenize: Tokenize) -> Encoded:
+    """The example exactly as the generator meets it when it answers."""
+    # A control token inside an answer would end the turn early; `chat_prompt` spells those apart in prompts.
+    plain = answer.strip().replace("<|", "< |")
+    asked = chat_prompt([Message("user", prompt)])
+    return Encoded(tuple(tokenize(asked)), tuple(tokenize(plain + END_OF_TURN)))
+
+
+def split_held_out(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Positions to train on and positions to measure on: at least one of these, at most 16."""
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    size = min(16, max(1, round(count * share)))
+    return sorted(order[size:]), sorted(order[:size])
+
+
+Schedule = list[list[list[list[int]]]]
+"""`[step][accumulation][process]` → the examples of one micro-batch."""
+
+
+def schedule(
+    lengths: Sequence[int], *, epochs: int, processes: int, micro_batch: int, accumulation: int, seed: int
+) -> Schedule:
+    """Every step of a run. Each example occurs at least once in each epoch.
+
+    Processes wait for each other after each micro-batch, so micro-batches that run at the same time are of
+    similar length. The last step of an epoch is filled up with examples from the epoch's beginning.
+    """
+    at_once = processes * micro_batch
+    per_step = at_once * accumulation
+    steps: Schedule = []
+    for epoch in range(epochs):
+        chance = random.Random(seed * 1_000_003 + epoch)
+        order = list(range(len(lengths)))
+        chance.shuffle(order)
+        missing = -len(order) % per_step
+        order += [order[i % len(order)] for i in range(missing)]
+        for start in range(0, len(order), WINDOW * per_step):
+            window = sorted(order[start : start + WINDOW * per_step], key=lambda i: lengths[i])
+            groups = [window[i : i + at_once] for i in range(0, len(window), at_once)]
+            chance.shuffle(groups)
+            shared = [[group[p * micro_batch : (p + 1) * micro_batch] for p in range(processes)] for group in groups]
+            steps += [shared[i : i + accumulation] for i in range(0, len(shared), accumulation)]
+    return steps

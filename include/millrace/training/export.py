@@ -1,0 +1,118 @@
+"""A trained adapter becomes a file that the engine reads: the base model's GGUF with the adapter merged in.
+
+Tensors that training didn't touch keep their bytes; the others are written as Q8_0, which loses next to nothing of
+what was learnt. It knows the file format, and nothing of how the adapter came about.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from millrace.applications import Generation
+from millrace.engines.engine import Engine, Message
+from millrace.errors import TrainingError
+from millrace.scoring.overlap import token_f1
+
+AGREEMENT = 0.7
+"""Mean token-F1 between the exported and the trained model's answers. Quantisation moves single words; a tensor
+written wrongly leaves nothing in common."""
+
+
+def write_merged(base: Path, adapter: Path, target: Path) -> None:
+    """Write `base` with the LoRA `adapter` (a folder as peft saves it) merged in to `target`, whole or not at all.
+
+    Weights are W + (alpha / r)·B·A (Hu et al., 2021, arXiv:2106.09685). Metadata and tokenizer are copied.
+
+    Raises:
+        TrainingError: the adapter doesn't fit the base model.
+    """
+    from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize, quantize
+
+    reader = GGUFReader(base)
+    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    deltas = _deltas(adapter, fields)
+    if unknown := sorted(deltas.keys() - {tensor.name for tensor in reader.tensors}):
+        raise TrainingError(
+            f"the adapter {adapter} changes {unknown[0]}, which {base} doesn't have; train on this base"
+        )
+    building = target.with_name(f".{target.name}.{os.getpid()}")
+    writer = GGUFWriter(building, fields["general.architecture"])
+    for name, field in reader.fields.items():
+        if name in fields and name != "general.architecture":
+            kinds = [*field.types, None]
+            writer.add_key_value(name, fields[name], kinds[0], kinds[1])
+    for tensor in reader.tensors:
+        if tensor.name in deltas:
+            weights = dequantize(tensor.data, tensor.tensor_type) + deltas[tensor.name]
+            kind = GGMLQuantizationType.Q8_0
+            writer.add_tensor(tensor.name, quantize(weights.astype(np.float32), kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(tensor.name, np.asarray(tensor.data), raw_dtype=tensor.tensor_type)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        with building.open("rb") as file:
+            os.fsync(file.fileno())
+        building.replace(target)
+    finally:
+        building.unlink(missing_ok=True)
+
+
+def verify_answers(engine: Engine, answers: Sequence[dict[str, str]]) -> float:
+    """Mean token-F1 of the engine's answers against the trained model's.
+
+    Args:
+        answers: `prompt` (a user message) and `answer` (greedy, at most 32 tokens), as the program's result has them.
+
+    Raises:
+        TrainingError: they have too little in common: the file isn't what was trained.
+    """
+    config = Generation(max_new_tokens=32, temperature=0)
+    given = [(engine.generate([Message("user", a["prompt"])], config).text, a["answer"]) for a in answers]
+    agreement = float(np.mean([token_f1(ours, theirs) for ours, theirs in given]))
+    if agreement < AGREEMENT:
+        raise TrainingError(
+            f"the exported model agrees with the trained one only to {agreement:.2f} (token-F1, at least {AGREEMENT}): "
+            f"it answers {given[0][0]!r} where {given[0][1]!r} was trained; the export is not used"
+        )
+    return agreement
+
+
+def _deltas(adapter: Path, fields: dict[str, Any]) -> dict[str, npt.NDArray[np.float32]]:
+    """GGUF tensor name → what is added to it."""
+    from gguf import MODEL_ARCH, get_tensor_name_map
+    from safetensors.numpy import load_file
+
+    arch = fields["general.architecture"]
+    if arch != "llama":
+        raise TrainingError(f"the base model is of architecture {arch!r}; only 'llama' can be exported")
+    heads = {"q_proj": fields["llama.attention.head_count"], "k_proj": fields["llama.attention.head_count_kv"]}
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, fields["llama.block_count"])
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    scale = config["lora_alpha"] / config["r"]
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    deltas = {}
+    for key in sorted(key for key in tensors if key.endswith(".lora_A.weight")):
+        module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        delta = scale * (tensors[key.replace(".lora_A.", ".lora_B.")] @ tensors[key])
+        kind = module.rsplit(".", 1)[-1]
+        if kind in heads:
+            delta = _rotary_rows(delta, heads[kind])
+        name = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
+        if name is None:
+            raise TrainingError(f"the adapter {adapter} changes {module}, which GGUF has no name for")
+        deltas[name] = delta
+    return deltas
+
+
+def _rotary_rows(weights: npt.NDArray[np.float32], heads: int) -> npt.NDArray[np.float32]:
+    """Rows in GGUF's order: each head's halves, which rotate together, interleaved (`convert_hf_to_gguf.py`)."""
+    rows, columns = weights.shape
+    return weights.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)

@@ -1,0 +1,245 @@
+"""Training sets: questions with known answers and users' corrections, prompted as the release prompts, and nothing
+that the gate will ask.
+
+A set's id is the hash of its examples; written once, it stays. Knows nothing of how it is trained on.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from millrace.applications import Application
+from millrace.errors import TrainingError
+from millrace.lakehouse.content import content_hash
+from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.tables import (
+    GOLD_EVALUATION_EXAMPLES,
+    GOLD_TRAINING_EXAMPLES,
+    SILVER_DOCUMENTS,
+    SILVER_FEEDBACK,
+)
+from millrace.releases.pipeline import MAX_QUESTION
+from millrace.releases.prompt import render
+from millrace.retrieval.search import Retriever
+from millrace.scoring.duplicates import near_duplicates
+from millrace.scoring.overlap import normalised_words
+from millrace.settings import Settings
+from millrace.sources.questions import derive_questions
+from millrace.training.candidate import starting_manifest
+
+MINIMUM = 8
+"""Examples below which a set is refused."""
+LOW_RATING = 0.5
+"""An answer rated below this was wrong, so that its correction is worth learning."""
+MAX_CORRECTION = 1000
+"""Characters. A longer correction is an essay, not an answer."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question whose answer is known, before it has a prompt."""
+
+    question: str
+    answer: str
+    origin: Literal["document", "correction"]
+    simulated: bool
+    section: str | None
+    document_id: str | None
+    """The document that holds the answer; None: nobody knows which."""
+
+    @property
+    def example_id(self) -> str:
+        return content_hash(self.question, self.answer)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a training set."""
+
+    example_id: str
+    origin: str
+    simulated: bool
+    section: str | None
+    question: str
+    answer: str
+    chunk_ids: tuple[str, ...]
+    prompt: str
+    """The user message that the release would send to its generator."""
+
+
+def build_training_set(
+    settings: Settings, application: Application, *, run: str, max_examples: int | None = None
+) -> dict[str, Any]:
+    """Write the training set that documents, feedback and the current index give; the same input, the same set.
+
+    Args:
+        max_examples: instead of the declared `training.max_examples`.
+
+    Returns:
+        `training_set`; counts `examples`, `corrections`, `simulated`; `left_out` (reason → count); `index_build`;
+        `changed`.
+
+    Raises:
+        TrainingError: fewer than 8 examples, or one that the gate asks, too.
+        RetrievalError: there is no index build.
+        ReleaseError: MLflow doesn't answer.
+    """
+    from millrace.retrieval.embed import Embedder
+
+    lake = Lake.of(settings, application.name)
+    manifest = starting_manifest(settings, application, run=run)
+    derived = derive_questions(lake.read(SILVER_DOCUMENTS), application)
+    held_out = {question.question for question in derived if question.split == "evaluation"}
+    held_out |= set(lake.read(GOLD_EVALUATION_EXAMPLES, ["question"])["question"].to_pylist())
+    pool = [
+        *corrections(lake.read(SILVER_FEEDBACK)),
+        *(
+            Asked(q.question, q.answer, "document", False, q.section, q.document_id)
+            for q in derived
+            if q.split == "training"
+        ),
+    ]
+    embedder = Embedder(manifest.retrieval.embedding_model, settings.cache, settings.threads)
+    retriever = Retriever(settings.index_builds(application.name) / manifest.retrieval.lineage, embedder)
+    build = retriever.build
+
+    def prompted(asked: Asked) -> Example | None:
+        hits = retriever.search(asked.question, manifest.retrieval.chunks, build)
+        if asked.document_id is not None and asked.document_id not in {hit.document_id for hit in hits}:
+            return None
+        return Example(
+            example_id=asked.example_id,
+            origin=asked.origin,
+            simulated=asked.simulated,
+            section=asked.section,
+            question=asked.question,
+            answer=asked.answer,
+            chunk_ids=tuple(hit.chunk_id for hit in hits),
+            prompt=render(manifest.prompt.template, asked.question, hits),
+        )
+
+    examples, left_out = choose(pool, sorted(held_out), prompted, max_examples or application.training.max_examples)
+    if len(examples) < MINIMUM:
+        raise TrainingError(
+            f"application {application.name!r}: {len(examples)} training examples, at least {MINIMUM} are needed "
+            f"(left out: {left_out or 'none'}); ingest documents that give questions outside of the evaluation "
+            "and live sections, or gather corrections"
+        )
+    refuse_leaks(examples, sorted(held_out), application.questions.evaluation_sections)
+    set_id = training_set_id(examples)
+    rows = [{"training_set": set_id} | asdict(example) for example in examples]
+    written = lake.merge(
+        GOLD_TRAINING_EXAMPLES, pa.Table.from_pylist(rows, schema=GOLD_TRAINING_EXAMPLES.rows_schema), run=run
+    )
+    return {
+        "training_set": set_id,
+        "examples": len(examples),
+        "corrections": sum(example.origin == "correction" for example in examples),
+        "simulated": sum(example.simulated for example in examples),
+        "left_out": left_out,
+        "index_build": build,
+        "changed": written.changed,
+    }
+
+
+def read_training_set(lake: Lake, set_id: str) -> list[Example]:
+    """The examples of a set, in the order of their ids.
+
+    Raises:
+        TrainingError: there is no such set, or its rows are not those that its id was made from.
+    """
+    columns = [name for name in GOLD_TRAINING_EXAMPLES.rows_schema.names if name != "training_set"]
+    rows = lake.read(GOLD_TRAINING_EXAMPLES, columns, where=pc.field("training_set") == set_id)
+    examples = [
+        Example(**row | {"chunk_ids": tuple(row["chunk_ids"])}) for row in rows.sort_by("example_id").to_pylist()
+    ]
+    if not examples or training_set_id(examples) != set_id:
+        raise TrainingError(
+            f"training set {set_id} has {len(examples)} rows in gold/training_examples and they don't give its id; "
+            "build a set with build_training_set and use the id that it returns"
+        )
+    return examples
+
+
+def corrections(feedback: pa.Table) -> Iterator[Asked]:
+    """What users said the answer should have been: the latest for each question."""
+    latest: dict[str, Asked] = {}
+    for row in feedback.sort_by([("occurred_at", "ascending"), ("completion_id", "ascending")]).to_pylist():
+        correction, question = (row["correction"] or "").strip(), row["question"].strip()
+        if row["rating"] >= LOW_RATING or not 0 < len(correction) <= MAX_CORRECTION:
+            continue
+        if 0 < len(question) <= MAX_QUESTION:
+            key = " ".join(normalised_words(question)) or question
+            latest[key] = Asked(question, correction, "correction", row["simulated"], None, None)
+    yield from latest.values()
+
+
+def choose(
+    pool: Iterable[Asked], held_out: Sequence[str], prompted: Callable[[Asked], Example | None], size: int
+) -> tuple[list[Example], dict[str, int]]:
+    """At most `size` examples whose questions are not nearly one of `held_out`, and what was left out, by reason.
+
+    The same ones every time, chosen by hash, so that a pool that grows keeps most of them. Corrections take at most
+    half while there are documents' questions: they are rare, and they are what users missed.
+
+    Args:
+        prompted: gives None where a question can't be an example.
+    """
+    ranked = _ranked(pool, size)
+    made: dict[Asked, Example | None] = {}
+    leaking: set[Asked] = set()
+    # Similarity weighs words by how rare they are, so it is judged on the set as it will be, until none is left.
+    while True:
+        chosen: list[Asked] = []
+        for asked in ranked:
+            if len(chosen) == size:
+                break
+            if asked not in made:
+                made[asked] = prompted(asked)
+            if made[asked] is not None and asked not in leaking:
+                chosen.append(asked)
+        found = near_duplicates([asked.question for asked in chosen], held_out)
+        if not found:
+            break
+        leaking |= {chosen[position] for position in found}
+    counted = {
+        "answer not retrieved": sum(example is None for example in made.values()),
+        "nearly an evaluation question": len(leaking),
+    }
+    examples = [example for asked in chosen if (example := made[asked])]
+    return sorted(examples, key=lambda example: example.example_id), {k: n for k, n in counted.items() if n}
+
+
+def refuse_leaks(examples: Sequence[Example], held_out: Sequence[str], evaluation_sections: Sequence[str]) -> None:
+    """Raises:
+    TrainingError: an example's question is, or is nearly, one of `held_out`, or belongs to an evaluation section.
+    """
+    near = near_duplicates([example.question for example in examples], held_out)
+    for position, example in enumerate(examples):
+        if example.section is not None and example.section in evaluation_sections:
+            raise TrainingError(
+                f"training question {example.question!r} belongs to evaluation section {example.section!r}"
+            )
+        if position in near:
+            raise TrainingError(
+                f"training question {example.question!r} is nearly the evaluation question {held_out[near[position]]!r}"
+            )
+
+
+def training_set_id(examples: Sequence[Example]) -> str:
+    """`train-` and 16 hexadecimal digits, of the examples whatever their order."""
+    content = sorted(json.dumps(asdict(example), sort_keys=True) for example in examples)
+    return f"train-{content_hash(*content)[:16]}"
+
+
+def _ranked(pool: Iterable[Asked], size: int) -> list[Asked]:
+    """Each once, in the order in which they are taken."""
+    unique = sorted({asked.example_id: asked for asked in pool}.values(), key=lambda asked: asked.example_id)
+    corrected = [asked for asked in unique if asked.origin == "correction"]
+    derived = [asked for asked in unique if asked.origin == "document"]
+    first = size // 2 if derived else size
+    return [*corrected[:first], *derived, *corrected[first:]]

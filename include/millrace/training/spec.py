@@ -1,0 +1,187 @@
+"""What one fine-tune is made of, as data: the file that the stage writes and the training program reads.
+
+It knows neither torch nor DeepSpeed. DeepSpeed ignores a key that it doesn't know, so its configuration is a model
+here that refuses one.
+"""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from millrace.applications import Training
+from millrace.errors import TrainingError
+from millrace.lakehouse.content import content_hash
+
+PROGRAM = 1
+"""Raise when the training program changes what it learns from the same spec: earlier results are not reused then."""
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Linear layers of a block that get an adapter."""
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class OptimizerParams(Strict):
+    lr: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    torch_adam: Literal[True] = True
+    """DeepSpeed's own Adam for CPUs has to be compiled on the machine."""
+
+
+class Optimizer(Strict):
+    type: Literal["AdamW"] = "AdamW"
+    params: OptimizerParams
+
+
+class SchedulerParams(Strict):
+    warmup_min_lr: float = Field(ge=0)
+    warmup_max_lr: float = Field(gt=0)
+    warmup_num_steps: int = Field(ge=1)
+    warmup_type: Literal["linear"] = "linear"
+    total_num_steps: int = Field(ge=1)
+
+
+class Scheduler(Strict):
+    type: Literal["WarmupDecayLR"] = "WarmupDecayLR"
+    params: SchedulerParams
+
+
+class Zero(Strict):
+    stage: Literal[2] = 2
+    """Optimizer states and gradients are shared out. With LoRA, stage 3 has reports of incomplete saves."""
+    reduce_bucket_size: int = 5_000_000
+    allgather_bucket_size: int = 5_000_000
+    """Elements. The default of 500 million reserves gigabytes for an adapter of a few megabytes."""
+
+
+class DeepSpeedConfig(Strict):
+    """Every key that is handed to DeepSpeed."""
+
+    train_micro_batch_size_per_gpu: int = Field(ge=1)
+    gradient_accumulation_steps: int = Field(ge=1)
+    gradient_clipping: float = Field(default=1.0, gt=0)
+    steps_per_print: int = 1_000_000
+    zero_optimization: Zero = Zero()
+    optimizer: Optimizer
+    scheduler: Scheduler
+
+
+class Spec(Strict):
+    """One fine-tune. Paths are absolute."""
+
+    base: Path
+    """The base model, a GGUF file."""
+    examples: Path
+    """JSON lines with `prompt` (one user message) and `answer`."""
+    folder: Path
+    """Where the program writes; see the properties below."""
+    epochs: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    lora_rank: int = Field(ge=1)
+    lora_layers: int = Field(ge=0)
+    """Adapt the last so many blocks; 0: all."""
+    micro_batch: int = Field(ge=1)
+    gradient_accumulation: int = Field(ge=1)
+    max_tokens: int = Field(ge=1)
+    processes: int = Field(ge=1)
+    seed: int
+    checkpoint_steps: int = Field(default=10, ge=1)
+    held_out: float = Field(default=0.08, gt=0, lt=1)
+    """Share of the examples that only the loss at the end is measured on."""
+    deepspeed: dict[str, object] = {}
+    """Overrides of the configuration that `deepspeed_config` makes, by section."""
+
+    @model_validator(mode="after")
+    def _known_keys(self) -> Self:
+        self.deepspeed_config(total_steps=1)
+        return self
+
+    @property
+    def progress(self) -> Path:
+        """A JSON line for each optimizer step."""
+        return self.folder / "progress.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
+
+    @property
+    def result(self) -> Path:
+        """Written last; while it is there, the fine-tune is finished."""
+        return self.folder / "result.json"
+
+    @property
+    def failure(self) -> Path:
+        """One sentence, where the program gave up on purpose."""
+        return self.folder / "failure.txt"
+
+    @property
+    def step_examples(self) -> int:
+        """Examples in one optimizer step, over all processes."""
+        return self.processes * self.micro_batch * self.gradient_accumulation
+
+    def deepspeed_config(self, total_steps: int) -> DeepSpeedConfig:
+        """What DeepSpeed is started with: linear warm-up over a tenth of the steps, then linear decay to zero.
+
+        Raises:
+            ValidationError: an override has a key that DeepSpeed would ignore.
+        """
+        made = DeepSpeedConfig(
+            train_micro_batch_size_per_gpu=self.micro_batch,
+            gradient_accumulation_steps=self.gradient_accumulation,
+            optimizer=Optimizer(params=OptimizerParams(lr=self.learning_rate)),
+            scheduler=Scheduler(
+                params=SchedulerParams(
+                    # DeepSpeed gives the first step the lowest rate: zero would waste it.
+                    warmup_min_lr=self.learning_rate / 10,
+                    warmup_max_lr=self.learning_rate,
+                    warmup_num_steps=max(2, total_steps // 10),
+                    total_num_steps=max(3, total_steps),
+                )
+            ),
+        ).model_dump(mode="json")
+        return DeepSpeedConfig.model_validate(_merged(made, self.deepspeed))
+
+
+def fingerprint(training: Training, training_set: str, base_sha256: str) -> str:
+    """Names what a fine-tune learns: the same fingerprint, the same adapter. Sixteen hexadecimal digits."""
+    learned = training.model_dump_json(exclude={"max_examples"})
+    return content_hash(PROGRAM, learned, training_set, base_sha256)[:16]
+
+
+def read_spec(path: Path) -> Spec:
+    """Raises:
+    TrainingError: the file isn't a spec; the message names the field.
+    """
+    try:
+        return Spec.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise TrainingError(
+            f"the spec {path} can't be read: {error}; run the fine-tune's stage, it writes it"
+        ) from None
+    except ValidationError as error:
+        raise TrainingError(f"the spec {path} is wrong: {told(error)}") from None
+
+
+def told(error: ValidationError) -> str:
+    """The problems that pydantic found, in one line."""
+    return "; ".join(
+        f"{'.'.join(map(str, e['loc'])) or e['msg']}: {e['msg']} (got {e.get('input')!r})" for e in error.errors()
+    )
+
+
+def _merged(base: dict[str, object], over: dict[str, object]) -> dict[str, object]:
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
