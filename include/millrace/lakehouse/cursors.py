@@ -2,10 +2,13 @@
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from deltalake import DeltaTable
+from deltalake import CommitProperties
+from deltalake.exceptions import DeltaError
 
+from millrace.lakehouse.commits import open_table, refusal, retried
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.local import LocalEngine, stamped
+from millrace.lakehouse.local import LocalEngine
+from millrace.lakehouse.rows import same_key, stamped
 from millrace.lakehouse.tables import OPS_CURSORS, Table
 
 
@@ -16,22 +19,31 @@ def read_cursor(lake: Lake, reader: str, table: Table) -> int | None:
 
 
 def move_cursor(lake: Lake, reader: str, table: Table, version: int, *, run: str) -> None:
-    """Record that `reader` has finished with everything up to `version`. Never moves back."""
+    """Record that `reader` has finished with everything up to `version`. Never moves back, whoever else moves it."""
     uri = lake.uri(OPS_CURSORS)
     LocalEngine().create(uri, OPS_CURSORS)
     row = pa.Table.from_pylist(
         [{"reader": reader, "table": table.path, "version": version}], schema=OPS_CURSORS.rows_schema
     )
-    names = OPS_CURSORS.schema.names
-    (
-        DeltaTable(uri)
-        .merge(
-            stamped(row, run),
-            "target.reader = source.reader AND target.table = source.table",
-            source_alias="source",
-            target_alias="target",
-        )
-        .when_matched_update({n: f"source.{n}" for n in names}, predicate="source.version > target.version")
-        .when_not_matched_insert({n: f"source.{n}" for n in names})
-        .execute()
-    )
+    values = {name: f"source.`{name}`" for name in OPS_CURSORS.schema.names}
+
+    def once() -> None:
+        opened = open_table(uri, OPS_CURSORS)
+        try:
+            (
+                # On the version that was read, or not at all: two merges of one new key would insert it twice.
+                opened.merge(
+                    stamped(row, run),
+                    same_key(OPS_CURSORS),
+                    source_alias="source",
+                    target_alias="target",
+                    commit_properties=CommitProperties(max_commit_retries=0),
+                )
+                .when_matched_update(values, predicate="source.version > target.version")
+                .when_not_matched_insert(values)
+                .execute()
+            )
+        except (DeltaError, OSError) as error:
+            raise refusal(OPS_CURSORS, uri, error) from error
+
+    retried(once)

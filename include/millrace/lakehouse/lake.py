@@ -4,10 +4,17 @@ Any engine reads any table; only one commits to it, because Spark and delta-rs d
 locks. Which one is a setting (`Settings.spark_tables`). Every write here is safe to repeat.
 """
 
+from collections.abc import Iterator
+from functools import partial
+
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset
 from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError
 
+from millrace.errors import LakehouseError
+from millrace.lakehouse.commits import open_table, refusal
 from millrace.lakehouse.engine import BatchFunction, Engine, Written
 from millrace.lakehouse.local import LocalEngine
 from millrace.lakehouse.tables import Table
@@ -26,6 +33,14 @@ class Lake:
         spark_url: str = "",
         spark_tables: frozenset[str] = frozenset(),
     ) -> None:
+        journals = sorted(path for path in spark_tables if path.startswith("ops/"))
+        if journals:
+            raise LakehouseError(
+                f"{', '.join(journals)} can't be committed by Spark: journals and cursors rest on delta-rs refusing a "
+                "commit on a version that is no longer the newest; take them out of MILLRACE_SPARK_TABLES"
+            )
+        if "%" in root:
+            raise LakehouseError(f"a lake can't be in {root}: delta-rs decodes its %; choose a folder without one")
         self.root = root
         self.environment = environment
         self.application = application
@@ -58,7 +73,7 @@ class Lake:
 
     def version(self, table: Table) -> int | None:
         """Current Delta version; None while the table doesn't exist."""
-        return DeltaTable(self.uri(table)).version() if self.exists(table) else None
+        return open_table(self.uri(table), table).version() if self.exists(table) else None
 
     def read(
         self,
@@ -67,15 +82,26 @@ class Lake:
         where: pc.Expression | None = None,
         version: int | None = None,
     ) -> pa.Table:
-        """Rows as Arrow, in no particular order; empty, with the declared schema, while the table doesn't exist."""
-        if not self.exists(table):
-            empty = table.schema.empty_table()
-            return empty.select(columns) if columns else empty
-        found = (
-            DeltaTable(self.uri(table), version=version).to_pyarrow_dataset().to_table(columns=columns, filter=where)
-        )
+        """Rows as Arrow, in no particular order; empty, with the declared schema, while the table doesn't exist.
+
+        Args:
+            columns: only these, in this order.
+            where: only rows for which it is true.
+            version: as of this Delta version.
+
+        Raises:
+            LakehouseError: no such version, or the table can't be read.
+        """
         wanted = pa.schema([table.schema.field(name) for name in columns]) if columns else table.schema
-        return found.select(wanted.names).cast(wanted)
+        if version is None and not self.exists(table):
+            return wanted.empty_table()
+        opened = open_table(self.uri(table), table, version)
+        try:
+            dataset = opened.to_pyarrow_dataset()
+            found = dataset.to_table(columns=wanted.names) if where is None else _filtered(dataset, where, wanted.names)
+        except (DeltaError, OSError) as error:
+            raise refusal(table, self.uri(table), error) from error
+        return found.cast(wanted)
 
     def merge(self, table: Table, rows: pa.Table, *, run: str, delete_unmatched: str | None = None) -> Written:
         """Insert rows with a new key; update a row whose `content_hash` changed (or, where the table has
@@ -96,10 +122,16 @@ class Lake:
     def transform(self, source: Table, function: BatchFunction, table: Table, *, run: str) -> Written:
         """Make `table` equal to `function` over all of `source`, by the merge above: where the engine lives.
 
-        Batches carry `source.rows_schema`; `function` yields batches with `table.rows_schema`.
+        Args:
+            function: takes batches with `source.rows_schema`, at most a thousand rows each, yields batches with
+                `table.rows_schema`. Pure, and picklable: it may run elsewhere, and more than once.
+
+        Raises:
+            LakehouseError: there is no source, or what `function` yields doesn't fit the table; nothing is written.
         """
+        fitting = partial(fitted, function, source.rows_schema)
         return self.engine(table).transform(
-            self.uri(source), source.rows_schema.names, function, self.uri(table), table, run=run
+            self.uri(source), source.rows_schema.names, fitting, self.uri(table), table, run=run
         )
 
     def changes(self, table: Table, since: int | None) -> pa.Table:
@@ -110,3 +142,20 @@ class Lake:
             LakehouseError: the feed no longer reaches back to `since`.
         """
         return LocalEngine().changes(self.uri(table), table, since)
+
+
+def fitted(function: BatchFunction, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """`function` over `batches` in the declared `schema`: engines name and nest Arrow types a little differently."""
+    return function(batch.select(schema.names).cast(schema) for batch in batches)
+
+
+def _filtered(dataset: pa.dataset.Dataset, where: pc.Expression, names: list[str]) -> pa.Table:
+    """Rows for which `where` is true. Files are left out by their partition and statistics, rows after they are read:
+    files that a merge of delta-rs wrote hold string_view, and a filter pushed down into one fails (pyarrow 25)."""
+    batches = (
+        batch
+        for fragment in dataset.get_fragments(filter=where)
+        for batch in fragment.to_batches(schema=dataset.schema)
+    )
+    parts = [pa.Table.from_batches([batch]).filter(where).select(names) for batch in batches]
+    return pa.concat_tables(parts) if parts else dataset.schema.empty_table().select(names)

@@ -1,0 +1,208 @@
+"""The engine for what outgrows one machine: a Spark Connect server, MERGE by SQL, batch functions by `mapInArrow`.
+
+Held to the same results as `local.py` by the same tests. Spark decides anew what to write on the newest version
+when it commits; what would change nothing is found out before, because Spark commits and rewrites even that.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import partial
+from typing import TypeVar
+from uuid import uuid4
+
+import pyarrow as pa
+from deltalake import DeltaTable
+from pyspark.sql.connect.dataframe import DataFrame
+from pyspark.sql.connect.session import SparkSession
+
+from millrace.errors import ConflictError, LakehouseError
+from millrace.lakehouse.commits import described, open_table, retried
+from millrace.lakehouse.difference import Difference
+from millrace.lakehouse.engine import BatchFunction, Written
+from millrace.lakehouse.rows import checked, properties, same_key, stamped, typed, update_condition
+from millrace.lakehouse.spark_session import Refused, on_server
+from millrace.lakehouse.tables import TIME, Table
+
+T = TypeVar("T")
+
+_LAST_COMMIT = "spark.databricks.delta.lastCommitVersionInSession"
+_committing = threading.Lock()
+"""The setting above belongs to the session, which the threads of a process share."""
+
+
+class SparkEngine:
+    """Spark, over Connect. Needs the lake's storage in reach of the server and of this process."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def create(self, uri: str, table: Table) -> None:
+        if DeltaTable.is_deltatable(uri):
+            open_table(uri, table)
+            return
+
+        def once(session: SparkSession) -> None:
+            if not DeltaTable.is_deltatable(uri):
+                session.sql(_create_statement(uri, table))
+
+        self._commit(uri, table, once)
+
+    def merge(
+        self, uri: str, table: Table, rows: pa.Table, *, run: str, delete_unmatched: str | None = None
+    ) -> Written:
+        rows = checked(table, rows)
+        self.create(uri, table)
+        opened = open_table(uri, table)
+        if not rows.num_rows and not delete_unmatched:
+            return Written(opened.version())
+        difference = Difference(opened, table, delete_unmatched, only=rows)
+        changed = list(difference.changed([rows]))
+        if not difference.doomed().num_rows:
+            if not changed:
+                return Written(opened.version())
+            # Nothing to delete: what doesn't change need not travel, nor its files be rewritten.
+            rows, delete_unmatched = changed[0], None
+        source = stamped(rows, run)
+
+        def once(session: SparkSession) -> Written:
+            with _view(session, session.createDataFrame(source)) as view:
+                return _merge(session, uri, table, view, delete_unmatched)
+
+        return self._commit(uri, table, once)
+
+    def transform(
+        self, source_uri: str, columns: list[str], function: BatchFunction, uri: str, table: Table, *, run: str
+    ) -> Written:
+        if not DeltaTable.is_deltatable(source_uri):
+            raise LakehouseError(f"{table.path}: its source {source_uri} is not there; run the stage that writes it")
+        self.create(uri, table)
+        produce = partial(_produced, function, table, run, datetime.now(UTC))
+        # Spark believes a declared "not null" without looking; `_produced` looks.
+        schema = ", ".join(f"{_quoted(field.name)} {_sql_type(field.type)}" for field in table.schema)
+
+        def once(session: SparkSession) -> Written:
+            source = session.read.format("delta").load(source_uri).select(*map(_quoted, columns))
+            # Kept, so that the function runs once, though its result is read twice.
+            produced = source.mapInArrow(produce, schema).persist()
+            try:
+                with _view(session, produced) as view:
+                    if not _differs(session, uri, table, view):
+                        return Written(open_table(uri, table).version())
+                    return _merge(session, uri, table, view, "true")
+            finally:
+                produced.unpersist()
+
+        return self._commit(uri, table, once)
+
+    def _commit(self, uri: str, table: Table, once: Callable[[SparkSession], T]) -> T:
+        def attempt() -> T:
+            try:
+                return on_server(self._url, once)
+            except ConflictError as error:
+                raise ConflictError(f"{table.path}: {error}") from error
+            except Refused as refused:
+                raise described(table, uri, str(refused)) from refused
+
+        return retried(attempt)
+
+
+def _merge(session: SparkSession, uri: str, table: Table, view: str, delete_unmatched: str | None) -> Written:
+    """Run the MERGE of `view`, which has the table's columns, into the table."""
+    names = [_quoted(name) for name in table.schema.names]
+    clauses = [f"MERGE INTO {_path(uri)} AS target USING {view} AS source ON {same_key(table)}"]
+    if condition := update_condition(table):
+        updates = ", ".join(f"target.{name} = source.{name}" for name in names)
+        clauses.append(f"WHEN MATCHED AND {condition} THEN UPDATE SET {updates}")
+    values = ", ".join(f"source.{name}" for name in names)
+    clauses.append(f"WHEN NOT MATCHED THEN INSERT ({', '.join(names)}) VALUES ({values})")
+    if delete_unmatched:
+        clauses.append(f"WHEN NOT MATCHED BY SOURCE AND ({delete_unmatched}) THEN DELETE")
+    with _committing:
+        counts = session.sql("\n".join(clauses)).toArrow().to_pylist()[0]
+        version = int(session.conf.get(_LAST_COMMIT) or 0)
+    return Written(version, counts["num_inserted_rows"], counts["num_updated_rows"], counts["num_deleted_rows"])
+
+
+def _differs(session: SparkSession, uri: str, table: Table, view: str) -> bool:
+    """Whether making the table equal to `view` would change it.
+
+    Raises:
+        LakehouseError: a key occurs twice in `view`.
+    """
+    key = ", ".join(f"source.{_quoted(name)}" for name in table.key)
+    changed = "false" if (condition := update_condition(table)) is None else condition
+    found = session.sql(f"""
+        SELECT count(source.there) AS rows,
+               count(DISTINCT {key}) AS keys,
+               count_if(target.there IS NULL OR source.there IS NULL OR ({changed})) AS differing
+        FROM (SELECT *, true AS there FROM {view}) AS source
+        FULL OUTER JOIN (SELECT *, true AS there FROM {_path(uri)}) AS target ON {same_key(table)}
+    """).toArrow()
+    counts = found.to_pylist()[0]
+    if counts["rows"] != counts["keys"]:
+        raise LakehouseError(f"{table.path}: a key ({', '.join(table.key)}) occurs twice among the rows, or is null")
+    return bool(counts["differing"])
+
+
+def _produced(
+    function: BatchFunction, table: Table, run: str, at: datetime, batches: Iterator[pa.RecordBatch]
+) -> Iterator[pa.RecordBatch]:
+    """What `mapInArrow` runs on the workers: `function`, its result checked and stamped."""
+    for batch in function(batches):
+        yield from stamped(typed(table, pa.Table.from_batches([batch])), run, at).to_batches()
+
+
+@contextmanager
+def _view(session: SparkSession, rows: DataFrame) -> Iterator[str]:
+    """`rows` under a name that SQL can use, for as long as it is needed."""
+    name = f"millrace_{uuid4().hex}"
+    rows.createOrReplaceTempView(name)
+    try:
+        yield name
+    finally:
+        session.catalog.dropTempView(name)
+
+
+def _create_statement(uri: str, table: Table) -> str:
+    columns = ", ".join(
+        f"{_quoted(field.name)} {_sql_type(field.type)}{'' if field.nullable else ' NOT NULL'}"
+        for field in table.schema
+    )
+    partitioning = f"PARTITIONED BY ({', '.join(map(_quoted, table.partition_by))})" if table.partition_by else ""
+    # Constraints among the properties: created in the same commit, so that no row can come before them.
+    declared = properties(table) | {f"delta.constraints.{name}": sql for name, sql in table.constraints.items()}
+    listed = ", ".join(f"{_literal(name)} = {_literal(value or '')}" for name, value in declared.items())
+    return f"CREATE TABLE IF NOT EXISTS {_path(uri)} ({columns}) USING DELTA {partitioning} TBLPROPERTIES ({listed})"
+
+
+def _sql_type(kind: pa.DataType) -> str:
+    if pa.types.is_list(kind):
+        return f"ARRAY<{_sql_type(kind.value_type)}>"
+    names = {
+        pa.string(): "STRING",
+        pa.binary(): "BINARY",
+        pa.bool_(): "BOOLEAN",
+        pa.int64(): "BIGINT",
+        pa.float64(): "DOUBLE",
+        pa.float32(): "FLOAT",
+        pa.date32(): "DATE",
+        TIME: "TIMESTAMP",
+    }
+    if kind not in names:
+        raise LakehouseError(f"no Spark type is declared for Arrow's {kind}; declared are {', '.join(map(str, names))}")
+    return names[kind]
+
+
+def _quoted(name: str) -> str:
+    return f"`{name.replace('`', '``')}`"
+
+
+def _path(uri: str) -> str:
+    return f"delta.{_quoted(uri)}"
+
+
+def _literal(value: str) -> str:
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
