@@ -303,6 +303,7 @@ def _ingest_interval(settings: Settings, qa: Application, interval: tuple[dateti
     refine_feedback(settings, qa, *interval, run="test")
 
 
+@pytest.mark.stack
 def test_processes_that_run_all_intervals_beside_one_another_make_the_same_tables(
     evening: tuple[Path, dict[str, object]], qa: Application, tmp_path: Path
 ) -> None:
