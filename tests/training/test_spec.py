@@ -1,0 +1,72 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from millrace.applications import Training
+from millrace.errors import TrainingError
+from millrace.training.spec import Spec, fingerprint, read_spec
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ({"gradient_cliping": 0.5}, "gradient_cliping"),
+        ({"zero_optimization": {"stages": 3}}, "zero_optimization.stages"),
+        ({"optimizer": {"params": {"learning_rate": 1e-3}}}, "optimizer.params.learning_rate"),
+    ],
+)
+def test_a_misspelt_deepspeed_key_is_refused_by_its_name(
+    make_spec: Callable[..., Spec], overrides: dict, named: str
+) -> None:
+    with pytest.raises(ValidationError, match=named):
+        make_spec(deepspeed=overrides)
+
+
+def test_an_override_reaches_the_configuration_and_leaves_its_neighbours(make_spec: Callable[..., Spec]) -> None:
+    config = make_spec(deepspeed={"optimizer": {"params": {"weight_decay": 0.1}}}).deepspeed_config(100)
+    assert config.optimizer.params.weight_decay == 0.1
+    assert config.optimizer.params.lr == 1e-3
+    assert config.scheduler.params.warmup_num_steps == 10
+
+
+def test_a_spec_survives_its_file(make_spec: Callable[..., Spec], tmp_path: Path) -> None:
+    spec = make_spec()
+    (tmp_path / "spec.json").write_text(spec.model_dump_json())
+    assert read_spec(tmp_path / "spec.json") == spec
+
+
+def test_a_broken_spec_file_says_which_field(make_spec: Callable[..., Spec], tmp_path: Path) -> None:
+    path = tmp_path / "spec.json"
+    path.write_text(make_spec().model_dump_json().replace('"epochs":2', '"epochs":0'))
+    with pytest.raises(TrainingError, match="epochs"):
+        read_spec(path)
+    with pytest.raises(TrainingError, match="can't be read"):
+        read_spec(tmp_path / "none.json")
+
+
+def test_a_fingerprint_changes_with_what_is_learnt_and_with_nothing_else() -> None:
+    first = fingerprint(Training(), "train-a", "0" * 64)
+    assert fingerprint(Training(max_examples=7), "train-a", "0" * 64) == first
+    assert fingerprint(Training(epochs=3), "train-a", "0" * 64) != first
+    assert fingerprint(Training(), "train-b", "0" * 64) != first
+    assert fingerprint(Training(), "train-a", "1" * 64) != first
+
+
+@pytest.mark.model
+def test_deepspeed_knows_every_key_that_it_is_given(make_spec: Callable[..., Spec]) -> None:
+    import inspect
+
+    import torch
+    from deepspeed.runtime import constants
+    from deepspeed.runtime.lr_schedules import WarmupDecayLR
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    config = make_spec().deepspeed_config(100).model_dump()
+    known = {value for value in vars(constants).values() if isinstance(value, str)} | {"zero_optimization"}
+    assert config.keys() <= known
+    assert config["zero_optimization"].keys() <= DeepSpeedZeroConfig.model_fields.keys()
+    assert config["scheduler"]["params"].keys() <= inspect.signature(WarmupDecayLR).parameters.keys()
+    adam = inspect.signature(torch.optim.AdamW).parameters.keys() | {"torch_adam"}
+    assert config["optimizer"]["params"].keys() <= adam
