@@ -2,11 +2,11 @@
 
 from airflow.sdk import DAG, AssetAlias, task
 from airflow.timetables.interval import CronDataIntervalTimetable
-from millrace_airflow import asset, defaults, run_name
 from pendulum import datetime
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
+from millrace_airflow import asset, defaults, run_name
 
 RUNBOOK = """
 ### What it does
@@ -17,8 +17,8 @@ sources' current state and cuts it into `silver/chunks`. Content decides: a run 
 Green every night; the chunks asset is updated only when a document changed.
 
 ### When it fails
-*land*: a source can't be read; the message names it. Nothing was removed: deletions are applied only after a complete
-read. *chunk*: the Spark Connect server doesn't answer; `millrace status`, then clear the task. Safe to clear any time.
+*land*: a source can't be read, or is empty; the message names it. Nothing was removed: deletions are applied only
+after a complete read. *refine* leaves out documents that aren't text; its log names them, its result counts them. *chunk*: the Spark Connect server doesn't answer; `millrace status`, then clear the task. Safe to clear any time.
 """
 
 

@@ -1,0 +1,90 @@
+"""The small gate of new documents: a new index build is published only if it still finds what was found before.
+
+Canaries are questions with known answers from the training split, so that nothing of the evaluation leaks into
+what is published. It knows nothing of releases.
+"""
+
+from typing import Any
+
+from millrace.applications import Application
+from millrace.errors import CanaryError
+from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.tables import SILVER_DOCUMENTS
+from millrace.retrieval.embed import Embedder
+from millrace.retrieval.index import builds_folder, current_build, publish
+from millrace.retrieval.search import Retriever
+from millrace.settings import Settings
+from millrace.sources.questions import Question, derive_questions
+
+DEPTH = 5
+"""A canary is found if its document is among this many hits."""
+FIRST_RECALL = 0.5
+"""What a first build must reach: there is none to compare with."""
+
+
+def publish_build(settings: Settings, application: Application, build: str, *, run: str) -> dict[str, Any]:
+    """Publish `build` if its recall@5 on the canaries is at most `canary_margin` below the published build's.
+
+    Only questions whose document is in both builds are counted: a document that was removed is no loss.
+
+    Returns:
+        `build`, `previous`, `canaries` (how many were asked), `recall`, `recall_before` (None: nothing to measure),
+        `run`, and `changed`: whether the pointer moved.
+
+    Raises:
+        CanaryError: the build finds less. The published build stays.
+        RetrievalError: there is no such build.
+    """
+    folder = builds_folder(settings, application)
+    before = current_build(folder)
+    outcome: dict[str, Any] = {"build": build, "previous": before, "canaries": 0, "recall": None, "recall_before": None}
+    if build != before:
+        outcome |= _compare(settings, application, build, before)
+        _refuse_loss(application, outcome)
+    return outcome | {"run": run, "changed": publish(folder, build)}
+
+
+def choose_canaries(questions: list[Question], limit: int) -> list[Question]:
+    """The same `limit` training questions on every call: their ids are hashes, so the first ones are a fair sample."""
+    return [question for question in questions if question.split == "training"][:limit]
+
+
+def _compare(settings: Settings, application: Application, build: str, before: str | None) -> dict[str, Any]:
+    documents = Lake.of(settings, application.name).read(SILVER_DOCUMENTS)
+    asked = choose_canaries(derive_questions(documents, application), application.retrieval.canaries)
+    if not asked:
+        return {}
+    embedder = Embedder(application.retrieval.embedding_model, settings.cache, settings.threads)
+    retriever = Retriever(builds_folder(settings, application), embedder)
+    there = retriever.documents(build)
+    if before is not None:
+        there &= retriever.documents(before)
+    asked = [question for question in asked if question.document_id in there]
+    return {
+        "canaries": len(asked),
+        "recall": _recall(retriever, asked, build),
+        "recall_before": _recall(retriever, asked, before) if before is not None else None,
+    }
+
+
+def _recall(retriever: Retriever, questions: list[Question], build: str) -> float | None:
+    if not questions:
+        return None
+    found = [
+        any(hit.document_id == question.document_id for hit in retriever.search(question.question, DEPTH, build))
+        for question in questions
+    ]
+    return sum(found) / len(found)
+
+
+def _refuse_loss(application: Application, outcome: dict[str, Any]) -> None:
+    recall, before = outcome["recall"], outcome["recall_before"]
+    if recall is None:
+        return
+    needed = FIRST_RECALL if before is None else before - application.retrieval.canary_margin
+    if recall < needed:
+        raise CanaryError(
+            f"{application.name}: index build {outcome['build']} finds {recall:.3f} of {outcome['canaries']} canaries, "
+            f"{needed:.3f} is needed; the published build {outcome['previous']} stays. "
+            "Look at what changed in the documents, or raise canary_margin"
+        )

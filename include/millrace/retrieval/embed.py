@@ -1,0 +1,202 @@
+"""Chunks to vectors: an in-process embedder, and the stage that embeds what the change feed says is new.
+
+Vectors are kept per lineage (embedding model and chunker), so that a new lineage grows beside the old one.
+Where the model comes from is `embedding_model.py`'s business; what searches the vectors is `index.py`'s.
+"""
+
+import json
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from millrace.applications import Application
+from millrace.errors import LakehouseError, RetrievalError
+from millrace.lakehouse.content import content_hash
+from millrace.lakehouse.cursors import move_cursor, read_cursor
+from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.tables import SILVER_CHUNKS, SILVER_EMBEDDINGS
+from millrace.retrieval.embedding_model import CONVERSION, converted_model, model_folder, model_version
+from millrace.settings import Settings
+
+log = logging.getLogger("millrace.retrieval")
+
+DIMENSIONS = 384
+BATCH_TOKENS = 4096
+"""Tokens, padding included, that one inference takes."""
+COMMIT_CHUNKS = 512
+"""Vectors between commits: what a killed run has to embed again."""
+
+
+class Embedder:
+    """Opens `model`, a package that carries a sentence-transformers model. Thread-safe; one inference at a time.
+
+    Computes in 32-bit floats, so that a text's vector doesn't depend on what the processor can round to.
+
+    Args:
+        model: name of the package.
+        cache: folder for the converted model, shared between processes.
+        threads: how many an inference may use.
+
+    Raises:
+        RetrievalError: the package isn't installed, or holds no model that can be opened.
+    """
+
+    def __init__(self, model: str, cache: Path, threads: int) -> None:
+        import openvino
+        from tokenizers import Tokenizer
+
+        folder = model_folder(model)
+        try:
+            self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            limit = json.loads((folder / "sentence_bert_config.json").read_text())["max_seq_length"]
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise RetrievalError(f"{folder}: the tokenizer can't be read: {error}; reinstall {model}") from error
+        self._tokenizer.enable_truncation(limit)
+        self._tokenizer.no_padding()
+        options = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_NUM_THREADS": str(threads),
+        }
+        compiled = openvino.Core().compile_model(converted_model(folder, cache), "CPU", options)
+        self._request = compiled.create_infer_request()
+        self._lock = threading.Lock()
+
+    def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Vectors of `texts`, in their order: shape (n, 384), unit length. Long texts are cut at the model's limit."""
+        vectors: npt.NDArray[np.float32] = np.empty((len(texts), DIMENSIONS), np.float32)
+        tokens = [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+        for rows in _batches([len(ids) for ids in tokens]):
+            width = max(len(tokens[row]) for row in rows)
+            ids = np.zeros((len(rows), width), np.int64)
+            mask = np.zeros((len(rows), width), np.int64)
+            for i, row in enumerate(rows):
+                ids[i, : len(tokens[row])] = tokens[row]
+                mask[i, : len(tokens[row])] = 1
+            with self._lock:
+                vectors[rows] = self._request.infer({"input_ids": ids, "attention_mask": mask})[0]
+        return vectors
+
+
+def lineage_id(application: Application) -> str:
+    """What must be equal for vectors to be comparable: embedding model, its version, and the chunker.
+
+    Raises:
+        RetrievalError: the model's package isn't installed.
+    """
+    model = application.retrieval.embedding_model
+    chunking = application.chunking
+    parts = content_hash(model, model_version(model), CONVERSION, chunking.max_words, chunking.overlap_words)
+    return f"{model}-{parts[:12]}"
+
+
+def embedded_text(title: str, text: str) -> str:
+    """What is embedded of a chunk: its title belongs to it."""
+    return f"{title}\n{text}"
+
+
+def cursor_name(lineage: str) -> str:
+    """Reader under which `ops/cursors` keeps how far the chunks were embedded."""
+    return f"embeddings/{lineage}"
+
+
+def refresh_embeddings(settings: Settings, application: Application, *, run: str) -> dict[str, Any]:
+    """Embed what changed among the chunks since the last run, forget what was removed, then move the cursor.
+
+    Killed anywhere, it goes on: a chunk whose vector is there is not embedded again, and the cursor moves last.
+
+    Returns:
+        Counts: `embedded`, `deleted`; `lineage`; `chunks_version`, up to which all is embedded; `changed`.
+
+    Raises:
+        RetrievalError: there are no chunks yet, or the model can't be opened.
+    """
+    lake = Lake.of(settings, application.name)
+    lineage = lineage_id(application)
+    reader = cursor_name(lineage)
+    version = lake.version(SILVER_CHUNKS)  # before the feed is read: what comes later is read again, not missed
+    if version is None:
+        raise RetrievalError(f"{application.name}: {SILVER_CHUNKS.path} doesn't exist; ingest documents first")
+    since = read_cursor(lake, reader, SILVER_CHUNKS)
+    known = _known(lake, lineage)
+    upserts, removed = _changes(lake, since, known)
+    new = [chunk for chunk in upserts if known.get(chunk["chunk_id"]) != chunk["content_hash"]]
+    if new:
+        embedder = Embedder(application.retrieval.embedding_model, settings.cache, settings.threads)
+        for start in range(0, len(new), COMMIT_CHUNKS):
+            _embed(lake, lineage, embedder, new[start : start + COMMIT_CHUNKS], run)
+            log.info("%s: embedded %d of %d chunks", application.name, min(start + COMMIT_CHUNKS, len(new)), len(new))
+    _forget(lake, lineage, sorted(removed), run)
+    if since is None or version > since:
+        move_cursor(lake, reader, SILVER_CHUNKS, version, run=run)
+    return {
+        "embedded": len(new),
+        "deleted": len(removed),
+        "lineage": lineage,
+        "chunks_version": version,
+        "changed": bool(new or removed),
+    }
+
+
+def _known(lake: Lake, lineage: str) -> dict[str, str]:
+    """Chunk → content hash of its vector in this lineage."""
+    rows = lake.read(SILVER_EMBEDDINGS, ["chunk_id", "content_hash"], where=pc.field("lineage") == lineage)
+    return dict(zip(rows["chunk_id"].to_pylist(), rows["content_hash"].to_pylist(), strict=True))
+
+
+def _changes(lake: Lake, since: int | None, known: dict[str, str]) -> tuple[list[dict[str, Any]], set[str]]:
+    """Chunks that may need a vector, and those whose vector must go."""
+    try:
+        feed = lake.changes(SILVER_CHUNKS, since)
+    except LakehouseError as error:
+        log.warning("%s; comparing all chunks with all vectors instead", error)
+        since = None
+        feed = lake.changes(SILVER_CHUNKS, None)
+    upserted = feed.filter(pc.equal(feed["change"], "upsert"))
+    if since is None:
+        gone = known.keys() - set(upserted["chunk_id"].to_pylist())
+    else:
+        deleted = feed.filter(pc.equal(feed["change"], "delete"))
+        gone = known.keys() & set(deleted["chunk_id"].to_pylist())
+    return upserted.select(["chunk_id", "content_hash", "title", "text"]).to_pylist(), set(gone)
+
+
+def _embed(lake: Lake, lineage: str, embedder: Embedder, chunks: list[dict[str, Any]], run: str) -> None:
+    vectors = embedder.embed([embedded_text(chunk["title"], chunk["text"]) for chunk in chunks])
+    rows = pa.Table.from_pydict(
+        {
+            "lineage": [lineage] * len(chunks),
+            "chunk_id": [chunk["chunk_id"] for chunk in chunks],
+            "content_hash": [chunk["content_hash"] for chunk in chunks],
+            "vector": list(vectors),
+        },
+        schema=SILVER_EMBEDDINGS.rows_schema,
+    )
+    lake.merge(SILVER_EMBEDDINGS, rows, run=run)
+
+
+def _forget(lake: Lake, lineage: str, chunk_ids: list[str], run: str) -> None:
+    nothing = SILVER_EMBEDDINGS.rows_schema.empty_table()
+    for start in range(0, len(chunk_ids), COMMIT_CHUNKS):
+        ids = ", ".join(f"'{chunk_id}'" for chunk_id in chunk_ids[start : start + COMMIT_CHUNKS])
+        condition = f"target.lineage = '{lineage}' AND target.chunk_id IN ({ids})"
+        lake.merge(SILVER_EMBEDDINGS, nothing, run=run, delete_unmatched=condition)
+
+
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Row numbers, longest first, in groups that fill `BATCH_TOKENS` with little padding."""
+    batch: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if batch and lengths[batch[0]] * (len(batch) + 1) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
