@@ -1,12 +1,27 @@
 """Real stores on disk for every test: a home of its own, a small application on real documents."""
 
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+
 from millrace.applications import Application
+from millrace.lakehouse import spark_server
 from millrace.lakehouse.lake import Lake
 from millrace.settings import Settings
+from millrace.stack import Stack
 
+DECLARATIONS = Path(__file__).parent / "applications"
 TEMPLATE = "{% for chunk in chunks %}{{ chunk.text }}\n{% endfor %}Question: {{ question }}\nAnswer:"
 
 
@@ -42,3 +57,79 @@ def qa() -> Application:
 @pytest.fixture
 def lake(settings: Settings) -> Lake:
     return Lake.of(settings, "qa")
+
+
+@pytest.fixture(scope="session")
+def spark_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One Spark Connect server with Delta for the whole session, on a free port."""
+    settings = Settings(home=tmp_path_factory.mktemp("spark"), spark_port=free_port(), threads=2)
+    with running_spark(settings):
+        yield settings.spark_url
+
+
+@contextmanager
+def running_spark(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
+    """A Spark Connect server, ready inside the `with`, with nothing left of it after."""
+    arguments, environment = spark_server.command(settings)
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])  # workers import the tests' functions by name
+    log = settings.home / "server.log"
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            arguments, env=os.environ | environment, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 180
+        while not spark_server.ready(settings):
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"the Spark Connect server did not start: {log.read_text()[-2000:]}")
+            time.sleep(0.2)
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def choose_free_ports() -> dict[str, int]:
+    """Settings of a stack beside whatever else runs on this machine."""
+    names = ("airflow_port", "mlflow_port", "gateway_port", "spark_port")
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in names]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return {name: one.getsockname()[1] for name, one in zip(names, sockets, strict=True)}
+
+
+def copy_declarations(folder: Path) -> Path:
+    """The applications of `tests/applications` in `folder`, with documents that a test may change."""
+    applications = shutil.copytree(DECLARATIONS, folder / "applications")
+    handbook = applications / "handbook.toml"
+    handbook.write_text(handbook.read_text().replace("tests/applications/handbook", str(applications / "handbook")))
+    return applications
+
+
+@pytest.fixture
+def free_ports() -> dict[str, int]:
+    return choose_free_ports()
+
+
+@pytest.fixture(scope="session")
+def running_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """The whole stack, started once for every test that is marked `stack`: pace demo, applications `qa` (small) and
+    `handbook`. Its `settings` have ports of their own and the keys of its home."""
+    folder = tmp_path_factory.mktemp("stack")
+    settings = Settings(
+        home=folder / "home", pace="demo", applications=copy_declarations(folder), threads=2, **choose_free_ports()
+    )
+    with Stack(settings) as stack:
+        yield stack
