@@ -1,11 +1,11 @@
-"""`python a_process.py <home>`: a gateway over a parrot in a process of its own, to be killed. Prints its port."""
+"""`python -m tests.serving.a_process <home>`: a gateway in a process of its own, to be killed. Prints its port."""
 
 import socket
 import sys
 from pathlib import Path
 
 import uvicorn
-from conftest import Drawer, Parrot, Shelf, a_release
+from tests.serving.parrot import Drawer, Parrot, Shelf, a_release
 
 from millrace.applications import Application
 from millrace.releases.split import Split

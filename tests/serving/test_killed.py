@@ -20,7 +20,7 @@ from millrace.settings import Settings
 
 pytestmark = pytest.mark.stack
 
-PROGRAM = Path(__file__).with_name("a_process.py")
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -33,7 +33,9 @@ class Acknowledged:
 
 @contextmanager
 def a_gateway(home: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    process = subprocess.Popen([sys.executable, str(PROGRAM), str(home)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.serving.a_process", str(home)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     try:
         url = f"http://127.0.0.1:{process.stdout.readline().strip()}"
         end = time.monotonic() + 30

@@ -5,8 +5,9 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.serving.parrot import Drawer, Gateway, Parrot, Shelf, a_release
 
 from millrace.errors import ReleaseError
 from millrace.releases.pipeline import AnswerPipeline
@@ -14,8 +15,6 @@ from millrace.releases.split import Split
 from millrace.serving import traffic as traffic_module
 from millrace.serving.refusal import Refusal
 from millrace.serving.traffic import MOST_PINNED, Traffic
-
-from .conftest import Drawer, Gateway, Parrot, Shelf, a_release
 
 FIRST = Split(sequence=0, champion="1")
 ROLLOUT = Split(sequence=1, rollout_id="r", epoch=1, champion="1", challenger="2", share=1.0, salt="s")
@@ -127,6 +126,7 @@ def test_pins_load_on_demand_and_only_a_few_stay_loaded(traffic: Traffic, shelf:
     assert served(traffic, "3") == "3"
 
 
+@settings(max_examples=30, deadline=None)
 @given(
     steps=st.lists(
         st.one_of(

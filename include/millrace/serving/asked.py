@@ -5,9 +5,11 @@ another temperature, tools or several choices gets a sentence instead of somethi
 one is the question; earlier turns of user and assistant are let through, but every question is answered by itself.
 """
 
+import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from pydantic_core import from_json
@@ -15,6 +17,7 @@ from pydantic_core import from_json
 from millrace.lakehouse.quality import LONGEST_REMARK
 from millrace.releases.pipeline import MAX_QUESTION
 from millrace.serving.refusal import Refusal
+from millrace.sources.event_log import now
 from millrace.sources.pseudonym import pseudonym
 
 MAX_BODY = 1 << 20
@@ -53,6 +56,10 @@ class Asked:
     simulated: bool
     stream: bool
     include_usage: bool
+    at: datetime = field(default_factory=now)
+    """When it arrived."""
+    started: float = field(default_factory=time.perf_counter)
+    """The same, to measure from."""
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any
 
 from millrace.applications import Application
 from millrace.errors import MillraceError, ReleaseError, SourceError
@@ -22,7 +22,7 @@ from millrace.serving.metrics import Metrics
 from millrace.serving.refusal import Refusal, unavailable
 from millrace.serving.traffic import Route, Traffic
 from millrace.sources.completion_id import issue
-from millrace.sources.event_log import CLIENT_LEFT, Accepted, Completed, EventLog, Failed, now
+from millrace.sources.event_log import CLIENT_LEFT, Accepted, Completed, EventLog, Failed
 
 log = logging.getLogger("millrace.serving")
 
@@ -57,8 +57,9 @@ Told = Begun | Piece | Answered | Refusal
 """Begun, then pieces, then Answered; or a Refusal at any point, which is the last."""
 
 
-class Desk(Protocol):
-    """What an exchange of one application needs around it."""
+@dataclass(frozen=True)
+class Desk:
+    """Where one application's exchanges are held, and what they need around them."""
 
     application: Application
     traffic: Traffic
@@ -94,8 +95,6 @@ class _Exchange:
     route: Route
     tell: Callable[[Told], None]
     left: threading.Event
-    at: datetime = field(default_factory=now)
-    started: float = field(default_factory=time.perf_counter)
     sent: str = ""
     challenger_error: str | None = None
 
@@ -103,11 +102,11 @@ class _Exchange:
         """Raises:
         Refusal: no release could answer, or the disk did not take the exchange.
         """
-        self.id = issue(self.desk.completion_key, self.desk.application.name, self.at)
+        self.id = issue(self.desk.completion_key, self.desk.application.name, self.asked.at)
         pipeline, version = self._first_choice()
         build = _build(pipeline)
         self._append(Accepted(**self._about(pipeline, version, build)))
-        self.tell(Begun(self.id, self.at))
+        self.tell(Begun(self.id, self.asked.at))
         try:
             try:
                 answer, cached = self._answer(pipeline, build)
@@ -146,7 +145,7 @@ class _Exchange:
         known = self.desk.cache.get(key) if self.desk.cache else None
         if known is not None:
             self._say(known.text)
-            return replace(known, seconds=time.perf_counter() - self.started), True
+            return replace(known, seconds=time.perf_counter() - self.asked.started), True
         stream = pipeline.stream(self.asked.question, build=build or None)
         try:
             for piece in self._until_left(stream):
@@ -175,7 +174,7 @@ class _Exchange:
         computed = (0, 0) if cached else (usage.prompt_tokens, usage.completion_tokens)
         cost = computed[0] * prices.prompt_million_tokens + computed[1] * prices.completion_million_tokens
         fell_back = self.challenger_error is not None
-        seconds = time.perf_counter() - self.started
+        seconds = time.perf_counter() - self.asked.started
         self._append(
             Completed(
                 **self._about(pipeline, version, answer.index_build),
@@ -202,7 +201,7 @@ class _Exchange:
     def _fail(self, pipeline: AnswerPipeline, version: str, build: str, error: str, outcome: str) -> None:
         if self.challenger_error is not None:
             error = f"{error}; before it, the challenger: {self.challenger_error}"
-        seconds = time.perf_counter() - self.started
+        seconds = time.perf_counter() - self.asked.started
         self._measure(outcome, seconds)
         self._append(
             Failed(
@@ -240,7 +239,7 @@ class _Exchange:
             "arm": assignment.arm,
             "assignment_probability": assignment.probability if assignment.arm else None,
             "pinned": self.route.pinned,
-            "accepted_at": self.at,
+            "accepted_at": self.asked.at,
         }
 
     def _append(self, event: Accepted | Completed | Failed) -> None:

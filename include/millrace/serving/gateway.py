@@ -9,7 +9,6 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -22,7 +21,7 @@ from millrace.errors import SettingsError, SourceError
 from millrace.serving import openai_format
 from millrace.serving.answer_cache import AnswerCache
 from millrace.serving.asked import MAX_BODY, Asked, read_asked, read_said
-from millrace.serving.exchange import Answered, Begun, Piece, Told, hold
+from millrace.serving.exchange import Answered, Begun, Desk, Piece, Told, hold
 from millrace.serving.metrics import Metrics
 from millrace.serving.refusal import Refusal, unavailable
 from millrace.serving.traffic import RegisteredReleases, Releases, Traffic
@@ -32,18 +31,6 @@ from millrace.sources.event_log import EventLog, Feedback
 
 CACHED_ANSWERS = 10_000
 """Per application; some kilobytes each."""
-
-
-@dataclass
-class Counter:
-    """Where one application's requests are taken: the parts that `exchange.hold` works with."""
-
-    application: Application
-    traffic: Traffic
-    events: EventLog
-    cache: AnswerCache | None
-    metrics: Metrics
-    completion_key: bytes
 
 
 def create_app(
@@ -61,8 +48,8 @@ def create_app(
     """
     completion_key, pseudonym_key = (_key(settings, name) for name in ("completion_key", "pseudonym_key"))
     metrics = Metrics()
-    counters = {
-        application.name: Counter(
+    desks = {
+        application.name: Desk(
             application=application,
             traffic=Traffic(application.name, releases(settings, application)),
             events=EventLog(settings.event_log(application.name)),
@@ -76,10 +63,10 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        for counter in counters.values():
-            counter.traffic.start()
+        for desk in desks.values():
+            desk.traffic.start()
         yield
-        await asyncio.to_thread(_close, workers, list(counters.values()))
+        await asyncio.to_thread(_close, workers, list(desks.values()))
 
     app = FastAPI(title="Millrace gateway", lifespan=lifespan, docs_url=None, redoc_url=None)
 
@@ -95,15 +82,15 @@ def create_app(
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         asked = read_asked(await _body(request), request.headers, pseudonym_key)
-        counter = counters.get(asked.application)
-        if counter is None:
+        desk = desks.get(asked.application)
+        if desk is None:
             raise Refusal(
                 404,
-                f"there is no application {asked.application!r}; there are {', '.join(counters)}",
+                f"there is no application {asked.application!r}; there are {', '.join(desks)}",
                 code="model_not_found",
                 param="model",
             )
-        exchange = workers.take(counter, asked)
+        exchange = workers.take(desk, asked)
         begun = await exchange.begin()
         if asked.stream:
             return StreamingResponse(_streamed(asked, begun, exchange), media_type="text/event-stream")
@@ -119,8 +106,8 @@ def create_app(
             issued = verify(completion_key, said.completion_id)
         except SourceError as error:
             raise Refusal(403, str(error), code="forged_completion_id", param="completion_id") from None
-        counter = counters.get(issued.application)
-        if counter is None:
+        desk = desks.get(issued.application)
+        if desk is None:
             raise Refusal(
                 404, f"application {issued.application!r} is not served here any more", code="unknown_application"
             )
@@ -134,7 +121,7 @@ def create_app(
             correction=said.correction,
         )
         try:
-            await counter.events.append_async(event)
+            await desk.events.append_async(event)
         except SourceError as error:
             raise unavailable(str(error), code="not_recorded") from None
         metrics.feedback.labels(issued.application).inc()
@@ -142,13 +129,13 @@ def create_app(
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        named = {name: since for counter in counters.values() for name, since in counter.traffic.models().items()}
+        named = {name: since for desk in desks.values() for name, since in desk.traffic.models().items()}
         return {"object": "list", "data": [_model(name, since) for name, since in named.items()]}
 
     @app.get("/v1/models/{name}")
     async def model(name: str) -> dict[str, Any]:
-        counter = counters.get(name.partition("@")[0])
-        since = counter.traffic.models().get(name) if counter else None
+        desk = desks.get(name.partition("@")[0])
+        since = desk.traffic.models().get(name) if desk else None
         if since is None:
             raise Refusal(404, f"there is no model {name!r}; see /v1/models", code="model_not_found", param="model")
         return _model(name, since)
@@ -159,7 +146,7 @@ def create_app(
 
     @app.get("/readyz")
     async def readyz() -> Response:
-        troubles = {name: counter.traffic.not_ready for name, counter in counters.items()}
+        troubles = {name: desk.traffic.not_ready for name, desk in desks.items()}
         ready = not any(troubles.values())
         body = {
             "status": "ready" if ready else "not ready",
@@ -183,7 +170,7 @@ class _Workers:
         self._taken = 0
         self._metrics = metrics
 
-    def take(self, counter: Counter, asked: Asked) -> "_Exchange":
+    def take(self, desk: Desk, asked: Asked) -> "_Listener":
         """Begin an exchange. Called in the event loop, like the release of its place: no lock is needed.
 
         Raises:
@@ -196,13 +183,13 @@ class _Workers:
         self._taken += 1
         self._metrics.at_work.set(self._taken)
         loop = asyncio.get_running_loop()
-        exchange = _Exchange()
+        exchange = _Listener()
 
         def tell(told: Told) -> None:
             loop.call_soon_threadsafe(exchange.told.put_nowait, told)
 
         def work() -> None:
-            hold(counter, asked, tell, exchange.left)
+            hold(desk, asked, tell, exchange.left)
             loop.call_soon_threadsafe(self._release)
 
         self._pool.submit(work)
@@ -217,7 +204,7 @@ class _Workers:
         self._metrics.at_work.set(self._taken)
 
 
-class _Exchange:
+class _Listener:
     """The event loop's side of an exchange that a worker thread holds."""
 
     def __init__(self) -> None:
@@ -259,7 +246,7 @@ class _Exchange:
         return told
 
 
-async def _streamed(asked: Asked, begun: Begun, exchange: _Exchange) -> AsyncIterator[bytes]:
+async def _streamed(asked: Asked, begun: Begun, exchange: _Listener) -> AsyncIterator[bytes]:
     yield openai_format.opening(asked, begun)
     try:
         async for told in exchange.rest():
@@ -298,8 +285,8 @@ def _key(settings: Settings, name: str) -> bytes:
     return key
 
 
-def _close(workers: _Workers, counters: Sequence[Counter]) -> None:
+def _close(workers: _Workers, desks: Sequence[Desk]) -> None:
     workers.close()
-    for counter in counters:
-        counter.events.close()
-        counter.traffic.stop()
+    for desk in desks:
+        desk.events.close()
+        desk.traffic.stop()
