@@ -1,16 +1,14 @@
 """Real stores on disk for every test: a home of its own, a small application on real documents."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-import shutil
-import socket
-from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -118,18 +116,28 @@ def copy_declarations(folder: Path) -> Path:
     return applications
 
 
+def stack_settings(folder: Path) -> Settings:
+    """A stack of its own in `folder`, with the applications of `tests/applications`."""
+    return Settings(
+        home=folder / "home", pace="demo", applications=copy_declarations(folder), threads=2, **choose_free_ports()
+    )
+
+
+@pytest.fixture(scope="session")
+def open_folder() -> Iterator[Path]:
+    """A folder that other users may pass through: root's PostgreSQL is one, and pytest closes its folders to it."""
+    with tempfile.TemporaryDirectory(prefix="millrace-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
 @pytest.fixture
 def free_ports() -> dict[str, int]:
     return choose_free_ports()
 
 
 @pytest.fixture(scope="session")
-def running_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def running_stack(open_folder: Path) -> Iterator[Stack]:
     """The whole stack, started once for every test that is marked `stack`: pace demo, applications `qa` (small) and
     `handbook`. Its `settings` have ports of their own and the keys of its home."""
-    folder = tmp_path_factory.mktemp("stack")
-    settings = Settings(
-        home=folder / "home", pace="demo", applications=copy_declarations(folder), threads=2, **choose_free_ports()
-    )
-    with Stack(settings) as stack:
+    with Stack(stack_settings(open_folder / "shared")) as stack:
         yield stack

@@ -101,6 +101,10 @@ class Airflow:
         """A time-driven DAG whose first interval has ended runs at that moment."""
         self.pause(dag_id, False)
 
+    def is_paused(self, dag_id: str) -> bool:
+        paused: bool = self._call("GET", f"/dags/{_path(dag_id)}")["is_paused"]
+        return paused
+
     def trigger(
         self,
         dag_id: str,
@@ -244,6 +248,10 @@ class Airflow:
         """Create the pool unless it exists: whoever changed its slots keeps them."""
         if self._call("GET", f"/pools/{_path(name)}", missing=True) is None:
             self._call("POST", "/pools", json={"name": name, "slots": slots, "description": description})
+
+    def pool_slots(self, name: str) -> int:
+        slots: int = self._call("GET", f"/pools/{_path(name)}")["slots"]
+        return slots
 
     def _call(
         self,

@@ -97,3 +97,7 @@ def _settings() -> Settings:
 def _fail(error: MillraceError) -> NoReturn:
     Console(stderr=True, highlight=False).print(str(error), markup=False, soft_wrap=True)
     raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app()

@@ -141,4 +141,4 @@ class HomeLock:
 def _new_secret(name: str) -> str:
     if name == "airflow_fernet_key":
         return base64.urlsafe_b64encode(secrets.token_bytes(32)).decode()
-    return secrets.token_urlsafe(18 if name == "airflow_password" else 32)
+    return secrets.token_urlsafe(18 if name == "airflow_password" else 64)

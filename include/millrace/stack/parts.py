@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 
 from millrace.lakehouse import spark_server
@@ -41,6 +42,8 @@ class Part:
     deadline: float = 180.0
     """Seconds it may take to start."""
     once: bool = False
+    done: Path | None = None
+    """With `once`: written when the program has completed; where it is, nothing needs to be done."""
     url: str = ""
     """Where a person finds it."""
     user: str | None = None
@@ -73,7 +76,7 @@ def _postgres(settings: Settings, postgres: Postgres) -> Part:
         name="postgres",
         command=postgres.command(),
         environment=part_environment(settings, threads=1, keys=False),
-        ready=lambda started: postgres.ready(),
+        ready=lambda started: postgres.answers(),
         prepare=postgres.prepare,
         deadline=60,
         user=postgres.system_user,
@@ -155,6 +158,7 @@ def _airflow(settings: Settings, secrets: Secrets, postgres: Postgres) -> tuple[
             after=("postgres",),
             prepare=prepare,
             once=True,
+            done=postgres.folder / f"airflow-{version('apache-airflow')}-migrated",
         ),
         Part(
             name="airflow",

@@ -84,7 +84,7 @@ class Postgres:
             self._initialise()
         self._clear_stale_lock()
 
-    def ready(self) -> bool:
+    def answers(self) -> bool:
         try:
             self._connect("postgres").close()
         except psycopg2.OperationalError:

@@ -51,23 +51,29 @@ class Runner:
         self._launched = time.time()
         self.state = "starting"
         part.prepare()
+        if part.done and part.done.exists():
+            self.state = "ready"
+            return
         self._process = processes.launch(
             part.command, part.environment, home=self._home, part=part.name, user=part.user, cwd=self._cwd
         )
         processes.record(self._home, part.name, self._process.pid, part.stop_signal, part.stop_main_only)
 
     def check(self) -> None:
-        """Notice that the part became ready.
+        """Notice that the part became ready, or that a ready one has ended.
 
         Raises:
             StackError: it ended, or did not become ready in time; the message has its last lines.
         """
-        assert self._process is not None
+        if self._process is None:
+            return
         status = self._process.poll()
         if status is not None and not (self.part.once and status == 0):
             self._fail(f"{self.part.name} ended with status {status} while the stack started")
         if self.state != "starting":
             return
+        if status == 0 and self.part.done:
+            self.part.done.touch()
         if status == 0 or self.part.ready(self._launched):
             self.state, self._took = "ready", time.time() - self._launched
         elif time.time() - self._launched > self.part.deadline:

@@ -1,0 +1,46 @@
+# Everything a person or CI does here. Needs python3 (3.11 or 3.12) and make; the first target that needs the
+# environment makes it in .venv, and again only when requirements.txt or pyproject.toml change.
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+FAST := not model and not spark and not stack and not long
+
+.PHONY: run test unit test-long check lock
+
+run: $(INSTALLED)
+	exec $(BIN)/millrace run $(if $(ONCE),--once)
+
+test: $(INSTALLED)
+	exec $(BIN)/pytest -m "not long"
+
+unit: $(INSTALLED)
+	exec $(BIN)/pytest -m "$(FAST)"
+
+test-long: $(INSTALLED)
+	exec $(BIN)/pytest -m long
+
+check: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+lock: $(BIN)/uv
+	$(BIN)/uv pip compile --universal --python-version 3.11 --extra dev --no-emit-index-url --no-annotate \
+		pyproject.toml -o requirements.txt
+
+# The project itself is linked, not copied, and without an environment of its own to build in: setuptools is in the lock.
+$(INSTALLED): requirements.txt pyproject.toml | $(BIN)/uv
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps -r requirements.txt
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(BIN)/uv:
+	@for python in python3 python3.12 python3.11; do \
+		if $$python -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; then \
+			$$python -m venv .venv && exec $(BIN)/python -m pip install --quiet uv; \
+			exit 1; \
+		fi; \
+	done; \
+	echo "Millrace needs Python 3.11 or 3.12, and python3 here is $$(python3 -V 2>&1 || true): install one of them." >&2; \
+	exit 1

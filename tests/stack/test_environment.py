@@ -1,0 +1,76 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from millrace.settings import Settings
+from millrace.stack.environment import part_environment, settings_variables
+
+READ_BACK = """
+from millrace.settings import read_settings
+settings = read_settings()
+print(settings.model_dump_json())
+print(settings.completion_key.get_secret_value(), settings.pseudonym_key.get_secret_value(), sep="|")
+"""
+
+
+def test_a_part_reads_back_the_settings_it_was_given(settings: Settings) -> None:
+    given = settings.model_copy(
+        update={"spark_tables": frozenset({"silver/chunks", "silver/documents"}), "answer_cache": False}
+    )
+    environment = part_environment(given, threads=1, keys=True)
+    read = subprocess.run([sys.executable, "-c", READ_BACK], env=environment, capture_output=True, text=True)
+    assert read.returncode == 0, read.stderr
+    dumped, keys = read.stdout.strip().split("\n")
+    assert Settings.model_validate_json(dumped) == given.model_copy(
+        update={
+            name: Settings.model_validate_json(dumped).completion_key for name in ("completion_key", "pseudonym_key")
+        }
+    )
+    assert keys == "test completion key|test pseudonym key"
+
+
+def test_parts_that_need_no_keys_get_none(settings: Settings) -> None:
+    environment = part_environment(settings, threads=1, keys=False)
+    assert not [name for name, value in environment.items() if "test completion key" in value or name.endswith("_KEY")]
+    assert "MILLRACE_HOME" in environment
+    assert set(settings_variables(settings, keys=True)) - set(settings_variables(settings, keys=False)) == {
+        "MILLRACE_COMPLETION_KEY",
+        "MILLRACE_PSEUDONYM_KEY",
+    }
+
+
+def test_the_callers_other_tools_do_not_reach_a_part(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        "AIRFLOW_HOME",
+        "AIRFLOW__CORE__EXECUTOR",
+        "MLFLOW_TRACKING_URI",
+        "SPARK_HOME",
+        "PYTHONPATH",
+        "PGHOST",
+    ):
+        monkeypatch.setenv(name, "elsewhere")
+    monkeypatch.setenv("OPENAI_API_KEY", "needed by a release behind an API")
+    environment = part_environment(settings, threads=3, keys=False)
+    assert "elsewhere" not in environment.values()
+    assert environment["OPENAI_API_KEY"] == "needed by a release behind an API"
+    assert environment["MLFLOW_TRACKING_URI"] == settings.mlflow_url
+    assert environment["OMP_NUM_THREADS"] == "3"
+    assert Path(environment["PATH"].split(":")[0]) == Path(sys.executable).parent
+
+
+def test_no_proxy_stands_between_the_parts(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "intranet")
+    monkeypatch.delenv("no_proxy", raising=False)
+    environment = part_environment(settings, threads=1, keys=False)
+    assert environment["no_proxy"] == "intranet,127.0.0.1,localhost,127.0.0.1"
+
+
+def test_a_login_for_mlflow_is_passed_on_only_to_a_server_elsewhere(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "token")
+    elsewhere = settings.model_copy(update={"mlflow_uri": "https://mlflow.example"})
+    assert part_environment(elsewhere, threads=1, keys=False)["MLFLOW_TRACKING_TOKEN"] == "token"
+    assert "MLFLOW_TRACKING_TOKEN" not in part_environment(settings, threads=1, keys=False)
