@@ -1,5 +1,7 @@
 """A fine-tune as an MLflow run: parameters, data, curves. For people; nothing is decided by it."""
 
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +26,7 @@ class TrackedRun:
         from mlflow import MlflowClient
 
         self._url = settings.mlflow_url
+        _require_server(self._url)
         self._client = MlflowClient(self._url)
         with self._told():
             experiment = self._experiment(f"{application}/finetune")
@@ -101,3 +104,15 @@ class TrackedRun:
                 f"MLflow at {self._url} did not take the fine-tune's run: {error}; is it up (`millrace status`)? "
                 "What was trained is kept, run the task again"
             ) from None
+
+
+def _require_server(url: str) -> None:
+    """MLflow's client alone takes more than four minutes to say that nobody answers."""
+    if not url.startswith("http"):
+        return
+    try:
+        urllib.request.urlopen(f"{url}/health", timeout=10).close()
+    except (urllib.error.URLError, TimeoutError) as error:
+        raise TrainingError(
+            f"MLflow at {url} doesn't answer ({error}); is it up (`millrace status`)? Then run the task again"
+        ) from None
