@@ -1,8 +1,11 @@
 """A lake on each engine, and processes that write to it at the same moment."""
 
 import multiprocessing
+import os
+import subprocess
 from collections.abc import Iterator
 from multiprocessing.pool import Pool
+from pathlib import Path
 
 import pytest
 from tests.lakehouse.things import COUNTED, EVERYTHING, OTHER_THINGS, THINGS
@@ -37,3 +40,20 @@ def processes() -> Iterator[Pool]:
     """Four processes that have Millrace imported."""
     with multiprocessing.get_context("spawn").Pool(4) as pool:
         yield pool
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Two megabytes of memory as a disk."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount the small tmpfs that stands for a full disk")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    assert mounted.returncode == 0, f"root can't mount a tmpfs here: {mounted.stderr}"
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)

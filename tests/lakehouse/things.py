@@ -1,7 +1,9 @@
 """Small tables and rows for the tests of this folder, and what other processes and Spark's workers run."""
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pyarrow as pa
 
@@ -64,6 +66,21 @@ def hashes(rows: pa.Table) -> dict[str, str]:
     return found
 
 
+def decision(sequence: int) -> pa.Table:
+    """One row of the journal."""
+    row = dict.fromkeys(OPS_DECISIONS.rows_schema.names)
+    row |= {"sequence": sequence, "decided_at": 0, "kind": "hold", "actor": "test", "reason": "none"}
+    row |= {"share": 0.0, "evidence": "{}", "simulated": True}
+    return pa.Table.from_pylist([row], schema=OPS_DECISIONS.rows_schema)
+
+
+def fill(folder: Path) -> None:
+    """Leave no byte free on the disk that holds `folder`."""
+    with (folder / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while True:
+            filler.write(bytes(4096))
+
+
 def doubled(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Each thing with twice its size."""
     for batch in batches:
@@ -118,13 +135,10 @@ def merge_same(root: str, writer: int, start: float) -> tuple[int, int]:
 
 def append_decision(uri: str, expected: int | None, writer: int, start: float) -> bool:
     """Whether this append won."""
-    row = {"sequence": 0, "kind": "hold", "actor": str(writer), "reason": "", "share": 0.0, "evidence": "{}"}
-    row |= {"decided_at": 0, "simulated": True, "rollout_id": None, "epoch": None}
-    row |= {"champion": None, "challenger": None, "sequence": 0 if expected is None else expected + 1}
-    rows = pa.Table.from_pylist([row], schema=OPS_DECISIONS.rows_schema)
+    rows = decision(0 if expected is None else expected + 1)
     _wait_until(start)
     try:
-        LocalEngine().append_at(uri, OPS_DECISIONS, rows, run="r", writer="journal", expected=expected)
+        LocalEngine().append_at(uri, OPS_DECISIONS, rows, run=f"{writer}", writer="journal", expected=expected)
     except ConflictError:
         return False
     return True

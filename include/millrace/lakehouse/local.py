@@ -106,10 +106,12 @@ class LocalEngine:
                 DeltaTable.create(
                     uri,
                     schema=table.schema,
-                    mode="ignore",
+                    mode="error",
                     partition_by=list(table.partition_by) or None,
                     name=table.path,
                     configuration=properties(table),
+                    # With retries, the loser of a race would commit its own empty metadata over the winner's.
+                    commit_properties=CommitProperties(max_commit_retries=0),
                 )
             opened = open_table(uri, table)
             there = opened.metadata().configuration

@@ -67,7 +67,8 @@ class SparkEngine:
         source = stamped(rows, run)
 
         def once(session: SparkSession) -> Written:
-            with _view(session, session.createDataFrame(source)) as view:
+            rows = session.createDataFrame(source if source.num_rows else [], _columns(table))
+            with _view(session, rows) as view:
                 return _merge(session, uri, table, view, delete_unmatched)
 
         return self._commit(uri, table, once)
@@ -80,12 +81,11 @@ class SparkEngine:
         self.create(uri, table)
         produce = partial(_produced, function, table, run, datetime.now(UTC))
         # Spark believes a declared "not null" without looking; `_produced` looks.
-        schema = ", ".join(f"{_quoted(field.name)} {_sql_type(field.type)}" for field in table.schema)
 
         def once(session: SparkSession) -> Written:
             source = session.read.format("delta").load(source_uri).select(*map(_quoted, columns))
             # Kept, so that the function runs once, though its result is read twice.
-            produced = source.mapInArrow(produce, schema).persist()
+            produced = source.mapInArrow(produce, _columns(table)).persist()
             try:
                 with _view(session, produced) as view:
                     if not _differs(session, uri, table, view):
@@ -163,6 +163,11 @@ def _view(session: SparkSession, rows: DataFrame) -> Iterator[str]:
         yield name
     finally:
         session.catalog.dropTempView(name)
+
+
+def _columns(table: Table) -> str:
+    """The table's columns and types in SQL, all nullable."""
+    return ", ".join(f"{_quoted(field.name)} {_sql_type(field.type)}" for field in table.schema)
 
 
 def _create_statement(uri: str, table: Table) -> str:

