@@ -1,13 +1,47 @@
-"""The release that an application's declaration describes, registered. Signatures first."""
+"""The release that an application's declaration describes, registered: base model, declared prompt, own lineage."""
 
 from typing import Any
 
 from millrace.applications import Application
+from millrace.engines.base_model import base_model_path
+from millrace.errors import ReleaseError
+from millrace.releases.manifest import declared_manifest, describe_weights
+from millrace.releases.registry import find_version, register_prompt, register_release
+from millrace.retrieval.embed import lineage_id
 from millrace.settings import Settings
 
 DECLARED = "declared"
+"""Name of the declared prompt itself, among its variants."""
 
 
 def declare_release(settings: Settings, application: Application, *, variant: str | None, run: str) -> dict[str, Any]:
-    """{"version", "release_id", "changed"}."""
-    raise NotImplementedError
+    """Register the declared release, or the one with another of the declared prompts.
+
+    Args:
+        variant: name in `[prompt.variants]`; None or `declared`: the declared prompt.
+        run: who registers.
+
+    Returns:
+        `version`, `release_id`, and `changed`: whether it was registered now.
+
+    Raises:
+        ReleaseError: the variant is unknown, its template can't be used, or MLflow doesn't answer.
+        EngineError: the base model's package isn't installed.
+    """
+    variant = variant or DECLARED
+    templates = {DECLARED: application.prompt.template, **application.prompt.variants}
+    if variant not in templates:
+        raise ReleaseError(f"prompt variant {variant!r} is not declared; declared are {', '.join(templates)}")
+    weights = base_model_path(application.generator)
+    prompt = register_prompt(settings, application, templates[variant], run=run)
+    manifest = declared_manifest(application, describe_weights(weights), prompt, lineage_id(application))
+    known = find_version(settings, application, manifest.release_id)
+    version = known or register_release(
+        settings,
+        application,
+        manifest,
+        weights,
+        run=run,
+        tags={"millrace.origin": "declaration", "millrace.variant": variant},
+    )
+    return {"version": version, "release_id": manifest.release_id, "changed": known is None}

@@ -51,7 +51,7 @@ class RetrievalLineage(Part):
 class Manifest(Part):
     """Everything that distinguishes a release from another."""
 
-    format: int = Field(FORMAT, ge=1)
+    format: int = Field(default=FORMAT, ge=1)
     application: str
     generator: Generator
     prompt: PromptVersion

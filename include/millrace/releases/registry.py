@@ -1,49 +1,304 @@
-"""Releases and prompts in the MLflow registry. Signatures first; see below in the next commit."""
+"""Releases, prompts and the split in the MLflow registry.
 
+An application is one registered model of its name; a release is one of its versions, found by its id in a tag. What
+commits a release is the creation of its version, after all bytes are there: killed before, nothing is registered and
+the next attempt cleans up; killed after, the next attempt finds it. The gateway acts on one tag, `millrace.split`.
+"""
+
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
 
 from millrace.applications import Application
+from millrace.errors import ReleaseError
 from millrace.releases.manifest import Manifest, PromptVersion
+from millrace.releases.mlflow_server import mlflow_client
+from millrace.releases.package import install, read_release, write_model
+from millrace.releases.prompt import check_template
 from millrace.releases.split import Split
 from millrace.settings import Settings
+
+RELEASE_TAG = "millrace.release_id"
+STATE_TAG = "millrace.state"
+RUN_TAG = "millrace.registered_by"
+SPLIT_TAG = "millrace.split"
+CANDIDATE = "candidate"
 
 
 def register_release(
     settings: Settings, application: Application, manifest: Manifest, weights: Path, *, run: str, tags: dict[str, str]
 ) -> str:
-    """Version (as a string) of the registered release; the same release again gives the same version."""
-    raise NotImplementedError
+    """Upload a release and register it as a candidate. The same release again gives the same version.
 
+    Args:
+        weights: the file that `manifest.generator` describes.
+        run: who registers, for provenance.
+        tags: more tags of the version. A version that exists keeps its own.
 
-def fetch_release(settings: Settings, application: Application, version: str) -> Path:
-    """Folder with `manifest.json` and the weights, verified."""
-    raise NotImplementedError
+    Returns:
+        The version, digits.
 
-
-def release_manifest(settings: Settings, application: Application, version: str) -> Manifest:
-    raise NotImplementedError
+    Raises:
+        ReleaseError: the weights are not those of the manifest, or MLflow doesn't answer.
+    """
+    if manifest.application != application.name:
+        raise ReleaseError(f"the manifest is of application {manifest.application!r}, not {application.name!r}")
+    release_id = manifest.release_id
+    with mlflow_client(settings, f"register release {release_id}") as client:
+        known = _find(client, application.name, release_id)
+        if known:
+            return known
+        _ensure_model(client, application.name, application.description)
+        experiment = _experiment(client, f"{application.name}/releases")
+        _remove_unfinished(client, experiment, release_id)
+        model = client.create_logged_model(
+            experiment,
+            name=release_id,
+            tags={RELEASE_TAG: release_id, RUN_TAG: run},
+            params=_params(manifest),
+            model_type="millrace.release",
+        )
+        with tempfile.TemporaryDirectory(prefix=".upload-", dir=_folder(settings)) as scratch:
+            client.log_model_artifacts(model.model_id, str(write_model(manifest, weights, Path(scratch))))
+        client.finalize_logged_model(model.model_id, "READY")
+        mine = client.create_model_version(
+            application.name,
+            source=f"models:/{model.model_id}",
+            model_id=model.model_id,
+            tags={**tags, RELEASE_TAG: release_id, STATE_TAG: CANDIDATE, RUN_TAG: run},
+            description=f"{release_id}: {manifest.generator.name}, prompt {manifest.prompt.version}",
+            await_creation_for=0,
+        )
+        first = _find(client, application.name, release_id) or str(mine.version)
+        if first != str(mine.version):  # Somebody registered the same release meanwhile.
+            client.delete_model_version(application.name, str(mine.version))
+        return first
 
 
 def find_version(settings: Settings, application: Application, release_id: str) -> str | None:
-    raise NotImplementedError
+    """The version that `release_id` is registered as; None: it isn't."""
+    with mlflow_client(settings, f"look for release {release_id}") as client:
+        return _find(client, application.name, release_id)
 
 
 def versions(settings: Settings, application: Application) -> dict[str, dict[str, str]]:
-    """Version → its tags, oldest first."""
-    raise NotImplementedError
+    """Every registered release, oldest first: version → tags (with `millrace.release_id`, `millrace.state`)."""
+    with mlflow_client(settings, f"list the releases of {application.name}") as client:
+        found = _search(client, f"name = '{application.name}'")
+        return {str(one.version): dict(one.tags) for one in found if RELEASE_TAG in one.tags}
 
 
 def tag_release(settings: Settings, application: Application, version: str, tags: dict[str, str]) -> None:
-    raise NotImplementedError
+    """Set tags of a registered release. For people and reports; nothing that acts reads them."""
+    with mlflow_client(settings, f"tag release {application.name}@{version}") as client:
+        for name, value in tags.items():
+            client.set_model_version_tag(application.name, version, name, value)
+
+
+def fetch_release(settings: Settings, application: Application, version: str) -> Path:
+    """Local folder with `manifest.json` and the weights of a registered release; downloaded and verified once.
+
+    Raises:
+        ReleaseError: there is no such version, what was downloaded is not what was registered, the local folder was
+            damaged since, or MLflow doesn't answer.
+    """
+    purpose = f"fetch release {application.name}@{version}"
+    with mlflow_client(settings, purpose) as client:
+        release_id = _release_id(client, application.name, version)
+        folder = _folder(settings) / release_id
+        if not folder.is_dir():
+            from mlflow.artifacts import download_artifacts
+
+            with tempfile.TemporaryDirectory(prefix=".download-", dir=folder.parent) as scratch:
+                source = client.get_model_version_download_uri(application.name, version)
+                model = Path(
+                    download_artifacts(
+                        artifact_uri=f"{source}/data",
+                        dst_path=scratch,
+                        tracking_uri=settings.mlflow_url,
+                        registry_uri=settings.mlflow_url,
+                    )
+                )
+                install(model / "release", folder, release_id)
+    read_release(folder)
+    return folder
+
+
+def release_manifest(settings: Settings, application: Application, version: str) -> Manifest:
+    """The manifest of a registered release; fetches it. Raises as `fetch_release`."""
+    return read_release(fetch_release(settings, application, version))[0]
 
 
 def register_prompt(settings: Settings, application: Application, template: str, *, run: str) -> PromptVersion:
-    raise NotImplementedError
+    """The version of `<application>.prompt` in the prompt registry with exactly this template; made if needed.
+
+    Raises:
+        ReleaseError: the template can't be used (`check_template`), or MLflow doesn't answer.
+    """
+    check_template(template)
+    name = f"{application.name}.prompt"
+    with mlflow_client(settings, f"register a version of prompt {name}") as client:
+        known = _prompt_versions(client, name, template)
+        if not known:
+            client.register_prompt(name, template, tags={RUN_TAG: run})
+            known = _prompt_versions(client, name, template)
+        return PromptVersion(name=name, version=str(min(known)), template=template)
 
 
 def read_split(settings: Settings, application: str) -> Split | None:
-    raise NotImplementedError
+    """The published split; None: nothing was published yet.
+
+    Raises:
+        ReleaseError: the tag can't be understood, or MLflow doesn't answer.
+    """
+    with mlflow_client(settings, f"read the split of {application}") as client:
+        model = _model(client, application)
+        text = model.tags.get(SPLIT_TAG) if model else None
+    if text is None:
+        return None
+    try:
+        return Split.model_validate_json(text)
+    except ValidationError as error:
+        raise ReleaseError(
+            f"tag {SPLIT_TAG} of registered model {application} is not a split ({error.errors()[0]['msg']}): "
+            f"{text[:200]!r}; freeze and resume the rollout to write it again from the journal"
+        ) from None
 
 
 def publish_split(settings: Settings, application: str, split: Split, *, previous: str | None = None) -> None:
-    raise NotImplementedError
+    """Set the aliases that people read (champion, challenger, previous), then publish `split` in one write.
+
+    The tag acts and comes last: where it is the journal's, the aliases were set too, so an alias that differs then
+    was moved by a person, not left behind by a crash.
+    """
+    with mlflow_client(settings, f"publish the split of {application}") as client:
+        _ensure_model(client, application, None)
+        named = _aliases(_model(client, application))
+        for alias, version in {
+            "champion": split.champion,
+            "challenger": split.challenger,
+            "previous": previous,
+        }.items():
+            if version is None and alias in named:
+                client.delete_registered_model_alias(application, alias)
+            elif version is not None and named.get(alias) != version:
+                client.set_registered_model_alias(application, alias, version)
+        client.set_registered_model_tag(application, SPLIT_TAG, split.model_dump_json())
+
+
+def read_aliases(settings: Settings, application: str) -> dict[str, str]:
+    """Alias → version, as it stands; a person may have moved one."""
+    with mlflow_client(settings, f"read the aliases of {application}") as client:
+        return _aliases(_model(client, application))
+
+
+def _folder(settings: Settings) -> Path:
+    folder = settings.home / "releases"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _find(client: Any, application: str, release_id: str) -> str | None:
+    found = _search(client, f"name = '{application}' and tags.`{RELEASE_TAG}` = '{release_id}'")
+    return str(found[0].version) if found else None
+
+
+def _search(client: Any, where: str) -> list[Any]:
+    """Versions, oldest first."""
+    found: list[Any] = []
+    token = None
+    while True:
+        page = client.search_model_versions(where, max_results=1000, page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return sorted(found, key=lambda one: int(one.version))
+
+
+def _release_id(client: Any, application: str, version: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        tags = client.get_model_version(application, version).tags
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise ReleaseError(
+                f"release {application}@{version} is not registered; `millrace status` lists what is"
+            ) from None
+        raise
+    if RELEASE_TAG not in tags:
+        raise ReleaseError(f"model version {application}@{version} carries no release (no tag {RELEASE_TAG})")
+    return str(tags[RELEASE_TAG])
+
+
+def _model(client: Any, application: str) -> Any | None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_registered_model(application)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+
+
+def _aliases(model: Any | None) -> dict[str, str]:
+    return {alias: str(version) for alias, version in model.aliases.items()} if model else {}
+
+
+def _ensure_model(client: Any, application: str, description: str | None) -> None:
+    from mlflow.exceptions import MlflowException
+
+    if _model(client, application):
+        return
+    try:
+        client.create_registered_model(application, description=description)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _experiment(client: Any, name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client.get_experiment_by_name(name)
+    return str(found.experiment_id)
+
+
+def _remove_unfinished(client: Any, experiment: str, release_id: str) -> None:
+    """What an attempt left behind that was killed before its version was created."""
+    left: Iterable[Any] = client.search_logged_models(
+        [experiment], filter_string=f"tags.`{RELEASE_TAG}` = '{release_id}'"
+    )
+    for model in left:
+        client.delete_logged_model(model.model_id)
+
+
+def _prompt_versions(client: Any, name: str, template: str) -> list[int]:
+    if client.get_prompt(name) is None:
+        return []
+    return [int(one.version) for one in client.search_prompt_versions(name) if one.template == template]
+
+
+def _params(manifest: Manifest) -> dict[str, str]:
+    """What the MLflow UI shows side by side."""
+    return {
+        "generator": manifest.generator.name,
+        "weights_sha256": manifest.generator.sha256,
+        "prompt": f"{manifest.prompt.name}@{manifest.prompt.version}",
+        "lineage": manifest.retrieval.lineage,
+        "chunks": str(manifest.retrieval.chunks),
+        "max_new_tokens": str(manifest.generation.max_new_tokens),
+        "temperature": str(manifest.generation.temperature),
+        "code_version": manifest.code_version,
+    }

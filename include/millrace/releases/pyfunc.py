@@ -1,0 +1,66 @@
+"""How MLflow loads a release: `mlflow.pyfunc.load_model(uri, model_config={"index_builds": folder})`.
+
+Needs the installed package and a folder of index builds (`<home>/indexes/<environment>/<application>`), but no
+Millrace server: a release holds no documents, and an answer without them would not be the release's. The other
+settings that `model_config` takes are in `package.LOAD_CONFIG`.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from millrace.engines.openvino import OpenVinoEngine
+from millrace.errors import ReleaseError
+from millrace.releases.package import LOAD_CONFIG, read_release
+from millrace.releases.pipeline import AnswerPipeline
+from millrace.retrieval.embed import Embedder
+from millrace.retrieval.search import Retriever
+
+
+def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> "PyfuncRelease":
+    """Called by MLflow.
+
+    Raises:
+        ReleaseError: no index builds were named, or the model's files are not whole.
+    """
+    config = {**LOAD_CONFIG, **(model_config or {})}
+    if not config["index_builds"]:
+        raise ReleaseError(
+            'a release answers from an index: load it with model_config={"index_builds": "<home>/indexes/<environment>/'
+            '<application>"}'
+        )
+    manifest, weights = read_release(Path(path))
+    threads = config["threads"] or os.cpu_count() or 1
+    embedder = Embedder(manifest.retrieval.embedding_model, Path(config["cache"]).expanduser(), threads)
+    return PyfuncRelease(
+        AnswerPipeline(
+            manifest,
+            OpenVinoEngine(weights, cache_gb=config["cache_gb"], threads=threads),
+            Retriever(Path(config["index_builds"]) / manifest.retrieval.lineage, embedder),
+        ),
+        config["index_build"] or None,
+    )
+
+
+class PyfuncRelease:
+    """A release as MLflow calls it."""
+
+    def __init__(self, pipeline: AnswerPipeline, index_build: str | None) -> None:
+        self._pipeline = pipeline
+        self._index_build = index_build
+
+    def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """Answers to the column `question`, in its order: `answer`, `citations` (chunk ids, best first),
+        `prompt_tokens`, `completion_tokens`."""
+        answers = [self._pipeline.answer(question, build=self._index_build) for question in model_input["question"]]
+        return pd.DataFrame(
+            {
+                "answer": [answer.text for answer in answers],
+                "citations": [[hit.chunk_id for hit in answer.citations] for answer in answers],
+                "prompt_tokens": [answer.usage.prompt_tokens for answer in answers],
+                "completion_tokens": [answer.usage.completion_tokens for answer in answers],
+            },
+            index=model_input.index,
+        )
