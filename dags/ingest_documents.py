@@ -18,7 +18,9 @@ Green every night; the chunks asset is updated only when a document changed.
 
 ### When it fails
 *land*: a source can't be read, or is empty; the message names it. Nothing was removed: deletions are applied only
-after a complete read. *refine* leaves out documents that aren't text; its log names them, its result counts them. *chunk*: the Spark Connect server doesn't answer; `millrace status`, then clear the task. Safe to clear any time.
+after a complete read. *refine*: documents that aren't text are left out, not fatal: the log names them, the result
+counts them. *chunk*: the Spark Connect server doesn't answer; `millrace status`, then clear the task.
+Safe to clear any time.
 """
 
 

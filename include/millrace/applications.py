@@ -5,9 +5,9 @@ This module turns `<name>.toml` into a frozen `Application`. It does not know wh
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from millrace.errors import SettingsError
 from millrace.settings import Settings
@@ -48,6 +48,12 @@ Source = Annotated[AirflowConfigSource | PythonTopicsSource | TextFolderSource, 
 class Chunking(Declared):
     max_words: int = Field(120, ge=20)
     overlap_words: int = Field(20, ge=0)
+
+    @model_validator(mode="after")
+    def _overlap_is_less(self) -> Self:
+        if self.overlap_words >= self.max_words:
+            raise ValueError(f"overlap_words ({self.overlap_words}) must be less than max_words ({self.max_words})")
+        return self
 
 
 class Retrieval(Declared):

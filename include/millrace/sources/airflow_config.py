@@ -46,7 +46,7 @@ def read_airflow_config(source: AirflowConfigSource) -> Iterator[Document]:
     """
     path = _reference_file()
     try:
-        sections: dict[str, Any] = yaml.safe_load(path.read_text())
+        sections: dict[str, Any] = yaml.load(path.read_text(), yaml.CSafeLoader)
         options = [
             _facts(section, name, option)
             for section, declared in sections.items()

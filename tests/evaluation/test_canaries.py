@@ -1,0 +1,125 @@
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from millrace.applications import Application
+from millrace.errors import CanaryError
+from millrace.evaluation.canaries import choose_canaries, publish_build
+from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.tables import SILVER_CHUNKS, SILVER_EMBEDDINGS
+from millrace.retrieval.chunk import refresh_chunks
+from millrace.retrieval.embed import refresh_embeddings
+from millrace.retrieval.index import build_index, builds_folder, current_build
+from millrace.settings import Settings
+from millrace.sources.ingest import land_documents, refine_documents
+from millrace.sources.questions import Question
+
+
+def question(number: int, split: Any) -> Question:
+    return Question(f"{number:032x}", f"Question {number}?", "answer", "document", "core", split)
+
+
+def test_canaries_are_training_questions_and_always_the_same_ones() -> None:
+    questions = [question(i, ("training", "evaluation", "live")[i % 3]) for i in range(30)]
+    chosen = choose_canaries(questions, 4)
+    assert [canary.split for canary in chosen] == ["training"] * 4
+    assert chosen == choose_canaries(questions, 4)
+
+
+def build(settings: Settings, application: Application) -> str:
+    land_documents(settings, application, run="test")
+    refine_documents(settings, application, run="test")
+    refresh_chunks(settings, application, run="test")
+    refresh_embeddings(settings, application, run="test")
+    return build_index(settings, application, run="test")["build"]
+
+
+def small(qa: Application, **changes: Any) -> Application:
+    """Eleven options, all of them for training."""
+    sources = [{"kind": "airflow_config", "sections": ["triggerer"]}]
+    declared = qa.model_dump(mode="json") | {"sources": sources, "questions": {}}
+    return Application.model_validate(declared | changes)
+
+
+def spoil(lake: Lake) -> None:
+    """Vectors that have nothing to do with their chunks, as a broken embedder would leave them."""
+    rows = lake.read(SILVER_EMBEDDINGS, SILVER_EMBEDDINGS.rows_schema.names)
+    noise = np.random.default_rng(0).normal(size=(rows.num_rows, 384)).astype(np.float32)
+    column = rows.schema.get_field_index("vector")
+    spoilt = rows.set_column(column, rows.schema.field(column), pa.array(list(noise), rows.schema.field(column).type))
+    lake.merge(SILVER_EMBEDDINGS, rows.slice(0, 0), run="test", delete_unmatched="true")
+    lake.merge(SILVER_EMBEDDINGS, spoilt, run="test")
+
+
+@pytest.mark.model
+def test_a_first_build_that_finds_its_canaries_is_published_and_only_once(settings: Settings, qa: Application) -> None:
+    application = small(qa)
+    made = build(settings, application)
+    outcome = publish_build(settings, application, made, run="test")
+    assert outcome["changed"]
+    assert outcome["canaries"] > 20
+    assert outcome["recall"] >= 0.9
+    assert outcome["recall_before"] is None
+    assert current_build(builds_folder(settings, application)) == made
+    assert not publish_build(settings, application, made, run="test")["changed"]
+
+
+@pytest.mark.model
+def test_a_first_build_that_finds_next_to_nothing_is_refused(settings: Settings, qa: Application, lake: Lake) -> None:
+    application = small(qa, sources=[{"kind": "airflow_config", "sections": ["triggerer", "smtp", "kerberos"]}])
+    build(settings, application)
+    spoil(lake)
+    made = remade(settings, application)
+    with pytest.raises(CanaryError, match=r"of \d+ canaries, 0\.500 is needed"):
+        publish_build(settings, application, made, run="test")
+    assert current_build(builds_folder(settings, application)) is None
+
+
+@pytest.mark.model
+def test_a_build_that_finds_less_than_the_published_one_is_refused_and_that_one_stays(
+    settings: Settings, qa: Application, lake: Lake, tmp_path: Path
+) -> None:
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "note.txt").write_text("A note.")
+    folder = {"kind": "text_folder", "path": str(notes)}
+    application = small(qa, sources=[{"kind": "airflow_config", "sections": ["triggerer", "smtp", "kerberos"]}, folder])
+    good = build(settings, application)
+    publish_build(settings, application, good, run="test")
+    (notes / "note.txt").write_text("Another note.")
+    build(settings, application)
+    spoil(lake)
+    bad = remade(settings, application)
+    with pytest.raises(CanaryError, match=f"published build {good} stays"):
+        publish_build(settings, application, bad, run="test")
+    assert current_build(builds_folder(settings, application)) == good
+
+
+def remade(settings: Settings, application: Application) -> str:
+    """The build of the state of now, made from the vectors of now."""
+    made = build_index(settings, application, run="test")["build"]
+    shutil.rmtree(builds_folder(settings, application) / made)
+    return build_index(settings, application, run="test")["build"]
+
+
+@pytest.mark.model
+def test_documents_that_were_removed_are_no_loss(settings: Settings, qa: Application, lake: Lake) -> None:
+    both = small(qa, sources=[{"kind": "airflow_config", "sections": ["triggerer", "smtp"]}])
+    publish_build(settings, both, build(settings, both), run="test")
+    fewer = small(qa)
+    outcome = publish_build(settings, fewer, build(settings, fewer), run="test")
+    assert outcome["changed"]
+    assert outcome["recall"] is not None
+    assert lake.read(SILVER_CHUNKS, ["section"])["section"].unique().to_pylist() == ["triggerer"]
+
+
+@pytest.mark.model
+def test_without_questions_a_build_is_published(settings: Settings, qa: Application) -> None:
+    application = small(qa, sources=[{"kind": "python_topics", "topics": ["if"]}])
+    outcome = publish_build(settings, application, build(settings, application), run="test")
+    assert outcome["changed"]
+    assert (outcome["canaries"], outcome["recall"]) == (0, None)
