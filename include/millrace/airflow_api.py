@@ -6,7 +6,7 @@ It does not know what any DAG does, nor how Airflow was started.
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote
@@ -114,16 +114,27 @@ class Airflow:
         data_interval: tuple[datetime, datetime] | None = None,
         note: str | None = None,
     ) -> Run:
-        """Start a run. A paused DAG is unpaused first: its run would wait for ever."""
-        self.unpause(dag_id)
+        """Start a run, and unpause the DAG if it is paused: its runs would wait for ever.
+
+        If a paused DAG's next interval is due, unpausing would start a run of that interval beside this one; so
+        this run takes that interval, unless the caller names another.
+        """
+        dag = self._call("GET", f"/dags/{_path(dag_id)}")
         body: dict[str, Any] = {"logical_date": logical_date and logical_date.isoformat()}
-        if params:
-            body["conf"] = dict(params)
         if data_interval:
             body["data_interval_start"], body["data_interval_end"] = (moment.isoformat() for moment in data_interval)
+        elif dag["is_paused"] and logical_date is None and _is_due(dag):
+            body["logical_date"] = dag["next_dagrun_logical_date"]
+            body["data_interval_start"] = dag["next_dagrun_data_interval_start"]
+            body["data_interval_end"] = dag["next_dagrun_data_interval_end"]
+        if params:
+            body["conf"] = dict(params)
         if note:
             body["note"] = note
-        return _run(self._call("POST", f"/dags/{_path(dag_id)}/dagRuns", json=body))
+        made = self._call("POST", f"/dags/{_path(dag_id)}/dagRuns", json=body)
+        if dag["is_paused"]:
+            self.unpause(dag_id)
+        return _run(made)
 
     def run(self, dag_id: str, run_id: str) -> Run:
         return _run(self._call("GET", _run_path(dag_id, run_id)))
@@ -300,6 +311,11 @@ def _run_path(dag_id: str, run_id: str) -> str:
 
 def _moment(text: str | None) -> datetime | None:
     return datetime.fromisoformat(text) if text else None
+
+
+def _is_due(dag: Mapping[str, Any]) -> bool:
+    due = _moment(dag["next_dagrun_run_after"])
+    return dag["next_dagrun_logical_date"] is not None and due is not None and due <= datetime.now(UTC)
 
 
 def _told(task: TaskInstance) -> str:

@@ -106,24 +106,32 @@ def forget(home: Path, part: str) -> None:
 def part_processes(home: Path, records: Mapping[str, Record]) -> dict[str, list[psutil.Process]]:
     """Part → its living processes, first one first; marked processes without a record are there too."""
     sessions = {one.pid: one.part for one in records.values() if _session_is_its_own(one)}
-    own_pid = os.getpid()
-    found: dict[str, dict[int, psutil.Process]] = {}
+    living: dict[int, psutil.Process] = {}
+    parents: dict[int, int] = {}
+    part_of: dict[int, str] = {}
     for process in psutil.process_iter():
-        if process.pid == own_pid:
-            continue
         try:
-            if process.status() == psutil.STATUS_ZOMBIE:
+            if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
                 continue
+            living[process.pid], parents[process.pid] = process, process.ppid()
             part = sessions.get(os.getsid(process.pid)) or _marked_part(process, home)
-            if part is None:
-                continue
-            for member in (process, *process.children(recursive=True)):
-                if member.pid != own_pid and member.status() != psutil.STATUS_ZOMBIE:
-                    found.setdefault(part, {}).setdefault(member.pid, member)
-        except (psutil.NoSuchProcess, ProcessLookupError):
+        except (psutil.Error, OSError):
             continue
+        if part is not None:
+            part_of[process.pid] = part
+    # What descends from a part belongs to it, however far it has moved.
+    for pid in living:
+        line = [pid]
+        while line[-1] not in part_of and parents.get(line[-1], 0) in living:
+            line.append(parents[line[-1]])
+        if line[-1] in part_of:
+            part_of.update(dict.fromkeys(line, part_of[line[-1]]))
+    found: dict[str, list[psutil.Process]] = {}
+    for pid, part in part_of.items():
+        found.setdefault(part, []).append(living[pid])
+    first = {part: one.pid for part, one in records.items()}
     return {
-        part: sorted(members.values(), key=lambda member: part not in records or member.pid != records[part].pid)
+        part: sorted(members, key=lambda member: (member.pid != first.get(part), member.pid))
         for part, members in found.items()
     }
 

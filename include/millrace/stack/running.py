@@ -72,6 +72,12 @@ class Stack:
         atexit.register(self._end)
         try:
             self._start()
+        except OSError as error:
+            failed = StackError(
+                f"{self.settings.home} can't be written: {error}; free or correct that, then start again"
+            )
+            self._finish(failed)
+            raise failed from None
         except BaseException as error:
             self._finish(error)
             raise
@@ -106,6 +112,8 @@ class Stack:
             raise StackError(
                 f"a stack already runs on {home} (process {owner}); `millrace status` shows it, `millrace down` ends it"
             )
+        # At once, so that `down` knows whom to ask.
+        self._write_state("starting")
         self._open_log()
         leftovers = processes.end_leftovers(home, seconds=_END_SECONDS)
         if leftovers:
@@ -115,7 +123,6 @@ class Stack:
         self.settings = with_secrets(self.settings, self._secrets)
         parts = all_parts(self.settings, self._secrets)
         self._runners = {part.name: Runner(part, home, PROJECT) for part in parts}
-        self._write_state("starting")
         log.info("starting %s on %s", ", ".join(self._runners), home)
         while not all(runner.state == "ready" for runner in self._runners.values()):
             for runner in self._runners.values():
@@ -163,9 +170,11 @@ class Stack:
         self._interrupts.hold()
         try:
             self._end()
-            if self._lock.held:
-                failed = isinstance(error, Exception)
-                self._write_state("failed" if failed else "stopped", str(error) if failed else "")
+            # A full disk must not keep the rest from being given back.
+            with contextlib.suppress(OSError):
+                if self._lock.held:
+                    failed = isinstance(error, Exception)
+                    self._write_state("failed" if failed else "stopped", str(error) if failed else "")
         finally:
             self._lock.release()
             self._close_log()
