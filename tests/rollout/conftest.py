@@ -1,8 +1,13 @@
-"""The pace of a demo: two steps, short windows."""
+"""An application of its own for every test, with four registered versions, at the pace of a demo."""
 
+import uuid
+
+import mlflow
 import pytest
 
-from millrace.applications import Rollout
+from millrace.applications import Application, Rollout
+from millrace.releases.registry import RELEASE_TAG
+from millrace.settings import Settings
 
 
 @pytest.fixture
@@ -14,3 +19,27 @@ def policy() -> Rollout:
             "minimum_users": 10,
         }
     )
+
+
+@pytest.fixture
+def settings(settings: Settings, mlflow_uri: str) -> Settings:
+    """With the session's MLflow server."""
+    return settings.model_copy(update={"mlflow_uri": mlflow_uri})
+
+
+@pytest.fixture
+def application(settings: Settings, qa: Application, policy: Rollout) -> Application:
+    """The rollout never opens a release: versions are registered without weights."""
+    own = qa.model_copy(update={"name": f"qa_{uuid.uuid4().hex[:8]}", "rollout": policy})
+    client = mlflow.MlflowClient(tracking_uri=settings.mlflow_url, registry_uri=settings.mlflow_url)
+    client.create_registered_model(own.name)
+    run = client.create_run("0").info
+    for _ in range(4):
+        client.create_model_version(
+            own.name,
+            source=f"{run.artifact_uri}/release",
+            run_id=run.run_id,
+            tags={RELEASE_TAG: "r"},
+            await_creation_for=0,
+        )
+    return own

@@ -53,17 +53,18 @@ def tick(settings: Settings, application: Application, *, run: str) -> dict[str,
         LakehouseError: the journal can't be understood.
     """
     view = look(settings, application)
-    if view.state.frozen:
-        # Not even the tag is touched: a person may have moved it, and a freeze asks for no other split.
-        return _told(view.state, None, "frozen; a person may resume, skip or roll back", published=False)
-
-    decision = moved_by_hand(view)
-    if decision is None:
-        # Before any further decision, so that every share that was decided was also tried.
+    moved, written = moved_by_hand(view), False
+    if moved is None:
+        # Before any further decision, so that every share that was decided is also tried. Even when frozen: a
+        # rollback that was decided and never published would leave users with the bad release.
         written = republish(view)
-        decision = next(filter(None, (step(view) for step in STEPS)), None)
+    if view.state.frozen:
+        # What a person moved stays as it is, and nothing is decided for as long as a person wants it so.
+        return _told(view.state, None, "frozen; a person may resume, skip or roll back", published=written)
+    if moved is not None:
+        decision = _decide(view, "freeze", moved, evidence={"cause": "moved_by_hand"})
     else:
-        written = False
+        decision = next(filter(None, (step(view) for step in STEPS)), None)
     if decision is None:
         return _told(view.state, None, "nothing to decide", published=written)
     if decision.kind in ALERTING:
@@ -89,8 +90,8 @@ def look(settings: Settings, application: Application) -> View:
     return View(settings, application, lake, journal, fold(journal), found)
 
 
-def moved_by_hand(view: View) -> Decision | None:
-    """A freeze, if the tag or the alias `champion` says what the journal never asked for."""
+def moved_by_hand(view: View) -> str | None:
+    """What the tag or the alias `champion` says that the journal never asked for; None: they are ours."""
     splits = splits_of(view.journal)
     split, champion = view.published.split, view.published.champion
     if split is not None and split not in splits:
@@ -99,12 +100,7 @@ def moved_by_hand(view: View) -> Decision | None:
         found = f"the alias champion was moved by hand to version {champion}"
     else:
         return None
-    return _decide(
-        view,
-        "freeze",
-        f"{found}; nothing was undone: resume to follow the journal again, or skip or roll back",
-        evidence={"cause": "moved_by_hand", "found": found},
-    )
+    return f"{found}; nothing was undone: resume to follow the journal again, or skip or roll back"
 
 
 def republish(view: View) -> bool:
