@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 FAST := not model and not spark and not stack and not long
 
-.PHONY: run test unit test-long check lock
+.PHONY: run test unit test-long check lock bench
 
 run: $(INSTALLED)
 	exec $(BIN)/millrace run $(if $(ONCE),--once)
@@ -24,6 +24,9 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: $(INSTALLED)
+	set -e; for one in benchmarks/*.py; do echo "== $$one"; $(BIN)/python $$one; done
 
 lock: $(BIN)/uv
 	$(BIN)/uv pip compile --universal --python-version 3.11 --extra dev --no-emit-index-url --no-annotate \
