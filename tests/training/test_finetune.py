@@ -4,30 +4,23 @@ import pyarrow as pa
 import pytest
 
 from millrace.applications import Application
-from millrace.errors import TrainingError
+from millrace.errors import ReleaseError, TrainingError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import GOLD_TRAINING_EXAMPLES
+from millrace.releases.registry import release_manifest, versions
+from millrace.retrieval.chunk import refresh_chunks
+from millrace.retrieval.embed import refresh_embeddings
+from millrace.retrieval.index import build_index, builds_folder, publish
 from millrace.settings import Settings
+from millrace.sources.ingest import land_documents, refine_documents
 from millrace.training import finetune as stage
+from millrace.training.candidate import release_candidate
 from millrace.training.finetune import finetune
-from millrace.training.sets import Example, training_set_id
+from millrace.training.sets import Example, build_training_set, training_set_id
 
 
 @pytest.fixture
-def settings(settings: Settings) -> Settings:
-    """With MLflow in a file of its own."""
-    settings.home.mkdir(parents=True)
-    return Settings(**settings.model_dump() | {"mlflow_uri": f"sqlite:///{settings.home}/mlflow.db"})
-
-
-@pytest.fixture
-def tiny(qa: Application) -> Application:
-    training = {"lora_layers": 2, "lora_rank": 4, "epochs": 2, "max_tokens": 200}
-    return qa.model_copy(update={"training": qa.training.model_copy(update=training)})
-
-
-@pytest.fixture
-def training_set(lake: Lake, examples: list[dict[str, str]]) -> str:
+def training_set(settings: Settings, tiny: Application, examples: list[dict[str, str]]) -> str:
     rows = [
         Example(str(i), "document", i == 0, "api", e["prompt"], e["answer"], ("chunk",), e["prompt"])
         for i, e in enumerate(examples)
@@ -36,21 +29,22 @@ def training_set(lake: Lake, examples: list[dict[str, str]]) -> str:
     table = pa.Table.from_pylist(
         [{"training_set": set_id, **vars(row)} for row in rows], schema=GOLD_TRAINING_EXAMPLES.rows_schema
     )
-    lake.merge(GOLD_TRAINING_EXAMPLES, table, run="test")
+    Lake.of(settings, tiny.name).merge(GOLD_TRAINING_EXAMPLES, table, run="test")
     return set_id
 
 
 @pytest.mark.model
+@pytest.mark.timeout(600)
 def test_a_fine_tune_is_shown_in_mlflow_and_is_not_done_twice(
-    settings: Settings, tiny: Application, training_set: str, monkeypatch: pytest.MonkeyPatch
+    tracked: Settings, tiny: Application, training_set: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow import MlflowClient
 
-    first = finetune(settings, tiny, training_set=training_set, run="first")
+    first = finetune(tracked, tiny, training_set=training_set, run="first")
     assert first["changed"]
     assert (first["steps"], first["left_out"], first["simulated"]) == (4, 0, 1)
 
-    client = MlflowClient(settings.mlflow_url)
+    client = MlflowClient(tracked.mlflow_url)
     logged = client.get_run(first["mlflow_run"])
     assert logged.info.status == "FINISHED"
     assert logged.data.params["training_set"] == training_set
@@ -63,11 +57,11 @@ def test_a_fine_tune_is_shown_in_mlflow_and_is_not_done_twice(
         raise AssertionError("trained again")
 
     monkeypatch.setattr(stage, "run_program", refuse)
-    again = finetune(settings, tiny, training_set=training_set, run="again")
+    again = finetune(tracked, tiny, training_set=training_set, run="again")
     assert again == first | {"changed": False}
 
 
-def test_an_unknown_set_is_refused(settings: Settings, tiny: Application, lake: Lake) -> None:
+def test_an_unknown_set_is_refused(settings: Settings, tiny: Application) -> None:
     with pytest.raises(TrainingError, match="training set train-0 has 0 rows"):
         finetune(settings, tiny, training_set="train-0", run="test")
 
@@ -92,6 +86,50 @@ def test_only_the_last_fine_tunes_stay_on_disk(settings: Settings) -> None:
 
 
 def test_an_unreachable_mlflow_is_said_at_once(settings: Settings, tiny: Application, training_set: str) -> None:
-    away = Settings(**settings.model_dump() | {"mlflow_uri": "http://127.0.0.1:9"})
-    with pytest.raises(TrainingError, match="MLflow at http://127.0.0.1:9 doesn't answer"):
+    away = settings.model_copy(update={"mlflow_uri": "http://127.0.0.1:9"})
+    with pytest.raises(ReleaseError, match=r"MLflow at http://127\.0\.0\.1:9 does not answer"):
         finetune(away, tiny, training_set=training_set, run="test")
+
+
+@pytest.mark.model
+@pytest.mark.timeout(900)
+def test_documents_become_a_registered_candidate_and_a_repeat_finds_it(tracked: Settings, tiny: Application) -> None:
+    _index(tracked, tiny)
+    built = build_training_set(tracked, tiny, run="test")
+    assert build_training_set(tracked, tiny, run="again") == built | {"changed": False}
+    lake = Lake.of(tracked, tiny.name)
+    rows = lake.read(GOLD_TRAINING_EXAMPLES).to_pylist()
+    assert len(rows) == built["examples"] == 9
+    assert {row["section"] for row in rows} == {"core"}  # triggerer is for evaluation
+    for row in rows:
+        assert row["question"] in row["prompt"]
+        assert row["chunk_ids"]
+
+    trained = finetune(tracked, tiny, training_set=built["training_set"], run="test")
+    released = release_candidate(tracked, tiny, trained=trained, run="test")
+    assert released["changed"]
+    tags = versions(tracked, tiny)[released["version"]]
+    assert tags["training_set"] == built["training_set"]
+    assert tags["mlflow_run"] == trained["mlflow_run"]
+    manifest = release_manifest(tracked, tiny, released["version"])
+    assert manifest.prompt.template == tiny.prompt.template
+    assert release_candidate(tracked, tiny, trained=trained, run="again") == released | {"changed": False}
+
+
+@pytest.mark.model
+@pytest.mark.timeout(300)
+def test_too_few_questions_are_refused_with_what_was_left_out(tracked: Settings, tiny: Application) -> None:
+    questions = tiny.questions.model_copy(update={"evaluation_sections": ("core", "triggerer")})
+    only = tiny.model_copy(update={"questions": questions})
+    _index(tracked, only)
+    with pytest.raises(TrainingError, match="0 training examples, at least 8 are needed"):
+        build_training_set(tracked, only, run="test")
+
+
+def _index(settings: Settings, application: Application) -> None:
+    land_documents(settings, application, run="test")
+    refine_documents(settings, application, run="test")
+    refresh_chunks(settings, application, run="test")
+    refresh_embeddings(settings, application, run="test")
+    build = build_index(settings, application, run="test")["build"]
+    publish(builds_folder(settings, application), build)

@@ -1,6 +1,7 @@
 """From a finished fine-tune to a candidate release, and the release that a fine-tune starts from."""
 
 import json
+from importlib.metadata import version as code_version
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def release_candidate(
         raise TrainingError(f"{folder} holds no finished fine-tune; run the train task again, it reuses what it can")
     weights, agreement = _export(settings, application, folder)
     manifest = starting_manifest(settings, application, run=run).model_copy(
-        update={"generator": describe_weights(weights)}
+        update={"generator": describe_weights(weights), "code_version": code_version("millrace")}
     )
     known = find_version(settings, application, manifest.release_id)
     version = known or register_release(
@@ -56,7 +57,7 @@ def release_candidate(
         weights,
         run=run,
         tags={
-            "origin": "finetune",
+            "millrace.origin": "finetune",
             "training_set": trained["training_set"],
             "fingerprint": trained["fingerprint"],
             "mlflow_run": trained["mlflow_run"],

@@ -7,6 +7,7 @@ What a fine-tune learns is named by a fingerprint of set, base and configuration
 import json
 import logging
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 
 from millrace.applications import Application
 from millrace.engines.base_model import base_model_path
-from millrace.errors import TrainingError
+from millrace.errors import ReleaseError, TrainingError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import GOLD_TRAINING_EXAMPLES
 from millrace.releases.manifest import file_sha256
@@ -39,7 +40,8 @@ def finetune(settings: Settings, application: Application, *, training_set: str,
         `tokens_per_second`, `seconds`; `changed`.
 
     Raises:
-        TrainingError: the set or the configuration is unusable, the loss is not a number, or MLflow doesn't answer.
+        TrainingError: the set or the configuration is unusable, or the loss is not a number.
+        ReleaseError: MLflow doesn't answer.
     """
     lake = Lake.of(settings, application.name)
     examples = read_training_set(lake, training_set)
@@ -59,20 +61,22 @@ def finetune(settings: Settings, application: Application, *, training_set: str,
         name,
         {"training_set": training_set, "written_by": run, "simulated": str(simulated > 0).lower()},
     )
-    tracked.params(
-        application.training.model_dump(exclude={"deepspeed"})
-        | {
-            "training_set": training_set,
-            "training_set_examples": len(examples),
-            "training_set_table_version": lake.version(GOLD_TRAINING_EXAMPLES),
-            "simulated_examples": simulated,
-            "base": base.name,
-            "base_sha256": base_sha256,
-        }
-    )
     changed = not spec.result.exists()
-    if changed:
-        _train(settings, spec, examples, tracked)
+    if changed or not tracked.finished:
+        tracked.start(
+            application.training.model_dump(exclude={"deepspeed"})
+            | {
+                "training_set": training_set,
+                "training_set_examples": len(examples),
+                "training_set_table_version": lake.version(GOLD_TRAINING_EXAMPLES),
+                "simulated_examples": simulated,
+                "base": base.name,
+                "base_sha256": base_sha256,
+                "code_version": version("millrace"),
+            }
+        )
+        shown = _train(settings, spec, examples, tracked) if changed else 0
+        tracked.steps(_progress(spec.progress)[shown:])
     result = json.loads(spec.result.read_text())
     measured = {
         "held_out_loss": result["held_out_loss"],
@@ -80,8 +84,8 @@ def finetune(settings: Settings, application: Application, *, training_set: str,
         "seconds": result["seconds"],
         "tokens_per_second": result["tokens"] / result["seconds"],
     }
-    tracked.finish(measured)
-    counts = {key: result[key] for key in ("steps", "examples", "left_out", "held_out")}
+    if changed or not tracked.finished:
+        tracked.finish(measured)
     return {
         "training_set": training_set,
         "fingerprint": name,
@@ -89,12 +93,13 @@ def finetune(settings: Settings, application: Application, *, training_set: str,
         "mlflow_run": tracked.run_id,
         "simulated": simulated,
         "changed": changed,
-        **counts,
+        **{key: result[key] for key in ("steps", "examples", "left_out", "held_out")},
         **measured,
     }
 
 
-def _train(settings: Settings, spec: Spec, examples: list[Example], tracked: TrackedRun) -> None:
+def _train(settings: Settings, spec: Spec, examples: list[Example], tracked: TrackedRun) -> int:
+    """Run the program; returns how many of its steps MLflow has seen."""
     lines = (json.dumps({"prompt": example.prompt, "answer": example.answer}) for example in examples)
     spec.examples.write_text("".join(f"{line}\n" for line in lines))
     # Steps that an earlier attempt showed and that are not in its checkpoint are shown again when they come again.
@@ -102,24 +107,30 @@ def _train(settings: Settings, spec: Spec, examples: list[Example], tracked: Tra
 
     def watch() -> None:
         nonlocal shown
-        steps = _progress(spec.progress)
-        if fresh := steps[shown:]:
+        fresh = _progress(spec.progress)[shown:]
+        if not fresh:
+            return
+        last = fresh[-1]
+        log.info(
+            "step %d of %d: loss %.3f, %.0f tokens/s",
+            last["step"],
+            last["of"],
+            last["loss"],
+            last["tokens"] / last["seconds"],
+        )
+        try:
             tracked.steps(fresh)
-            last = fresh[-1]
-            log.info(
-                "step %d of %d: loss %.3f, %.0f tokens/s",
-                last["step"],
-                last["of"],
-                last["loss"],
-                last["tokens"] / last["seconds"],
-            )
-        shown = len(steps)
+            shown += len(fresh)
+        except ReleaseError as error:
+            # Training outlives an MLflow that is away for a while: the steps wait for the next look.
+            log.warning("%s", error)
 
     try:
         run_program(spec, threads=settings.threads, watch=watch)
     except TrainingError as error:
         tracked.fail(str(error))
         raise
+    return shown
 
 
 def _progress(path: Path) -> list[dict[str, Any]]:
