@@ -3,7 +3,7 @@
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-FAST := not model and not spark and not stack and not long
+FAST := not model and not mlflow and not spark and not stack and not long
 
 .PHONY: run test unit test-long check lock bench
 

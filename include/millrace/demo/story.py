@@ -26,8 +26,8 @@ from millrace.lakehouse.tables import (
     SILVER_DOCUMENTS,
     SILVER_FEEDBACK,
 )
-from millrace.releases.registry import versions
-from millrace.releases.split import Split, read_split
+from millrace.releases.registry import read_split, versions
+from millrace.releases.split import Split
 from millrace.retrieval.embed import lineage_id
 from millrace.retrieval.index import current_build
 from millrace.rollout import people

@@ -43,6 +43,8 @@ def require_mlflow(settings: Settings, purpose: str) -> None:
     Raises:
         ReleaseError: it isn't.
     """
+    if not settings.mlflow_url.startswith("http"):
+        return  # A store on this machine (`sqlite:///…`): nobody to ask.
     try:
         urllib.request.urlopen(f"{settings.mlflow_url}/health", timeout=PATIENCE_SECONDS).close()
     except urllib.error.HTTPError:
