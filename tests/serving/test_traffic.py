@@ -111,6 +111,16 @@ def test_a_challenger_that_could_not_be_loaded_is_tried_again(traffic: Traffic, 
     assert served(traffic) == "2"
 
 
+def test_a_challenger_that_broke_while_it_warmed_up_is_unloaded_when_the_split_drops_it(
+    traffic: Traffic, shelf: Shelf
+) -> None:
+    shelf.pipelines["2"] = a_release(Parrot(breaks_after=0), Drawer(), prompt_version="2")
+    for split in (ROLLOUT, Split(sequence=2, champion="1")):
+        shelf.published = split
+        traffic.turn()
+    assert shelf.unloaded == ["2"]
+
+
 def test_pins_load_on_demand_and_only_a_few_stay_loaded(traffic: Traffic, shelf: Shelf) -> None:
     for version in ("3", "4", "5", "3"):
         assert served(traffic, version) == version

@@ -198,6 +198,11 @@ class Traffic:
             self._loaded = adopted
             if before is not None:
                 self._retired |= before.pipelines.keys() - pipelines.keys()
+            # What broke while it warmed up may be loaded all the same.
+            given_up = {version for version, failure in self._failures.items() if not failure.fresh} - broken.keys()
+            self._retired |= given_up
+            for version in given_up:
+                del self._failures[version]
         if before is None or before.split != split:
             log.info("%s follows split %s", self.application, split.model_dump_json())
 
