@@ -30,7 +30,7 @@ def render(template: str, question: str, chunks: Sequence[Chunk]) -> str:
     """
     try:
         return _JINJA.from_string(template).render(question=question, chunks=chunks).strip()
-    except TemplateError as error:
+    except Exception as error:  # A template is an expression language: it can raise what Python can.
         raise ReleaseError(f"the prompt template can't be rendered: {error}; correct the template") from None
 
 

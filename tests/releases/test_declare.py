@@ -1,0 +1,35 @@
+import pytest
+from tests.releases.conftest import Answering
+
+from millrace.errors import ReleaseError
+from millrace.releases.declare import declare_release
+from millrace.releases.registry import fetch_release, release_manifest, versions
+from millrace.retrieval.embed import lineage_id
+
+
+def test_the_declaration_is_registered_once_with_everything_it_says(answering: Answering) -> None:
+    settings, application = answering.settings, answering.application
+    again = declare_release(settings, application, variant="declared", run="test")
+    assert again["version"] == answering.declared
+    assert not again["changed"]
+    manifest = release_manifest(settings, application, answering.declared)
+    assert manifest.release_id == again["release_id"]
+    assert manifest.prompt.template == application.prompt.template
+    assert manifest.retrieval.lineage == lineage_id(application)
+    assert manifest.generation == application.generation
+    assert manifest.generator.name == "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert fetch_release(settings, application, answering.declared).name == manifest.release_id
+
+
+def test_a_variant_is_another_release_with_the_same_weights(answering: Answering) -> None:
+    settings, application = answering.settings, answering.application
+    terse = release_manifest(settings, application, answering.terse)
+    declared = release_manifest(settings, application, answering.declared)
+    assert terse.prompt.template == application.prompt.variants["terse"]
+    assert terse.generator == declared.generator
+    assert versions(settings, application)[answering.terse]["millrace.variant"] == "terse"
+
+
+def test_an_unknown_variant_is_answered_with_those_that_are_declared(answering: Answering) -> None:
+    with pytest.raises(ReleaseError, match="variant 'loud' is not declared; declared are declared, terse"):
+        declare_release(answering.settings, answering.application, variant="loud", run="test")

@@ -1,0 +1,61 @@
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from millrace.applications import Generation
+from millrace.errors import ReleaseError
+from millrace.releases.manifest import Generator, Manifest, PromptVersion, describe_weights, read_manifest
+from millrace.releases.manifest import RetrievalLineage as Lineage
+
+TEMPLATE = "{{ question }}"
+
+
+def manifest(template: str = TEMPLATE, sha256: str = "0" * 64, tokens: int = 48) -> Manifest:
+    return Manifest(
+        application="qa",
+        generator=Generator(name="model.gguf", sha256=sha256, bytes=4),
+        prompt=PromptVersion(name="qa.prompt", version="1", template=template),
+        retrieval=Lineage(lineage="minilm-1", embedding_model="minilm", chunks=2),
+        generation=Generation(max_new_tokens=tokens),
+        code_version="0.1.0",
+    )
+
+
+def test_the_id_never_changes_for_the_same_content() -> None:
+    # Pinned: releases registered by earlier versions must keep their ids.
+    assert manifest().release_id == "rel-62f98b40f01c89bf"
+
+
+@given(st.text(), st.text())
+def test_the_id_follows_the_content(one: str, other: str) -> None:
+    assert (manifest(one).release_id == manifest(other).release_id) == (one == other)
+    assert read_manifest(manifest(one).canonical(), "a test") == manifest(one)
+
+
+def test_other_weights_or_another_generation_are_another_release() -> None:
+    assert len({manifest().release_id, manifest(sha256="1" * 64).release_id, manifest(tokens=9).release_id}) == 3
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1}', "nonsense"])
+def test_what_is_not_a_manifest_is_refused_in_one_sentence(text: str) -> None:
+    with pytest.raises(ReleaseError, match=r"^here is not a release manifest: .*; register the release again$"):
+        read_manifest(text, "here")
+
+
+def test_a_newer_format_is_refused() -> None:
+    newer = json.loads(manifest().canonical()) | {"format": 2, "unknown": True}
+    with pytest.raises(ReleaseError, match="has manifest format 2, this Millrace reads up to 1"):
+        read_manifest(json.dumps(newer), "here")
+
+
+def test_weights_are_described_by_their_bytes(tmp_path: Path) -> None:
+    (tmp_path / "w.gguf").write_bytes(b"abc")
+    described = describe_weights(tmp_path / "w.gguf")
+    assert (described.name, described.bytes) == ("w.gguf", 3)
+    assert described.sha256 == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    for missing in (tmp_path, tmp_path / "none.gguf"):
+        with pytest.raises(ReleaseError, match="is not a file with weights"):
+            describe_weights(missing)

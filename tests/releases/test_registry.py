@@ -1,0 +1,201 @@
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from tests.releases.conftest import Make
+
+from millrace.applications import Application
+from millrace.errors import ReleaseError
+from millrace.releases import registry as releases
+from millrace.releases.split import Split
+from millrace.settings import Settings
+
+
+def client(settings: Settings) -> MlflowClient:
+    return MlflowClient(settings.mlflow_url, settings.mlflow_url)
+
+
+def register(settings: Settings, application: Application, make_release: Make, content: str = "weights") -> str:
+    manifest, weights = make_release(content)
+    return releases.register_release(settings, application, manifest, weights, run="test", tags={"why": "a test"})
+
+
+def test_a_release_is_registered_as_a_candidate_and_comes_back_byte_for_byte(
+    registry: Settings, application: Application, make_release: Make
+) -> None:
+    manifest, weights = make_release("weights")
+    version = register(registry, application, make_release)
+    assert version == "1"
+    assert releases.find_version(registry, application, manifest.release_id) == "1"
+    assert releases.versions(registry, application) == {
+        "1": {
+            "why": "a test",
+            "millrace.release_id": manifest.release_id,
+            "millrace.state": "candidate",
+            "millrace.registered_by": "test",
+        }
+    }
+    folder = releases.fetch_release(registry, application, version)
+    assert folder == registry.home / "releases" / manifest.release_id
+    assert (folder / "model.gguf").read_bytes() == weights.read_bytes()
+    assert releases.release_manifest(registry, application, version) == manifest
+    assert sorted(path.name for path in folder.parent.iterdir()) == [manifest.release_id]
+
+
+def test_the_same_release_twice_is_one_version(
+    registry: Settings, application: Application, make_release: Make
+) -> None:
+    assert [register(registry, application, make_release, content) for content in "aabab"] == ["1", "1", "2", "1", "2"]
+
+
+def test_the_same_release_from_two_at_once_is_one_version(
+    registry: Settings, application: Application, make_release: Make
+) -> None:
+    manifest, weights = make_release("weights")
+    with ThreadPoolExecutor(2) as pool:
+        found = list(
+            pool.map(
+                lambda run: releases.register_release(registry, application, manifest, weights, run=run, tags={}),
+                ("one", "other"),
+            )
+        )
+    assert set(found) == set(releases.versions(registry, application)) and len(set(found)) == 1
+
+
+KILLED = """
+import os, sys
+from mlflow import MlflowClient
+from tests.releases.test_registry import *
+at, uri, home, weights, declaration = sys.argv[1:]
+def die(*args, **kwargs): os._exit(9)
+setattr(MlflowClient, at, die)
+settings = Settings(home=home, mlflow_uri=uri)
+application = Application.model_validate_json(declaration)
+from millrace.releases.manifest import *
+prompt = PromptVersion(name="p", version="1", template="{{ question }}")
+manifest = declared_manifest(application, describe_weights(Path(weights)), prompt, "lineage")
+releases.register_release(settings, application, manifest, Path(weights), run="killed", tags={})
+"""
+
+
+@pytest.mark.parametrize("at", ["log_model_artifacts", "finalize_logged_model", "create_model_version"])
+def test_a_registration_killed_anywhere_is_completed_by_the_next(
+    registry: Settings, application: Application, make_release: Make, at: str
+) -> None:
+    manifest, weights = make_release("weights")
+    arguments = (at, registry.mlflow_url, str(registry.home), str(weights), application.model_dump_json())
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=Path(__file__).parents[2], check=False)
+    assert killed.returncode == 9
+    assert releases.versions(registry, application) == {}
+    assert register(registry, application, make_release) == "1"
+    releases.fetch_release(registry, application, "1")
+    experiment = client(registry).get_experiment_by_name(f"{application.name}/releases").experiment_id
+    left = client(registry).search_logged_models([experiment])
+    assert [model.tags["millrace.release_id"] for model in left] == [manifest.release_id]
+
+
+def test_weights_that_are_not_the_manifests_are_refused_before_anything_is_sent(
+    registry: Settings, application: Application, make_release: Make
+) -> None:
+    manifest, weights = make_release("weights")
+    weights.write_text("other")
+    with pytest.raises(ReleaseError, match=f"{weights} has SHA-256"):
+        releases.register_release(registry, application, manifest, weights, run="test", tags={})
+    assert releases.versions(registry, application) == {}
+
+
+def test_bytes_changed_in_the_registry_are_found_out(
+    registry: Settings, application: Application, make_release: Make, tmp_path: Path
+) -> None:
+    manifest, _ = make_release("weights")
+    version = register(registry, application, make_release)
+    model = client(registry).get_model_version(application.name, version).model_id
+    forged = tmp_path / "forged"
+    (forged / "data" / "release").mkdir(parents=True)
+    (forged / "data" / "release" / "model.gguf").write_text("w3ights")
+    client(registry).log_model_artifacts(model, str(forged))
+    with pytest.raises(ReleaseError, match=f"other bytes .* than release {manifest.release_id} was registered with"):
+        releases.fetch_release(registry, application, version)
+    assert list((registry.home / "releases").iterdir()) == []
+
+
+def test_a_local_folder_without_weights_or_cut_off_is_named(
+    registry: Settings, application: Application, make_release: Make
+) -> None:
+    folder = releases.fetch_release(registry, application, register(registry, application, make_release))
+    (folder / "model.gguf").write_text("cut")
+    with pytest.raises(ReleaseError, match=f"{folder}/model.gguf has 3 bytes, its manifest says 7; remove {folder}"):
+        releases.fetch_release(registry, application, "1")
+    (folder / "model.gguf").unlink()
+    with pytest.raises(ReleaseError, match=f"{folder} holds no weights .model.gguf is missing."):
+        releases.fetch_release(registry, application, "1")
+
+
+def test_a_version_that_is_not_there_is_named(registry: Settings, application: Application) -> None:
+    for version in ("12", "latest"):
+        with pytest.raises(ReleaseError, match=f"{application.name}@{version} is not registered"):
+            releases.fetch_release(registry, application, version)
+    assert releases.versions(registry, application) == {}
+
+
+def test_a_prompt_is_a_version_in_the_prompt_registry_and_the_same_template_the_same_version(
+    registry: Settings, application: Application
+) -> None:
+    templates = ["{% for c in chunks %}{{ c.text }}{% endfor %}{{ question }}", "Briefly: {{ question }}"]
+    made = [releases.register_prompt(registry, application, template, run="test") for template in templates * 2]
+    assert [prompt.version for prompt in made] == ["1", "2", "1", "2"]
+    stored = client(registry).get_prompt_version(f"{application.name}.prompt", "1")
+    assert stored is not None
+    assert stored.template == templates[0] == made[0].template
+    with pytest.raises(ReleaseError, match="does not use `question`"):
+        releases.register_prompt(registry, application, "hello", run="test")
+
+
+def test_a_split_is_one_tag_and_people_see_it_as_aliases(registry: Settings, application: Application) -> None:
+    name = application.name
+    assert releases.read_split(registry, name) is None
+    assert releases.read_aliases(registry, name) == {}
+    client(registry).create_registered_model(name)
+    for _ in range(3):
+        client(registry).create_model_version(name, source="mlflow-artifacts:/nothing")
+    assert releases.read_split(registry, name) is None
+    first = Split(sequence=1, rollout_id="r", epoch=1, champion="1", challenger="2", share=0.25, salt="s")
+    releases.publish_split(registry, name, first)
+    assert releases.read_split(registry, name) == first
+    assert releases.read_aliases(registry, name) == {"champion": "1", "challenger": "2"}
+    promoted = Split(sequence=2, champion="2")
+    for _ in range(2):
+        releases.publish_split(registry, name, promoted, previous="1")
+        assert releases.read_split(registry, name) == promoted
+        assert releases.read_aliases(registry, name) == {"champion": "2", "previous": "1"}
+
+
+def test_a_tag_that_is_not_a_split_is_an_error_and_never_a_guess(registry: Settings, application: Application) -> None:
+    client(registry).create_registered_model(application.name)
+    for wrong in ("", "nonsense", "{}", '{"sequence": 1, "champion": "1", "share": 2}'):
+        client(registry).set_registered_model_tag(application.name, "millrace.split", wrong)
+        with pytest.raises(ReleaseError, match=f"tag millrace.split of registered model {application.name} is not"):
+            releases.read_split(registry, application.name)
+
+
+def test_an_unreachable_registry_is_one_sentence_within_ten_seconds(
+    settings: Settings, application: Application
+) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        for uri, said in (
+            (f"http://127.0.0.1:{silent.getsockname()[1]}", "timed out"),
+            ("http://127.0.0.1:9", "refused"),
+            ("http://no.such.host.invalid", ""),
+        ):
+            away = settings.model_copy(update={"mlflow_uri": uri})
+            started = time.monotonic()
+            with pytest.raises(ReleaseError, match=f"MLflow at {uri} does not answer .*{said}.*MILLRACE_MLFLOW_URI"):
+                releases.read_split(away, application.name)
+            assert time.monotonic() - started < 10
