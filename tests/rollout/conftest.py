@@ -22,16 +22,16 @@ def policy() -> Rollout:
 
 
 @pytest.fixture
-def settings(settings: Settings, mlflow_uri: str) -> Settings:
-    """With the session's MLflow server."""
+def tracked(settings: Settings, mlflow_uri: str) -> Settings:
+    """Settings with the session's MLflow server."""
     return settings.model_copy(update={"mlflow_uri": mlflow_uri})
 
 
 @pytest.fixture
-def application(settings: Settings, qa: Application, policy: Rollout) -> Application:
+def application(tracked: Settings, qa: Application, policy: Rollout) -> Application:
     """The rollout never opens a release: versions are registered without weights."""
     own = qa.model_copy(update={"name": f"qa_{uuid.uuid4().hex[:8]}", "rollout": policy})
-    client = mlflow.MlflowClient(tracking_uri=settings.mlflow_url, registry_uri=settings.mlflow_url)
+    client = mlflow.MlflowClient(tracking_uri=tracked.mlflow_url, registry_uri=tracked.mlflow_url)
     client.create_registered_model(own.name)
     run = client.create_run("0").info
     for _ in range(4):

@@ -28,18 +28,18 @@ Tick = Callable[[], dict[str, Any]]
 
 
 @pytest.fixture
-def lake(settings: Settings, application: Application) -> Lake:
-    return Lake.of(settings, application.name)
+def lake(tracked: Settings, application: Application) -> Lake:
+    return Lake.of(tracked, application.name)
 
 
 @pytest.fixture
-def ticks(settings: Settings, application: Application) -> Tick:
-    return lambda: tick(settings, application, run="test")
+def ticks(tracked: Settings, application: Application) -> Tick:
+    return lambda: tick(tracked, application, run="test")
 
 
 @pytest.fixture
-def published(settings: Settings, application: Application) -> Callable[[], Split | None]:
-    return lambda: registry.read_split(settings, application.name)
+def published(tracked: Settings, application: Application) -> Callable[[], Split | None]:
+    return lambda: registry.read_split(tracked, application.name)
 
 
 def pass_gate(lake: Lake, candidate: str, champion: str = "1", after: float = 0) -> None:
@@ -77,8 +77,8 @@ def play(lake: Lake, ticks: Tick, means: dict[str, float], *, users: int = 70, m
     raise AssertionError(f"undecided: {kinds(lake)}")
 
 
-def test_without_any_release_nothing_is_decided(settings: Settings, qa: Application) -> None:
-    found = tick(settings, qa.model_copy(update={"name": "nobody_registered_any"}), run="test")
+def test_without_any_release_nothing_is_decided(tracked: Settings, qa: Application) -> None:
+    found = tick(tracked, qa.model_copy(update={"name": "nobody_registered_any"}), run="test")
     assert found["decision"] is None
     assert found["champion"] is None
 
@@ -93,7 +93,7 @@ def test_the_first_registered_release_becomes_champion_once(
 
 
 def test_a_better_candidate_reaches_everybody_step_by_step(
-    ticks: Tick, lake: Lake, published: Callable[[], Split | None], settings: Settings, application: Application
+    ticks: Tick, lake: Lake, published: Callable[[], Split | None], tracked: Settings, application: Application
 ) -> None:
     pass_gate(lake, "2")
     decided = play(lake, ticks, {"1": 0.3, "2": 0.6})
@@ -103,7 +103,7 @@ def test_a_better_candidate_reaches_everybody_step_by_step(
     split = published()
     assert split is not None
     assert (split.champion, split.challenger, split.share) == ("2", None, 0.0)
-    assert registry.read_aliases(settings, application.name) == {"champion": "2", "previous": "1"}
+    assert registry.read_aliases(tracked, application.name) == {"champion": "2", "previous": "1"}
     assert read_journal(lake)[-1].simulated
     assert ticks()["decision"] is None
 
@@ -113,7 +113,7 @@ def test_a_worse_candidate_is_rolled_back_with_an_alert_and_never_starts_again_b
     lake: Lake,
     published: Callable[[], Split | None],
     caplog: pytest.LogCaptureFixture,
-    settings: Settings,
+    tracked: Settings,
     application: Application,
 ) -> None:
     pass_gate(lake, "2")
@@ -125,9 +125,9 @@ def test_a_worse_candidate_is_rolled_back_with_an_alert_and_never_starts_again_b
     split = published()
     assert split is not None
     assert (split.champion, split.challenger) == ("1", None)
-    assert registry.read_aliases(settings, application.name)["champion"] == "1"
+    assert registry.read_aliases(tracked, application.name)["champion"] == "1"
     assert ticks()["decision"] is None
-    people.admit(settings, application, "2", actor="ann", reason="fixed upstream")
+    people.admit(tracked, application, "2", actor="ann", reason="fixed upstream")
     assert ticks()["decision"] == "start"
 
 
@@ -148,16 +148,16 @@ def test_a_hold_is_written_only_when_the_evidence_changed(ticks: Tick, lake: Lak
 
 
 def test_candidates_wait_for_their_turn_oldest_first(
-    ticks: Tick, lake: Lake, settings: Settings, application: Application
+    ticks: Tick, lake: Lake, tracked: Settings, application: Application
 ) -> None:
     ticks()
     pass_gate(lake, "3", after=10)
     pass_gate(lake, "2", after=20)
     assert ticks()["challenger"] == "3"
-    people.admit(settings, application, "4", actor="ann", reason="asked for", simulated=True)
-    people.roll_back(settings, application, actor="ann", reason="enough")
+    people.admit(tracked, application, "4", actor="ann", reason="asked for", simulated=True)
+    people.roll_back(tracked, application, actor="ann", reason="enough")
     assert ticks()["challenger"] == "2"
-    people.roll_back(settings, application, actor="ann", reason="enough")
+    people.roll_back(tracked, application, actor="ann", reason="enough")
     assert ticks()["challenger"] == "4"
     assert read_journal(lake)[-1].simulated
 
@@ -168,7 +168,7 @@ def test_what_a_person_moved_is_respected_until_somebody_resumes(
     ticks: Tick,
     lake: Lake,
     published: Callable[[], Split | None],
-    settings: Settings,
+    tracked: Settings,
     application: Application,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -177,10 +177,10 @@ def test_what_a_person_moved_is_respected_until_somebody_resumes(
     ticks()
     before = published()
     assert before is not None
-    client = mlflow.MlflowClient(tracking_uri=settings.mlflow_url, registry_uri=settings.mlflow_url)
+    client = mlflow.MlflowClient(tracking_uri=tracked.mlflow_url, registry_uri=tracked.mlflow_url)
     if what == "tag":
         moved = before.model_copy(update={"share": 0.9})
-        registry.publish_split(settings, application.name, moved)
+        registry.publish_split(tracked, application.name, moved)
     else:
         moved = before
         client.set_registered_model_alias(application.name, "champion", "3")
@@ -190,9 +190,9 @@ def test_what_a_person_moved_is_respected_until_somebody_resumes(
     for _ in range(2):
         assert ticks()["decision"] is None
         assert published() == moved
-    people.resume(settings, application, actor="ann", reason="was a mistake")
+    people.resume(tracked, application, actor="ann", reason="was a mistake")
     assert published() == before
-    assert registry.read_aliases(settings, application.name)["champion"] == "1"
+    assert registry.read_aliases(tracked, application.name)["champion"] == "1"
     assert ticks()["decision"] == "hold"
 
 
@@ -208,7 +208,7 @@ def test_who_rates_differs_freezes_and_reports_bounds(ticks: Tick, lake: Lake, p
 
 
 def test_a_tag_behind_the_journal_is_published_by_the_next_tick_frozen_or_not(
-    ticks: Tick, lake: Lake, published: Callable[[], Split | None], settings: Settings, application: Application
+    ticks: Tick, lake: Lake, published: Callable[[], Split | None], tracked: Settings, application: Application
 ) -> None:
     pass_gate(lake, "2")
     ticks()
@@ -216,8 +216,8 @@ def test_a_tag_behind_the_journal_is_published_by_the_next_tick_frozen_or_not(
     ticks()
     new = published()
     assert old is not None
-    registry.publish_split(settings, application.name, old)
-    people.freeze(settings, application, actor="ann", reason="lunch")
+    registry.publish_split(tracked, application.name, old)
+    people.freeze(tracked, application, actor="ann", reason="lunch")
     found = ticks()
     assert (found["decision"], found["published"]) == (None, True)
     assert published() == new
@@ -234,8 +234,8 @@ def test_of_two_ticks_at_once_one_decides_and_the_other_ends_quietly(ticks: Tick
     assert kinds(lake) == ["bootstrap"]
 
 
-def test_a_registry_that_does_not_answer_is_one_clear_error(settings: Settings, application: Application) -> None:
-    nobody = settings.model_copy(update={"mlflow_uri": "http://127.0.0.1:9"})
+def test_a_registry_that_does_not_answer_is_one_clear_error(tracked: Settings, application: Application) -> None:
+    nobody = tracked.model_copy(update={"mlflow_uri": "http://127.0.0.1:9"})
     with pytest.raises(ReleaseError):
         tick(nobody, application, run="test")
 
@@ -281,7 +281,7 @@ def test_ticks_that_die_after_a_write_lead_where_unhurt_ones_do(
     lake: Lake,
     published: Callable[[], Split | None],
     deaths: Callable[[int | None], None],
-    settings: Settings,
+    tracked: Settings,
     application: Application,
 ) -> None:
     died = 0
@@ -304,7 +304,7 @@ def test_ticks_that_die_after_a_write_lead_where_unhurt_ones_do(
     state = fold(read_journal(lake))
     assert state.champion == ("2" if "promote" in decided else "1")
     assert published() == state.split()
-    assert registry.read_aliases(settings, application.name)["champion"] == state.champion
+    assert registry.read_aliases(tracked, application.name)["champion"] == state.champion
     assert ticks()["decision"] is None
 
 

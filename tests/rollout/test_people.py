@@ -18,39 +18,39 @@ ANN = {"actor": "ann", "reason": "because"}
 
 
 @pytest.fixture
-def started(settings: Settings, application: Application) -> Lake:
+def started(tracked: Settings, application: Application) -> Lake:
     """A champion, and version 2 at the first step."""
-    tick(settings, application, run="test")
-    people.admit(settings, application, "2", **ANN, simulated=True)
-    tick(settings, application, run="test")
-    return Lake.of(settings, application.name)
+    tick(tracked, application, run="test")
+    people.admit(tracked, application, "2", **ANN, simulated=True)
+    tick(tracked, application, run="test")
+    return Lake.of(tracked, application.name)
 
 
 def test_each_act_is_a_decision_with_name_and_reason(
-    started: Lake, settings: Settings, application: Application
+    started: Lake, tracked: Settings, application: Application
 ) -> None:
-    people.freeze(settings, application, **ANN)
-    assert tick(settings, application, run="test")["decision"] is None
-    people.resume(settings, application, **ANN)
-    people.skip(settings, application, **ANN)
-    people.roll_back(settings, application, **ANN)
+    people.freeze(tracked, application, **ANN)
+    assert tick(tracked, application, run="test")["decision"] is None
+    people.resume(tracked, application, **ANN)
+    people.skip(tracked, application, **ANN)
+    people.roll_back(tracked, application, **ANN)
     journal = read_journal(started)
     assert [d.kind for d in journal] == ["bootstrap", "admit", "start", "freeze", "resume", "skip", "rollback"]
     assert [(d.actor, d.reason) for d in journal[3:]] == [("ann", "because")] * 4
     assert [(d.champion, d.challenger, d.share) for d in journal[-2:]] == [("2", "2", 1.0), ("1", "2", 0.0)]
     assert journal[1].simulated
     assert journal[2].simulated
-    split = registry.read_split(settings, application.name)
+    split = registry.read_split(tracked, application.name)
     assert split is not None
     assert (split.sequence, split.champion, split.challenger) == (6, "1", None)
 
 
-def test_a_rollback_by_hand_acts_at_once(started: Lake, settings: Settings, application: Application) -> None:
-    people.roll_back(settings, application, **ANN)
-    split = registry.read_split(settings, application.name)
+def test_a_rollback_by_hand_acts_at_once(started: Lake, tracked: Settings, application: Application) -> None:
+    people.roll_back(tracked, application, **ANN)
+    split = registry.read_split(tracked, application.name)
     assert split is not None
     assert (split.champion, split.challenger, split.share) == ("1", None, 0.0)
-    assert tick(settings, application, run="test")["decision"] is None
+    assert tick(tracked, application, run="test")["decision"] is None
 
 
 @pytest.mark.parametrize(
@@ -65,18 +65,18 @@ def test_a_rollback_by_hand_acts_at_once(started: Lake, settings: Settings, appl
     ],
 )
 def test_what_cant_be_done_is_said_in_one_sentence_and_leaves_no_trace(
-    act: Callable[[Settings, Application], Any], why: str, started: Lake, settings: Settings, application: Application
+    act: Callable[[Settings, Application], Any], why: str, started: Lake, tracked: Settings, application: Application
 ) -> None:
     before = read_journal(started)
     with pytest.raises(MillraceError, match=why):
-        act(settings, application)
+        act(tracked, application)
     assert read_journal(started) == before
 
 
 @pytest.mark.parametrize("act", [people.skip, people.roll_back])
 def test_without_a_rollout_there_is_nothing_to_skip_or_to_go_back_from(
-    act: Callable[..., Any], settings: Settings, application: Application
+    act: Callable[..., Any], tracked: Settings, application: Application
 ) -> None:
-    tick(settings, application, run="test")
+    tick(tracked, application, run="test")
     with pytest.raises(MillraceError, match="no rollout is active"):
-        act(settings, application, **ANN)
+        act(tracked, application, **ANN)

@@ -61,10 +61,7 @@ def tick(settings: Settings, application: Application, *, run: str) -> dict[str,
     if view.state.frozen:
         # What a person moved stays as it is, and nothing is decided for as long as a person wants it so.
         return _told(view.state, None, "frozen; a person may resume, skip or roll back", published=written)
-    if moved is not None:
-        decision = _decide(view, "freeze", moved, evidence={"cause": "moved_by_hand"})
-    else:
-        decision = next(filter(None, (step(view) for step in STEPS)), None)
+    decision = due(view, moved)
     if decision is None:
         return _told(view.state, None, "nothing to decide", published=written)
     if decision.kind in ALERTING:
@@ -88,6 +85,13 @@ def look(settings: Settings, application: Application) -> View:
     lake = Lake.of(settings, application.name)
     journal = read_journal(lake)
     return View(settings, application, lake, journal, fold(journal), found)
+
+
+def due(view: View, moved: str | None) -> Decision | None:
+    """The decision to take now, `moved` being what a person moved by hand."""
+    if moved is not None:
+        return _decide(view, "freeze", moved, evidence={"cause": "moved_by_hand"})
+    return next(filter(None, (step(view) for step in STEPS)), None)
 
 
 def moved_by_hand(view: View) -> str | None:
