@@ -37,8 +37,10 @@ def lake(engine: str, settings: Settings, request: pytest.FixtureRequest) -> Lak
 
 @pytest.fixture(scope="session")
 def processes() -> Iterator[Pool]:
-    """Four processes that have Millrace imported."""
-    with multiprocessing.get_context("spawn").Pool(4) as pool:
+    """Four processes that have Millrace imported, once: they are forked before delta-rs has started a thread."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.lakehouse.things"])
+    with context.Pool(4) as pool:
         yield pool
 
 

@@ -2,13 +2,14 @@
 
 import os
 import sys
+import threading
 import time
 from glob import glob
 from pathlib import Path
 
 import pytest
 from tests.conftest import free_port, running_spark
-from tests.lakehouse.things import OTHER_THINGS, THINGS, doubled, hashes, things
+from tests.lakehouse.things import OTHER_THINGS, THINGS, doubled, hashes, sleeping, things
 
 from millrace.errors import LakehouseError
 from millrace.lakehouse import spark_server
@@ -72,16 +73,24 @@ def test_a_server_listens_on_loopback_only_and_its_death_and_return_are_taken_ca
         assert settings.spark_port in {port for _, port in listening(server.pid)}
         lake.merge(THINGS, things({"a": "1"}), run="r")
         lake.transform(THINGS, doubled, OTHER_THINGS, run="t")
-        server.kill()
+        lake.merge(THINGS, things({"a": "2"}), run="r")
+        named = f"Spark Connect server at sc://127.0.0.1:{settings.spark_port}"
+        killer = threading.Timer(2, server.kill)
+        killer.start()
+        start = time.monotonic()
+        with pytest.raises(LakehouseError, match=f"{named} stopped answering"):
+            lake.transform(THINGS, sleeping, OTHER_THINGS, run="t")
+        assert time.monotonic() - start < 30
         server.wait()
         start = time.monotonic()
-        with pytest.raises(LakehouseError, match=f"Spark Connect server at sc://127.0.0.1:{settings.spark_port}"):
-            lake.merge(THINGS, things({"a": "2"}), run="r")
-        assert time.monotonic() - start < 15
+        with pytest.raises(LakehouseError, match=f"{named} can't be reached"):
+            lake.merge(THINGS, things({"a": "3"}), run="r")
+        assert time.monotonic() - start < 5
         assert not spark_server.ready(settings)
     with running_spark(settings):
-        assert lake.merge(THINGS, things({"a": "2"}), run="r").updated == 1
-        assert hashes(lake.read(THINGS)) == {"a": "2"}
+        assert hashes(lake.read(OTHER_THINGS)) == {"a": "2x1"}
+        assert lake.merge(THINGS, things({"a": "3"}), run="r").updated == 1
+        assert hashes(lake.read(THINGS)) == {"a": "3"}
     assert not listening(server.pid)
 
 

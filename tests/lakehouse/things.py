@@ -114,6 +114,12 @@ def failing(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         raise ValueError("the moon is in the wrong house")
 
 
+def sleeping(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        time.sleep(60)
+        yield batch
+
+
 # What the processes of the concurrency tests run: begin at the same moment, say what happened.
 
 

@@ -100,6 +100,8 @@ def refusal(table: Table, uri: str, error: Exception) -> LakehouseError:
 
 def described(table: Table, uri: str, said: str) -> LakehouseError:
     """`refusal` for an error known only by what it says."""
+    if said.startswith("LakehouseError: "):  # ours, from a worker
+        return LakehouseError(said.removeprefix("LakehouseError: "))
     if _disk_is_full(said):
         free = f" ({shutil.disk_usage(uri).free // 1024} KiB free)" if Path(uri).exists() else ""
         return LakehouseError(

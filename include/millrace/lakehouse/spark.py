@@ -6,7 +6,7 @@ when it commits; what would change nothing is found out before, because Spark co
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from typing import TypeVar
@@ -14,6 +14,7 @@ from uuid import uuid4
 
 import pyarrow as pa
 from deltalake import DeltaTable
+from pyspark.errors import PySparkException
 from pyspark.sql.connect.dataframe import DataFrame
 from pyspark.sql.connect.session import SparkSession
 
@@ -67,8 +68,8 @@ class SparkEngine:
         source = stamped(rows, run)
 
         def once(session: SparkSession) -> Written:
-            rows = session.createDataFrame(source if source.num_rows else [], _columns(table))
-            with _view(session, rows) as view:
+            # The types are given: none can be inferred from a table without rows.
+            with _view(session, session.createDataFrame(source, _columns(table))) as view:
                 return _merge(session, uri, table, view, delete_unmatched)
 
         return self._commit(uri, table, once)
@@ -92,7 +93,8 @@ class SparkEngine:
                         return Written(open_table(uri, table).version())
                     return _merge(session, uri, table, view, "true")
             finally:
-                produced.unpersist()
+                with suppress(PySparkException):
+                    produced.unpersist()
 
         return self._commit(uri, table, once)
 
@@ -162,7 +164,8 @@ def _view(session: SparkSession, rows: DataFrame) -> Iterator[str]:
     try:
         yield name
     finally:
-        session.catalog.dropTempView(name)
+        with suppress(PySparkException):  # a server that is gone must not hide why
+            session.catalog.dropTempView(name)
 
 
 def _columns(table: Table) -> str:

@@ -45,7 +45,7 @@ def on_server(url: str, work: Callable[[SparkSession], T]) -> T:
     """What `work` returns, given the session of this process on the server at `url`.
 
     A session that the server no longer knows, because it was restarted or the session was idle for an hour, is
-    opened anew and `work` repeated: it had not begun.
+    opened anew and `work` repeated, which must be safe.
 
     Raises:
         LakehouseError: the server doesn't answer.
