@@ -91,7 +91,7 @@ def write(lake: Lake, exchanges: Sequence[dict[str, Any]], ratings: Sequence[dic
 
 @dataclass
 class Crowd:
-    """Users who ask once each through a split, and rate by the version that they meet (mean by version, sd 0.1)."""
+    """Users who ask once each through a split, and all rate by the version that they meet (mean by version, sd 0.1)."""
 
     lake: Lake
     means: dict[str, float]
@@ -117,7 +117,7 @@ class Crowd:
                     release_version=met.version,
                 )
             )
-            if rng.random() < (answer_rate or {}).get(met.version, 0.9):
+            if rng.random() < (answer_rate or {}).get(met.version, 1.0):
                 value = float(np.clip(rng.normal(self.means[met.version], 0.1), 0, 1))
                 ratings.append(rating(f"c{self.come}", name, at + 3, value, release_version=met.version))
         later = self.come / 2 + 1000

@@ -29,10 +29,9 @@ from millrace.rollout.sequential import (
     worst_cases,
 )
 
-SAMPLE_RATIO_ERROR = 0.001
-"""Probability of ever freezing a rollout whose users are assigned as declared."""
-RESPONSE_ERROR = 0.01
-"""Probability of ever freezing a rollout in whose arms users answer alike."""
+FREEZE_ERROR = 0.001
+"""Probability of ever freezing a rollout whose users are assigned as declared, and again of ever freezing one in whose
+arms users rate alike: a freeze costs a person's time, so it takes more evidence than a decision."""
 LARGEST = 1e12
 """Evidence beyond is reported as this much."""
 
@@ -80,7 +79,7 @@ def judge(
     ratio = log_sample_ratio((e.challenger, e.champion, e.probability) for e in evidence.exposed)
     responses = evidence.responses()
     response = log_peak(log_wealth_apart(responses)).item()
-    unequal = response >= log(1 / RESPONSE_ERROR)
+    unequal = response >= log(1 / FREEZE_ERROR)
     samples = {"quality": evidence.quality(), "success": evidence.successes(), "latency": evidence.latency()}
     guardrails = [_guardrail(name, sample, policy.error_rate) for name, sample in samples.items()]
     if unequal:
@@ -88,11 +87,11 @@ def judge(
     harm = log_harm(evidence, unequal=unequal)
     summary = _summary(evidence, guardrails, step, harm, ratio, response, responses)
 
-    if ratio >= log(1 / SAMPLE_RATIO_ERROR) and "sample_ratio" not in overruled:
+    if ratio >= log(1 / FREEZE_ERROR) and "sample_ratio" not in overruled:
         return Judgement(
             "freeze",
             f"users are not assigned as declared (evidence {_evidence(ratio):.3g}, frozen at "
-            f"{1 / SAMPLE_RATIO_ERROR:.0f}): {_counts(evidence)}; look for lost exchanges, then resume or roll back",
+            f"{1 / FREEZE_ERROR:.0f}): {_counts(evidence)}; look for lost exchanges, then resume or roll back",
             summary | {"cause": "sample_ratio"},
         )
     if unequal and "response" not in overruled:
