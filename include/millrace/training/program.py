@@ -7,6 +7,7 @@ release. Killed at any step, it goes on from the last checkpoint when it is star
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -50,8 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _train(spec, given.rendezvous)
     except (MillraceError, ValidationError) as error:
-        _replace(spec.failure, str(error))
         print(error, file=sys.stderr)
+        with contextlib.suppress(OSError):  # the disk may be what is full
+            _replace(spec.failure, str(error))
         # Not sys.exit: the other processes may wait in a collective operation that never completes.
         sys.stderr.flush()
         os._exit(2)
@@ -173,9 +175,19 @@ def _checkpoint(spec: Spec, engine: Any, step: int, seconds: float, rank: int) -
     import torch
 
     tag = f"step-{step}"
-    engine.save_checkpoint(
-        str(spec.checkpoints), tag=tag, save_latest=False, exclude_frozen_parameters=True, client_state={"step": step}
-    )
+    try:
+        engine.save_checkpoint(
+            str(spec.checkpoints),
+            tag=tag,
+            save_latest=False,
+            exclude_frozen_parameters=True,
+            client_state={"step": step},
+        )
+    except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError when a disk is full
+        reason = str(error).splitlines()[0]
+        raise TrainingError(
+            f"step {step} can't be kept in {spec.checkpoints}: {reason}; free disk space, then run the task again"
+        ) from error
     torch.distributed.barrier()
     if rank == 0:
         _replace(spec.checkpoints / "last.json", json.dumps({"tag": tag, "step": step, "seconds": seconds}))
