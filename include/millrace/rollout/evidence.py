@@ -106,7 +106,7 @@ def collect_evidence(lake: Lake, policy: Rollout, rollout_id: str, *, as_of: dat
 
     Args:
         as_of: users whose window ends later are not closed; None: the newest moment of any exchange in silver.
-            (Ingestion writes an interval's feedback with its exchanges, and exchanges keep arriving.)
+            (Ingestion writes an interval's feedback before its exchanges, so by then all ratings are there.)
     """
     as_of = as_of or _newest(lake)
     exchanges = lake.read(

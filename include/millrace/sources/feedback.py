@@ -127,10 +127,11 @@ def refine_feedback(
     quarantined = lake.merge(
         QUARANTINE_FEEDBACK, pa.Table.from_pylist(refused, schema=QUARANTINE_FEEDBACK.rows_schema), run=run
     )
+    # Feedback first: the rollout takes the newest exchange for the moment up to which ratings are known.
+    said = lake.merge(SILVER_FEEDBACK, pa.Table.from_pylist(feedback, schema=SILVER_FEEDBACK.rows_schema), run=run)
     exchanged = lake.merge(
         SILVER_EXCHANGES, pa.Table.from_pylist(exchanges, schema=SILVER_EXCHANGES.rows_schema), run=run
     )
-    said = lake.merge(SILVER_FEEDBACK, pa.Table.from_pylist(feedback, schema=SILVER_FEEDBACK.rows_schema), run=run)
     return {
         "exchanges": exchanged.inserted + exchanged.updated,
         "feedback": said.inserted + said.updated,
