@@ -8,7 +8,7 @@ FAST := not model and not mlflow and not spark and not stack and not long
 .PHONY: run test unit test-long check lock bench
 
 run: $(INSTALLED)
-	exec $(BIN)/millrace run $(if $(ONCE),--once)
+	MILLRACE_PACE=$${MILLRACE_PACE:-demo} exec $(BIN)/millrace run $(if $(ONCE),--once)
 
 test: $(INSTALLED)
 	exec $(BIN)/pytest -m "not long"

@@ -1,20 +1,30 @@
 """`millrace …`: everything a person does by hand. Each command is a few lines over one room of the package."""
 
+import getpass
 import json
-from typing import Annotated, NoReturn
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from millrace.errors import MillraceError
+from millrace.errors import MillraceError, StackError
 from millrace.settings import Settings, read_settings
-from millrace.stack import Status, down, status, up
+from millrace.stack import Stack, Status, airflow_of, down, status, up
 from millrace.stack.display import StartDisplay
 from millrace.stack.parts import ADMIN, password_file
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+release_app = typer.Typer(no_args_is_help=True, help="Releases: list, and let one past the gate.")
+rollout_app = typer.Typer(no_args_is_help=True, help="Rollouts: what people decide by hand, with a reason.")
+app.add_typer(release_app, name="release")
+app.add_typer(rollout_app, name="rollout")
 console = Console(highlight=False)
+
+ApplicationName = Annotated[str, typer.Option("--application", "-a", help="Which application.")]
+Reason = Annotated[str, typer.Option(help="Why; kept in the journal.")]
 
 
 @app.callback()
@@ -25,38 +35,132 @@ def main() -> None:
 @app.command("up")
 def up_command() -> None:
     """Start the stack in the background; return when all of it works."""
-    settings = _settings()
-    try:
+    with _one_sentence():
+        settings = read_settings()
         with StartDisplay(console) as display:
             up(settings, on_progress=display)
-    except MillraceError as error:
-        _fail(error)
-    console.print(places(settings))
+        console.print(places(settings))
 
 
 @app.command("down")
 def down_command() -> None:
     """End the stack, and whatever of it was left running."""
-    try:
-        ran = down(_settings())
-    except MillraceError as error:
-        _fail(error)
-    console.print("The stack has ended." if ran else "Nothing was running.")
+    with _one_sentence():
+        ran = down(read_settings())
+        console.print("The stack has ended." if ran else "Nothing was running.")
+
+
+@app.command("run")
+def run_command(
+    once: Annotated[bool, typer.Option("--once", help="End after the loop instead of serving on.")] = False,
+    application: ApplicationName = "qa",
+) -> None:
+    """Start the stack, turn the loop once on real documents with simulated users, report, and keep serving.
+
+    With --once the exit status is 0 only if every stage did its work.
+    """
+    from millrace.demo.run import tell_story
+
+    with _one_sentence():
+        settings = read_settings()
+        with StartDisplay(console) as display, Stack(settings, on_progress=display) as stack:
+            display.stop()
+            with stack.airflow() as airflow:
+                told = tell_story(stack.settings, application, airflow, console)
+            console.print(f"\n{told.headline}\n\nReport    {told.page}\n{places(stack.settings)}", markup=False)
+            if once:
+                if told.failure:
+                    raise StackError(told.failure)
+                return
+            console.print("\nServing until Ctrl-C.")
+            stack.wait()
 
 
 @app.command("status")
 def status_command(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
-    """What is running, and how it is. The exit status is 0 only if all of it works."""
-    try:
-        found = status(_settings())
-    except MillraceError as error:
-        _fail(error)
+    """What is running, who answers, what was decided last. The exit status is 0 only if all parts work."""
+    from millrace.demo.overview import overview
+
+    with _one_sentence():
+        settings = read_settings()
+        found = status(settings)
+        running = {part.part for part in found.parts if part.healthy}
+        with ExitStack() as stack:
+            airflow = stack.enter_context(airflow_of(settings)) if "airflow" in running else None
+            applications = overview(settings, airflow)
     if as_json:
-        print(json.dumps(found.to_json(), indent=1))
+        print(json.dumps(found.to_json() | {"applications": applications}, indent=1, default=str))
     else:
         _show(found)
+        _show_applications(applications)
     if not found.healthy:
         raise typer.Exit(1)
+
+
+@app.command("ask")
+def ask_command(
+    question: str,
+    application: ApplicationName = "qa",
+    release: Annotated[str, typer.Option(help="champion, challenger or a version; empty: as the split says.")] = "",
+    user: Annotated[str, typer.Option(help="Who asks: the same user stays with the same release.")] = "",
+) -> None:
+    """Ask the gateway; print the answer, its citations and its release."""
+    from millrace.demo.ask import ask
+
+    with _one_sentence():
+        answer = ask(
+            read_settings(),
+            f"{application}@{release}" if release else application,
+            question,
+            user=user or getpass.getuser(),
+        )
+    console.print(answer.text, markup=False)
+    for number, citation in enumerate(answer.citations, 1):
+        console.print(f"  [{number}] {citation}", markup=False, style="dim")
+    console.print(f"  {answer.about}", markup=False, style="dim")
+
+
+@release_app.command("list")
+def release_list(application: ApplicationName = "qa") -> None:
+    """Every registered release with its tags."""
+    from millrace.applications import load_application
+    from millrace.releases.registry import versions
+
+    with _one_sentence():
+        settings = read_settings()
+        for version, tags in versions(settings, load_application(settings, application)).items():
+            told = ", ".join(f"{key.removeprefix('millrace.')}={value}" for key, value in sorted(tags.items()))
+            console.print(f"{version:>4}  {told}", markup=False)
+
+
+@release_app.command("admit")
+def release_admit(version: str, reason: Reason, application: ApplicationName = "qa") -> None:
+    """Let a registered release roll out whatever the gate says; recorded with your name."""
+    _decide("admit", application, reason, version=version)
+
+
+@rollout_app.command("freeze")
+def rollout_freeze(reason: Reason, application: ApplicationName = "qa") -> None:
+    """The controller decides nothing more until somebody resumes."""
+    _decide("freeze", application, reason)
+
+
+@rollout_app.command("resume")
+def rollout_resume(reason: Reason, application: ApplicationName = "qa") -> None:
+    """The controller decides again."""
+    _decide("resume", application, reason)
+
+
+@rollout_app.command("skip")
+def rollout_skip(reason: Reason, application: ApplicationName = "qa") -> None:
+    """The challenger becomes champion now."""
+    _decide("skip", application, reason)
+
+
+@rollout_app.command("back")
+def rollout_back(reason: Reason, application: ApplicationName = "qa") -> None:
+    """End the rollout; without one, the previous champion is back."""
+    _decide("roll_back", application, reason)
 
 
 def places(settings: Settings) -> str:
@@ -67,6 +171,19 @@ def places(settings: Settings) -> str:
         f"Gateway   {settings.gateway_url}/v1\n"
         f"Logs      {settings.home / 'logs'}"
     )
+
+
+def _decide(act: str, application: str, reason: str, **arguments: Any) -> None:
+    from millrace.applications import load_application
+    from millrace.rollout import people
+
+    with _one_sentence():
+        settings = read_settings()
+        declared = load_application(settings, application)
+        decision = getattr(people, act)(settings, declared, actor=getpass.getuser(), reason=reason, **arguments)
+        console.print(
+            f"Decision {decision.sequence} of {application}: {decision.kind}, {decision.reason}", markup=False
+        )
 
 
 def _show(found: Status) -> None:
@@ -87,16 +204,25 @@ def _show(found: Status) -> None:
     console.print(f"{sum(part.memory_mb for part in found.parts)} MB in all")
 
 
-def _settings() -> Settings:
+def _show_applications(applications: dict[str, dict[str, Any]]) -> None:
+    for name, told in applications.items():
+        challenger = f", challenger {told['challenger']} at {told['share']:.0%}" if told["challenger"] else ""
+        console.print(f"{name}: champion {told['champion'] or 'none yet'}{challenger}", markup=False)
+        if told["last_decision"]:
+            last = told["last_decision"]
+            console.print(f"  last decision {last['sequence']}: {last['kind']}, {last['reason']}", markup=False)
+        for run in told["last_runs"]:
+            console.print(f"  {run['dag']:<28}{run['state']:<10}{run['started'] or ''}", markup=False)
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """What a room refuses is told in its own sentence, with exit status 1 and no traceback."""
     try:
-        return read_settings()
+        yield
     except MillraceError as error:
-        _fail(error)
-
-
-def _fail(error: MillraceError) -> NoReturn:
-    Console(stderr=True, highlight=False).print(str(error), markup=False, soft_wrap=True)
-    raise typer.Exit(1)
+        Console(stderr=True, highlight=False).print(str(error), markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ class Settings(BaseSettings):
     """What can be downloaded or converted again: Spark's jars, converted models. Shared between homes."""
     environment: Literal["dev", "staging", "prod"] = "dev"
     pace: Literal["standard", "demo"] = "standard"
-    """`demo` applies the `[pace.demo]` section of each application's declaration: shorter waits, larger first shares."""
+    """`demo` applies `[pace.demo]` of each application's declaration: shorter waits, larger first shares."""
     applications: Path = PACKAGE.parent / "applications"
     """Folder with one declaration (`<name>.toml`) per application."""
 

@@ -325,9 +325,7 @@ class Story:
     def _dag(self, stage: str) -> str:
         return f"{self.application.name}.{stage}"
 
-    def _run_dag(
-        self, stage: Stage, dag: str, params: dict[str, Any] | None = None, *, may_fail: bool = False
-    ) -> Run:
+    def _run_dag(self, stage: Stage, dag: str, params: dict[str, Any] | None = None, *, may_fail: bool = False) -> Run:
         return self._follow(stage, self.airflow.trigger(self._dag(dag), params or {}), may_fail=may_fail)
 
     def _await_asset_run(self, stage: Stage, dag: str) -> Run:

@@ -14,6 +14,6 @@ It knows how to start, watch and end processes; it does not know what an applica
 """
 
 from millrace.stack.running import Progress, Stack
-from millrace.stack.status import Status, down, status, up
+from millrace.stack.status import Status, airflow_of, down, status, up
 
-__all__ = ["Progress", "Stack", "Status", "down", "status", "up"]
+__all__ = ["Progress", "Stack", "Status", "airflow_of", "down", "status", "up"]

@@ -28,6 +28,10 @@ class StartDisplay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Leave the terminal to whoever comes next; safe to call twice."""
         if self._live:
             self._live.stop()
 

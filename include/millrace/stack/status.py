@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 import psutil
 
+from millrace.airflow_api import Airflow
 from millrace.errors import StackError
 from millrace.settings import PROJECT, Settings
 from millrace.stack import processes
 from millrace.stack.environment import part_environment
 from millrace.stack.home import HomeLock, Secrets, check_format, obtain_secrets, prepare_home
-from millrace.stack.parts import all_parts
+from millrace.stack.parts import ADMIN, all_parts
 from millrace.stack.running import Progress, read_state
 
 _DOWN_SECONDS = 120.0
@@ -205,3 +206,8 @@ def _said_parts(said: dict[str, object]) -> list[dict[str, Any]]:
 def _signal(pid: int, sent: signal.Signals) -> None:
     with suppress(psutil.NoSuchProcess):
         psutil.Process(pid).send_signal(sent)
+
+
+def airflow_of(settings: Settings) -> Airflow:
+    """A client of the Airflow on `settings.home`; close it, or use it in a `with` block."""
+    return Airflow(settings.airflow_url, ADMIN, obtain_secrets(settings.home).airflow_password)
