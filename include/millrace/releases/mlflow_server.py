@@ -55,3 +55,18 @@ def require_mlflow(settings: Settings, purpose: str) -> None:
             f"MLflow at {settings.mlflow_url} does not answer ({reason}), so I can't {purpose}; "
             "start it (`millrace up`) or correct MILLRACE_MLFLOW_URI"
         ) from None
+
+
+def ensure_experiment(client: Any, name: str) -> str:
+    """The id of the experiment called `name`, created if it isn't there."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client.get_experiment_by_name(name)
+    return str(found.experiment_id)
