@@ -20,8 +20,8 @@ Green, or red at *gate* alone: a refusal is the gate at work, and nothing of it 
 ### When it fails
 *gate*: the candidate was refused; the alert names criterion, numbers and examples. Don't clear it: build a better
 candidate. *freeze_set*: the documents give no question; see `qa.ingest_documents` and `[questions]`.
-*evaluate*: a release can't be loaded or MLflow doesn't answer; `millrace status`, then clear. Safe to clear any time:
-a finished evaluation is not done again. Latency is measured beside whatever else runs, for both releases alike.
+*evaluate*: a release can't be loaded or MLflow doesn't answer; `millrace status`, then clear: a finished evaluation
+is not done again. Latency is measured beside whatever else runs, for both releases alike.
 """
 
 

@@ -5,7 +5,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from tests.demo.turn import STAGES, STARTED, Turn
 
 from millrace.applications import Application, load_application
 from millrace.demo.progress import Stage
@@ -13,6 +12,7 @@ from millrace.demo.report import build_report, write_report
 from millrace.demo.report_model import Report
 from millrace.lakehouse.lake import Lake
 from millrace.settings import Settings
+from tests.demo.turn import STAGES, STARTED, Turn
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+
 from millrace.applications import Application
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import PROVENANCE, TABLES
@@ -18,7 +19,6 @@ from millrace.retrieval.index import current_build
 from millrace.settings import Settings
 from millrace.sources.completion_id import issue
 from millrace.sources.event_log import Accepted, Completed, EventLog, Feedback
-
 from tests.faults.killed import HOUR, stage
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(900)]

@@ -8,11 +8,11 @@ from multiprocessing.pool import Pool
 from pathlib import Path
 
 import pytest
-from tests.lakehouse.things import COUNTED, EVERYTHING, OTHER_THINGS, THINGS
 
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import TABLES
 from millrace.settings import Settings
+from tests.lakehouse.things import COUNTED, EVERYTHING, OTHER_THINGS, THINGS
 
 SPARK_TABLES = frozenset(
     {path for path in TABLES if not path.startswith("ops/")}

@@ -4,12 +4,12 @@ import time
 from multiprocessing.pool import Pool
 
 import pytest
-from tests.lakehouse.things import OTHER_THINGS, THINGS, move
 
 from millrace.lakehouse.cursors import move_cursor, read_cursor
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import OPS_CURSORS
 from millrace.settings import Settings
+from tests.lakehouse.things import OTHER_THINGS, THINGS, move
 
 
 @pytest.fixture

@@ -8,6 +8,11 @@ import pytest
 from deltalake import DeltaTable
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from millrace.applications import Chunking
+from millrace.errors import LakehouseError
+from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.tables import SILVER_FEEDBACK, Table
 from tests.lakehouse.things import (
     COUNTED,
     EVERYTHING,
@@ -21,11 +26,6 @@ from tests.lakehouse.things import (
     things,
     unfit,
 )
-
-from millrace.applications import Chunking
-from millrace.errors import LakehouseError
-from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import SILVER_FEEDBACK, Table
 
 
 def test_a_merge_inserts_new_keys_updates_changed_ones_and_leaves_the_rest(lake: Lake) -> None:

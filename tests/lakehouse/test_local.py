@@ -9,6 +9,15 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
+
+from millrace.errors import ConflictError, LakehouseError
+from millrace.lakehouse.commits import open_table
+from millrace.lakehouse.difference import Difference
+from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.local import LocalEngine
+from millrace.lakehouse.rows import stamped
+from millrace.lakehouse.tables import OPS_DECISIONS
+from millrace.settings import Settings
 from tests.lakehouse.things import (
     OTHER_THINGS,
     THINGS,
@@ -21,15 +30,6 @@ from tests.lakehouse.things import (
     merge_same,
     things,
 )
-
-from millrace.errors import ConflictError, LakehouseError
-from millrace.lakehouse.commits import open_table
-from millrace.lakehouse.difference import Difference
-from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.local import LocalEngine
-from millrace.lakehouse.rows import stamped
-from millrace.lakehouse.tables import OPS_DECISIONS
-from millrace.settings import Settings
 
 
 @pytest.fixture

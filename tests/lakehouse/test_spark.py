@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from tests.conftest import free_port
-from tests.lakehouse.conftest import SPARK_TABLES
-from tests.lakehouse.things import OTHER_THINGS, THINGS, fill, hashes, things
 
 from millrace.errors import ConflictError, LakehouseError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.spark_session import on_server
 from millrace.settings import Settings
+from tests.conftest import free_port
+from tests.lakehouse.conftest import SPARK_TABLES
+from tests.lakehouse.things import OTHER_THINGS, THINGS, fill, hashes, things
 
 pytestmark = pytest.mark.spark
 

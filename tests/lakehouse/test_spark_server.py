@@ -8,22 +8,22 @@ from glob import glob
 from pathlib import Path
 
 import pytest
-from tests.conftest import free_port, running_spark
-from tests.lakehouse.things import OTHER_THINGS, THINGS, doubled, hashes, sleeping, things
 
 from millrace.errors import LakehouseError
 from millrace.lakehouse import spark_server
 from millrace.lakehouse.lake import Lake
 from millrace.settings import Settings
+from tests.conftest import free_port, running_spark
+from tests.lakehouse.things import OTHER_THINGS, THINGS, doubled, hashes, sleeping, things
 
 
 def java_that_says(folder: Path, version: str) -> str:
-    """A PATH whose only `java` says it is `version`."""
+    """A PATH whose `java` says it is `version`."""
     folder.mkdir()
     java = folder / "java"
     java.write_text(f"#!/bin/sh\necho 'openjdk version \"{version}\"' >&2\n")
     java.chmod(0o755)
-    return str(folder)
+    return f"{folder}:{os.environ['PATH']}"
 
 
 def test_the_server_is_java_itself_with_its_folders_under_home_and_cache(settings: Settings) -> None:

@@ -1,10 +1,10 @@
 import pytest
-from tests.releases.conftest import Answering
 
 from millrace.errors import ReleaseError
 from millrace.releases.declare import declare_release
 from millrace.releases.registry import fetch_release, release_manifest, versions
 from millrace.retrieval.embed import lineage_id
+from tests.releases.conftest import Answering
 
 
 def test_the_declaration_is_registered_once_with_everything_it_says(answering: Answering) -> None:

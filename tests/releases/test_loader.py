@@ -2,13 +2,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from tests.releases.conftest import Answering, Make
 
 from millrace.applications import Generation
 from millrace.engines.engine import Message
 from millrace.errors import EngineError, ReleaseError
 from millrace.releases.loader import ReleaseLoader
 from millrace.releases.registry import register_release
+from tests.releases.conftest import Answering, Make
 
 pytestmark = pytest.mark.model
 

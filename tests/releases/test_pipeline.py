@@ -3,11 +3,11 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.releases.conftest import Answering
 
 from millrace.errors import EngineError, ReleaseError, RetrievalError
 from millrace.releases.loader import ReleaseLoader
 from millrace.releases.pipeline import MAX_QUESTION, AnswerPipeline, _stripped, checked_question
+from tests.releases.conftest import Answering
 
 QUESTION = "How many task instances may the scheduler run at the same time?"
 

@@ -1,10 +1,10 @@
 import mlflow.pyfunc
 import pandas as pd
 import pytest
-from tests.releases.conftest import Answering
 
 from millrace.errors import ReleaseError
 from millrace.releases.loader import ReleaseLoader
+from tests.releases.conftest import Answering
 
 pytestmark = pytest.mark.model
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from tests.releases.conftest import Make
 
 from millrace.applications import Application
 from millrace.errors import ReleaseError
 from millrace.releases import registry as releases
 from millrace.releases.split import Split
 from millrace.settings import Settings
+from tests.releases.conftest import Make
 
 
 def client(settings: Settings) -> MlflowClient:

@@ -6,7 +6,6 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.retrieval.conftest import chunked
 
 from millrace.applications import Application, Chunking
 from millrace.errors import RetrievalError
@@ -14,6 +13,7 @@ from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import SILVER_CHUNKS, SILVER_DOCUMENTS
 from millrace.retrieval.chunk import chunk_documents, passages, refresh_chunks
 from millrace.settings import Settings
+from tests.retrieval.conftest import chunked
 
 CHUNKINGS = st.tuples(st.integers(20, 60), st.integers(0, 19)).map(
     lambda sizes: Chunking(max_words=sizes[0], overlap_words=sizes[1])

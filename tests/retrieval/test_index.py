@@ -2,7 +2,6 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.retrieval.conftest import chunked, vector_of, vectors_without_a_model
 
 from millrace.applications import Application
 from millrace.errors import RetrievalError
@@ -13,6 +12,7 @@ from millrace.retrieval import index
 from millrace.retrieval.embed import cursor_name, lineage_id
 from millrace.retrieval.index import OpenBuild, build_index, builds_folder, current_build, publish, read_manifest
 from millrace.settings import Settings
+from tests.retrieval.conftest import chunked, vector_of, vectors_without_a_model
 
 
 def built(settings: Settings, application: Application, lake: Lake) -> str:

@@ -4,7 +4,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from tests.retrieval.conftest import chunked
 
 from millrace.applications import Application
 from millrace.errors import RetrievalError
@@ -12,6 +11,7 @@ from millrace.retrieval.embed import Embedder, refresh_embeddings
 from millrace.retrieval.index import build_index, builds_folder, publish
 from millrace.retrieval.search import Retriever
 from millrace.settings import Settings
+from tests.retrieval.conftest import chunked
 
 pytestmark = pytest.mark.model
 

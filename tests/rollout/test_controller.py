@@ -11,7 +11,6 @@ import deltalake
 import mlflow
 import pyarrow as pa
 import pytest
-from tests.rollout.crowd import START, Crowd
 
 from millrace.applications import Application
 from millrace.errors import ReleaseError
@@ -23,6 +22,7 @@ from millrace.rollout import people
 from millrace.rollout.controller import tick
 from millrace.rollout.decisions import fold, read_journal, split_of
 from millrace.settings import Settings
+from tests.rollout.crowd import START, Crowd
 
 Tick = Callable[[], dict[str, Any]]
 

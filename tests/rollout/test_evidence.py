@@ -6,13 +6,13 @@ from datetime import timedelta
 import numpy as np
 import pyarrow as pa
 import pytest
-from tests.rollout.crowd import START, exchange, rating, write
 
 from millrace.applications import Rollout
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import BRONZE_EVENTS
 from millrace.rollout.evidence import Evidence, collect_evidence
 from millrace.sources.event_log import CLIENT_LEFT
+from tests.rollout.crowd import START, exchange, rating, write
 
 
 def at(seconds: float) -> timedelta:

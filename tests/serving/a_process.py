@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 
 import uvicorn
-from tests.serving.parrot import Drawer, Parrot, Shelf, a_release
 
 from millrace.applications import Application
 from millrace.releases.split import Split
 from millrace.serving.gateway import create_app
 from millrace.settings import Settings
+from tests.serving.parrot import Drawer, Parrot, Shelf, a_release
 
 settings = Settings(
     home=Path(sys.argv[1]), completion_key="test completion key", pseudonym_key="test pseudonym key", answer_cache=False

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.serving.parrot import EVER, Drawer, Gateway, Parrot, Shelf, a_release, listening
 
 from millrace.applications import Application
 from millrace.releases.split import Split
 from millrace.settings import Settings
 from millrace.sources.feedback import land_events, refine_feedback
+from tests.serving.parrot import EVER, Drawer, Gateway, Parrot, Shelf, a_release, listening
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from tests.serving.parrot import Drawer, Gateway, Parrot, Shelf, a_release
 
 from millrace.errors import ReleaseError, SettingsError
 from millrace.lakehouse.lake import Lake
@@ -20,6 +19,7 @@ from millrace.settings import Settings
 from millrace.sources.completion_id import issue, verify
 from millrace.sources.event_log import CLIENT_LEFT, now
 from millrace.sources.pseudonym import pseudonym
+from tests.serving.parrot import Drawer, Gateway, Parrot, Shelf, a_release
 
 Start = Callable[..., Gateway]
 

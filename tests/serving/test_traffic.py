@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.serving.parrot import Drawer, Gateway, Parrot, Shelf, a_release
 
 from millrace.errors import ReleaseError
 from millrace.releases.pipeline import AnswerPipeline
@@ -15,6 +14,7 @@ from millrace.releases.split import Split
 from millrace.serving import traffic as traffic_module
 from millrace.serving.refusal import Refusal
 from millrace.serving.traffic import MOST_PINNED, Traffic
+from tests.serving.parrot import Drawer, Gateway, Parrot, Shelf, a_release
 
 FIRST = Split(sequence=0, champion="1")
 ROLLOUT = Split(sequence=1, rollout_id="r", epoch=1, champion="1", challenger="2", share=1.0, salt="s")

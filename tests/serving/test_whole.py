@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import httpx
 import openai
 import pytest
-from tests.conftest import DECLARATIONS, choose_free_ports
-from tests.serving.parrot import EVER
 
 from millrace.applications import load_application
 from millrace.evaluation.canaries import publish_build
@@ -26,6 +24,8 @@ from millrace.retrieval.index import build_index
 from millrace.settings import Settings
 from millrace.sources.event_log import read_events
 from millrace.sources.ingest import land_documents, refine_documents
+from tests.conftest import DECLARATIONS, choose_free_ports
+from tests.serving.parrot import EVER
 
 pytestmark = pytest.mark.model
 

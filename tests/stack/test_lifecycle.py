@@ -11,7 +11,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.conftest import stack_settings
 
 from millrace.errors import StackError
 from millrace.settings import PROJECT, Settings
@@ -19,6 +18,7 @@ from millrace.stack import down, status, up
 from millrace.stack.environment import part_environment
 from millrace.stack.processes import part_processes, recorded
 from millrace.stack.running import read_state
+from tests.conftest import stack_settings
 
 pytestmark = pytest.mark.stack
 

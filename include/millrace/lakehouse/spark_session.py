@@ -34,7 +34,8 @@ _CONFIGURATION = {
     # Spark's own default, INT96, holds nanoseconds of a narrower range and gives no statistics.
     "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
     "spark.sql.execution.arrow.maxRecordsPerBatch": "1000",
-    "spark.sql.pyspark.jvmStacktrace.enabled": "false",
+    # Causes are told only with the server's stacks.
+    "spark.sql.connect.serverStacktrace.enabled": "true",
 }
 
 _sessions: dict[tuple[int, str], SparkSession] = {}
@@ -107,10 +108,9 @@ def _translated(url: str, error: PySparkException) -> Exception:
 
 def _sentence(text: str) -> str:
     """What happened, out of a report with the stacks of two languages."""
+    if full := re.search(r"No space left on device|Disk quota exceeded", text):
+        return full.group()  # it stands deep among the causes
     text = text.split("JVM stacktrace:")[0]
-    full = re.search(r"No space left on device", text)
-    if full:
-        return full.group()
     if "Traceback (most recent call last)" in text:
         # The last line of the innermost Python traceback that is an exception.
         raised = re.findall(r"^\s*(?:[\w.]+\.)?(\w*(?:Error|Exception|Exit|Interrupt)\b.*)$", text, re.MULTILINE)

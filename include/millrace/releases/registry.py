@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from millrace.applications import Application
 from millrace.errors import ReleaseError
 from millrace.releases.manifest import Manifest, PromptVersion
-from millrace.releases.mlflow_server import mlflow_client
+from millrace.releases.mlflow_server import ensure_experiment, mlflow_client
 from millrace.releases.package import install, read_release, write_model
 from millrace.releases.prompt import check_template
 from millrace.releases.split import Split
@@ -52,7 +52,7 @@ def register_release(
         if known:
             return known
         _ensure_model(client, application.name, application.description)
-        experiment = _experiment(client, f"{application.name}/releases")
+        experiment = ensure_experiment(client, f"{application.name}/releases")
         _remove_unfinished(client, experiment, release_id)
         model = client.create_logged_model(
             experiment,
@@ -259,20 +259,6 @@ def _ensure_model(client: Any, application: str, description: str | None) -> Non
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-
-
-def _experiment(client: Any, name: str) -> str:
-    from mlflow.exceptions import MlflowException
-
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        try:
-            return str(client.create_experiment(name))
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-            found = client.get_experiment_by_name(name)
-    return str(found.experiment_id)
 
 
 def _remove_unfinished(client: Any, experiment: str, release_id: str) -> None:

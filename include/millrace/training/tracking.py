@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from millrace.releases.mlflow_server import mlflow_client
+from millrace.releases.mlflow_server import ensure_experiment, mlflow_client
 from millrace.settings import Settings
 
 FINGERPRINT_TAG = "millrace.fingerprint"
@@ -22,7 +22,7 @@ class TrackedRun:
         self._settings = settings
         self._purpose = f"track fine-tune {fingerprint} of {application}"
         with mlflow_client(settings, self._purpose) as client:
-            experiment = _experiment(client, f"{application}/finetune")
+            experiment = ensure_experiment(client, f"{application}/finetune")
             found = client.search_runs([experiment], f"tags.`{FINGERPRINT_TAG}` = '{fingerprint}'", max_results=1)
             run = (
                 found[0]
@@ -74,17 +74,3 @@ class TrackedRun:
         with mlflow_client(self._settings, self._purpose) as client:
             for start in range(0, len(metrics), BATCH):
                 client.log_batch(self.run_id, metrics=metrics[start : start + BATCH])
-
-
-def _experiment(client: Any, name: str) -> str:
-    from mlflow.exceptions import MlflowException
-
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        try:
-            return str(client.create_experiment(name))
-        except MlflowException:
-            found = client.get_experiment_by_name(name)
-            if found is None:  # else another run created it in between
-                raise
-    return str(found.experiment_id)
