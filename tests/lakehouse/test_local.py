@@ -39,7 +39,7 @@ def lake(settings: Settings) -> Lake:
 
 def soon() -> float:
     """A moment at which all processes begin."""
-    return time.time() + 0.3
+    return time.time() + 0.15
 
 
 def test_four_writers_on_overlapping_keys_lose_nothing(lake: Lake, processes: Pool) -> None:
@@ -68,11 +68,11 @@ def test_a_table_that_several_processes_create_at_once_never_lacks_its_constrain
 
 def test_of_concurrent_appends_with_the_same_expected_number_exactly_one_wins(lake: Lake, processes: Pool) -> None:
     uri = lake.uri(OPS_DECISIONS)
-    for expected in (None, 0, 1, 2, 3, 4):
+    for expected in (None, 0, 1, 2):
         start = soon()
         won = processes.starmap(append_decision, [(uri, expected, writer, start) for writer in range(4)])
         assert won.count(True) == 1, (expected, won)
-    assert sorted(lake.read(OPS_DECISIONS)["sequence"].to_pylist()) == list(range(6))
+    assert sorted(lake.read(OPS_DECISIONS)["sequence"].to_pylist()) == list(range(4))
 
 
 def test_an_append_is_refused_when_the_journal_went_on_since_it_was_read(lake: Lake) -> None:

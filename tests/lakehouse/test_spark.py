@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from deltalake import DeltaTable
 
 from millrace.errors import ConflictError, LakehouseError
 from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.local import create_empty
 from millrace.lakehouse.spark_session import on_server
 from millrace.settings import Settings
 from tests.conftest import free_port
@@ -74,6 +76,14 @@ def test_threads_that_merge_at_once_lose_nothing(spark_lake: Lake) -> None:
     assert hashes(spark_lake.read(THINGS)).keys() == {"shared", "k1", "k2", "k3"}
 
 
+def test_a_constraint_that_a_table_lacks_is_added_once(spark_lake: Lake) -> None:
+    create_empty(spark_lake.uri(THINGS), THINGS)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: spark_lake.engine(THINGS).create(spark_lake.uri(THINGS), THINGS), range(3)))
+    operations = [entry["operation"] for entry in DeltaTable(spark_lake.uri(THINGS)).history()]
+    assert sorted(operations) == ["ADD CONSTRAINT", "CREATE TABLE"]
+
+
 @pytest.mark.parametrize("feature", ["DeletionVectors", "RowTracking"])
 def test_a_table_that_somebody_made_with_other_features_is_refused(
     spark_lake: Lake, spark_url: str, feature: str
@@ -96,10 +106,12 @@ def test_a_full_disk_is_one_sentence_and_the_table_stays_readable(small_disk: Pa
     lake.merge(THINGS, things({"a": "1"}), run="r")
     version = lake.version(THINGS)
     fill(small_disk)
-    with pytest.raises(LakehouseError, match=f"the disk that holds {small_disk}.* is full") as raised:
-        lake.merge(THINGS, things({f"k{i}": "2" for i in range(1000)}), run="r")
-    assert not isinstance(raised.value, ConflictError)
+    for table in (THINGS, OTHER_THINGS):
+        with pytest.raises(LakehouseError, match=f"the disk that holds {small_disk}.* is full") as raised:
+            lake.merge(table, things({f"k{i}": "2" for i in range(1000)}), run="r")
+        assert not isinstance(raised.value, ConflictError)
     assert lake.version(THINGS) == version
     assert hashes(lake.read(THINGS)) == {"a": "1"}
     (small_disk / "filler").unlink()
     assert lake.merge(THINGS, things({"a": "2"}), run="r").updated == 1
+    assert lake.merge(OTHER_THINGS, things({"a": "2"}), run="r").inserted == 1

@@ -101,27 +101,45 @@ class LocalEngine:
         return net_changes(table, feed)
 
     def _create_once(self, uri: str, table: Table) -> None:
+        opened = create_empty(uri, table)
         try:
-            if not DeltaTable.is_deltatable(uri):
-                DeltaTable.create(
-                    uri,
-                    schema=table.schema,
-                    mode="error",
-                    partition_by=list(table.partition_by) or None,
-                    name=table.path,
-                    configuration=properties(table),
-                    # With retries, the loser of a race would commit its own empty metadata over the winner's.
-                    commit_properties=CommitProperties(max_commit_retries=0),
-                )
-            opened = open_table(uri, table)
-            there = opened.metadata().configuration
-            for name, condition in table.constraints.items():
-                if f"delta.constraints.{name}" not in there:
-                    opened.alter.add_constraint({name: condition})
+            for name, condition in missing_constraints(opened, table).items():
+                opened.alter.add_constraint({name: condition})
         except (DeltaError, OSError) as error:
             if "already exists" in str(error):
-                raise ConflictError(f"{table.path}: another writer is creating it ({error})") from error
+                raise ConflictError(f"{table.path}: another writer added the constraint ({error})") from error
             raise refusal(table, uri, error) from error
+
+
+def create_empty(uri: str, table: Table) -> DeltaTable:
+    """The table at `uri`, created without its constraints if it isn't there: one commit, whole or not at all.
+
+    Raises:
+        ConflictError: somebody else creates it at this moment.
+    """
+    try:
+        if not DeltaTable.is_deltatable(uri):
+            DeltaTable.create(
+                uri,
+                schema=table.schema,
+                mode="error",
+                partition_by=list(table.partition_by) or None,
+                name=table.path,
+                configuration=properties(table),
+                # With retries, the loser of a race would commit its own empty metadata over the winner's.
+                commit_properties=CommitProperties(max_commit_retries=0),
+            )
+    except (DeltaError, OSError) as error:
+        if "already exists" in str(error):
+            raise ConflictError(f"{table.path}: another writer is creating it ({error})") from error
+        raise refusal(table, uri, error) from error
+    return open_table(uri, table)
+
+
+def missing_constraints(opened: DeltaTable, table: Table) -> dict[str, str]:
+    """Declared constraints that the table at hand doesn't have (yet)."""
+    there = opened.metadata().configuration
+    return {name: sql for name, sql in table.constraints.items() if f"delta.constraints.{name}" not in there}
 
 
 def _commit(

@@ -22,7 +22,8 @@ from millrace.errors import ConflictError, LakehouseError
 from millrace.lakehouse.commits import described, open_table, retried
 from millrace.lakehouse.difference import Difference
 from millrace.lakehouse.engine import BatchFunction, Written
-from millrace.lakehouse.rows import checked, properties, same_key, stamped, typed, update_condition
+from millrace.lakehouse.local import create_empty, missing_constraints
+from millrace.lakehouse.rows import checked, same_key, stamped, typed, update_condition
 from millrace.lakehouse.spark_session import Refused, on_server
 from millrace.lakehouse.tables import TIME, Table
 
@@ -40,15 +41,12 @@ class SparkEngine:
         self._url = url
 
     def create(self, uri: str, table: Table) -> None:
-        if DeltaTable.is_deltatable(uri):
-            open_table(uri, table)
-            return
-
-        def once(session: SparkSession) -> None:
-            if not DeltaTable.is_deltatable(uri):
-                session.sql(_create_statement(uri, table))
-
-        self._commit(uri, table, once)
+        # Spark's own creation, interrupted, leaves a folder that it takes for a table ever after. delta-rs writes
+        # version 0 whole or not at all; every later commit is Spark's.
+        opened = retried(lambda: create_empty(uri, table))
+        for name, condition in missing_constraints(opened, table).items():
+            statement = f"ALTER TABLE {_path(uri)} ADD CONSTRAINT {_quoted(name)} CHECK ({condition})"
+            self._commit(uri, table, partial(_add_constraint, statement))
 
     def merge(
         self, uri: str, table: Table, rows: pa.Table, *, run: str, delete_unmatched: str | None = None
@@ -108,6 +106,15 @@ class SparkEngine:
                 raise described(table, uri, str(refused)) from refused
 
         return retried(attempt)
+
+
+def _add_constraint(statement: str, session: SparkSession) -> None:
+    try:
+        session.sql(statement)
+    except PySparkException as error:
+        # Somebody else was first; that was the purpose.
+        if error.getCondition() != "DELTA_CONSTRAINT_ALREADY_EXISTS":
+            raise
 
 
 def _merge(session: SparkSession, uri: str, table: Table, view: str, delete_unmatched: str | None) -> Written:
@@ -173,18 +180,6 @@ def _columns(table: Table) -> str:
     return ", ".join(f"{_quoted(field.name)} {_sql_type(field.type)}" for field in table.schema)
 
 
-def _create_statement(uri: str, table: Table) -> str:
-    columns = ", ".join(
-        f"{_quoted(field.name)} {_sql_type(field.type)}{'' if field.nullable else ' NOT NULL'}"
-        for field in table.schema
-    )
-    partitioning = f"PARTITIONED BY ({', '.join(map(_quoted, table.partition_by))})" if table.partition_by else ""
-    # Constraints among the properties: created in the same commit, so that no row can come before them.
-    declared = properties(table) | {f"delta.constraints.{name}": sql for name, sql in table.constraints.items()}
-    listed = ", ".join(f"{_literal(name)} = {_literal(value or '')}" for name, value in declared.items())
-    return f"CREATE TABLE IF NOT EXISTS {_path(uri)} ({columns}) USING DELTA {partitioning} TBLPROPERTIES ({listed})"
-
-
 def _sql_type(kind: pa.DataType) -> str:
     if pa.types.is_list(kind):
         return f"ARRAY<{_sql_type(kind.value_type)}>"
@@ -209,8 +204,3 @@ def _quoted(name: str) -> str:
 
 def _path(uri: str) -> str:
     return f"delta.{_quoted(uri)}"
-
-
-def _literal(value: str) -> str:
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
