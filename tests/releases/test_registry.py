@@ -64,7 +64,9 @@ def test_the_same_release_from_two_at_once_is_one_version(
                 ("one", "other"),
             )
         )
-    assert set(found) == set(releases.versions(registry, application)) and len(set(found)) == 1
+    assert len(set(found)) == 1
+    assert set(found) == set(releases.versions(registry, application))
+    releases.fetch_release(registry, application, found[0])
 
 
 KILLED = """
@@ -87,16 +89,30 @@ releases.register_release(settings, application, manifest, Path(weights), run="k
 def test_a_registration_killed_anywhere_is_completed_by_the_next(
     registry: Settings, application: Application, make_release: Make, at: str
 ) -> None:
-    manifest, weights = make_release("weights")
+    _, weights = make_release("weights")
     arguments = (at, registry.mlflow_url, str(registry.home), str(weights), application.model_dump_json())
     killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=Path(__file__).parents[2], check=False)
     assert killed.returncode == 9
     assert releases.versions(registry, application) == {}
     assert register(registry, application, make_release) == "1"
     releases.fetch_release(registry, application, "1")
-    experiment = client(registry).get_experiment_by_name(f"{application.name}/releases").experiment_id
-    left = client(registry).search_logged_models([experiment])
-    assert [model.tags["millrace.release_id"] for model in left] == [manifest.release_id]
+    assert list(releases.versions(registry, application)) == ["1"]
+
+
+def test_what_a_killed_registration_left_is_removed_once_nobody_can_be_uploading_it(
+    registry: Settings, application: Application, make_release: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, _ = make_release("weights")
+    experiment = client(registry).create_experiment(f"{application.name}/releases")
+    tags = {"millrace.release_id": manifest.release_id}
+    left = client(registry).create_logged_model(experiment, name=manifest.release_id, tags=tags).model_id
+    other = client(registry).create_logged_model(experiment, tags={"millrace.release_id": "rel-other"}).model_id
+    monkeypatch.setattr(releases, "ABANDONED_SECONDS", 0)
+    register(registry, application, make_release)
+    models = [model.model_id for model in client(registry).search_logged_models([experiment])]
+    assert len(models) == 2
+    assert left not in models
+    assert other in models
 
 
 def test_weights_that_are_not_the_manifests_are_refused_before_anything_is_sent(
@@ -114,7 +130,7 @@ def test_bytes_changed_in_the_registry_are_found_out(
 ) -> None:
     manifest, _ = make_release("weights")
     version = register(registry, application, make_release)
-    model = client(registry).get_model_version(application.name, version).model_id
+    model = client(registry).get_model_version(application.name, version).source.rsplit("/")[-1]
     forged = tmp_path / "forged"
     (forged / "data" / "release").mkdir(parents=True)
     (forged / "data" / "release" / "model.gguf").write_text("w3ights")
@@ -156,13 +172,14 @@ def test_a_prompt_is_a_version_in_the_prompt_registry_and_the_same_template_the_
         releases.register_prompt(registry, application, "hello", run="test")
 
 
-def test_a_split_is_one_tag_and_people_see_it_as_aliases(registry: Settings, application: Application) -> None:
+def test_a_split_is_one_tag_and_people_see_it_as_aliases(
+    registry: Settings, application: Application, make_release: Make
+) -> None:
     name = application.name
     assert releases.read_split(registry, name) is None
     assert releases.read_aliases(registry, name) == {}
-    client(registry).create_registered_model(name)
-    for _ in range(3):
-        client(registry).create_model_version(name, source="mlflow-artifacts:/nothing")
+    for content in "ab":
+        register(registry, application, make_release, content)
     assert releases.read_split(registry, name) is None
     first = Split(sequence=1, rollout_id="r", epoch=1, champion="1", challenger="2", share=0.25, salt="s")
     releases.publish_split(registry, name, first)

@@ -1,12 +1,22 @@
-"""The release that an application's declaration describes, registered: base model, declared prompt, own lineage."""
+"""Releases from an application's declaration: the declared one (base model, declared prompt, own lineage), and
+the champion with another of the declared prompts.
+"""
 
+from pathlib import Path
 from typing import Any
 
 from millrace.applications import Application
 from millrace.engines.base_model import base_model_path
 from millrace.errors import ReleaseError
-from millrace.releases.manifest import declared_manifest, describe_weights
-from millrace.releases.registry import find_version, register_prompt, register_release
+from millrace.releases.manifest import Manifest, PromptVersion, declared_manifest, describe_weights
+from millrace.releases.package import read_release
+from millrace.releases.registry import (
+    fetch_release,
+    find_version,
+    read_split,
+    register_prompt,
+    register_release,
+)
 from millrace.retrieval.embed import lineage_id
 from millrace.settings import Settings
 
@@ -15,10 +25,11 @@ DECLARED = "declared"
 
 
 def declare_release(settings: Settings, application: Application, *, variant: str | None, run: str) -> dict[str, Any]:
-    """Register the declared release, or the one with another of the declared prompts.
+    """Register the declared release, or the champion's generator with another of the declared prompts.
 
     Args:
-        variant: name in `[prompt.variants]`; None or `declared`: the declared prompt.
+        variant: name in `[prompt.variants]`; None or `declared`: the declared release. A variant before the first
+            champion gets the base model.
         run: who registers.
 
     Returns:
@@ -32,9 +43,13 @@ def declare_release(settings: Settings, application: Application, *, variant: st
     templates = {DECLARED: application.prompt.template, **application.prompt.variants}
     if variant not in templates:
         raise ReleaseError(f"prompt variant {variant!r} is not declared; declared are {', '.join(templates)}")
-    weights = base_model_path(application.generator)
     prompt = register_prompt(settings, application, templates[variant], run=run)
-    manifest = declared_manifest(application, describe_weights(weights), prompt, lineage_id(application))
+    split = read_split(settings, application.name) if variant != DECLARED else None
+    if split and split.champion:
+        manifest, weights = _champion_with(settings, application, split.champion, prompt)
+    else:
+        weights = base_model_path(application.generator)
+        manifest = declared_manifest(application, describe_weights(weights), prompt, lineage_id(application))
     known = find_version(settings, application, manifest.release_id)
     version = known or register_release(
         settings,
@@ -45,3 +60,10 @@ def declare_release(settings: Settings, application: Application, *, variant: st
         tags={"millrace.origin": "declaration", "millrace.variant": variant},
     )
     return {"version": version, "release_id": manifest.release_id, "changed": known is None}
+
+
+def _champion_with(
+    settings: Settings, application: Application, champion: str, prompt: PromptVersion
+) -> tuple[Manifest, Path]:
+    manifest, weights = read_release(fetch_release(settings, application, champion))
+    return manifest.model_copy(update={"prompt": prompt}), weights

@@ -6,7 +6,7 @@ the next attempt cleans up; killed after, the next attempt finds it. The gateway
 """
 
 import tempfile
-from collections.abc import Iterable
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ STATE_TAG = "millrace.state"
 RUN_TAG = "millrace.registered_by"
 SPLIT_TAG = "millrace.split"
 CANDIDATE = "candidate"
+
+ABANDONED_SECONDS = 3600
+"""No upload takes longer: what is older and still no version belongs to a process that is gone."""
 
 
 def register_release(
@@ -75,6 +78,7 @@ def register_release(
         first = _find(client, application.name, release_id) or str(mine.version)
         if first != str(mine.version):  # Somebody registered the same release meanwhile.
             client.delete_model_version(application.name, str(mine.version))
+            client.delete_logged_model(model.model_id)
         return first
 
 
@@ -262,12 +266,11 @@ def _ensure_model(client: Any, application: str, description: str | None) -> Non
 
 
 def _remove_unfinished(client: Any, experiment: str, release_id: str) -> None:
-    """What an attempt left behind that was killed before its version was created."""
-    left: Iterable[Any] = client.search_logged_models(
-        [experiment], filter_string=f"tags.`{RELEASE_TAG}` = '{release_id}'"
-    )
+    """What attempts left behind that were killed before their version was created; not what may still be uploading."""
+    left = client.search_logged_models([experiment], filter_string=f"tags.`{RELEASE_TAG}` = '{release_id}'")
     for model in left:
-        client.delete_logged_model(model.model_id)
+        if time.time() - model.creation_timestamp / 1000 > ABANDONED_SECONDS:
+            client.delete_logged_model(model.model_id)
 
 
 def _prompt_versions(client: Any, name: str, template: str) -> list[int]:
