@@ -1,6 +1,7 @@
 """`<application>.evaluate_candidate`: a new release against the champion, before any user meets it."""
 
 from airflow.sdk import DAG, AssetAlias, Param, task
+from airflow.sdk.exceptions import AirflowFailException
 from pendulum import datetime
 
 from millrace.applications import Application, load_applications
@@ -60,8 +61,6 @@ def evaluate_candidate(application: Application) -> DAG:
 
         @task(outlets=[passed], retries=0, on_failure_callback=[refused])
         def gate(result: dict, *, outlet_events) -> None:
-            from airflow.sdk.exceptions import AirflowFailException
-
             from millrace.errors import GateRefusal
             from millrace.evaluation.gate import require_passed
 
@@ -70,9 +69,7 @@ def evaluate_candidate(application: Application) -> DAG:
             except GateRefusal as refusal:
                 raise AirflowFailException(str(refusal)) from None
             if result["verdict"] == "passed":
-                outlet_events[passed].add(
-                    asset(application.name, "evaluations"), extra={"candidate": result["candidate"]}
-                )
+                outlet_events[passed].add(asset(application.name, "evaluations"))
 
         gate(evaluate(freeze_set()))
     return dag
