@@ -123,10 +123,13 @@ def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever asks for the MLflow server carries its mark; starting it takes longer than `make unit` may."""
+    """Whatever asks for the MLflow server carries its mark (starting it takes longer than `make unit` may), and
+    the whole loop comes last."""
     for item in items:
         if "mlflow_uri" in getattr(item, "fixturenames", ()):
             item.add_marker("mlflow")
+    # The loop leaves a used stack behind, so whoever looks at a fresh one comes before.
+    items.sort(key=lambda item: "end_to_end" in item.path.parts)
 
 
 def _answers(url: str) -> bool:

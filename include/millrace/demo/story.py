@@ -56,6 +56,8 @@ DAGS = (
     "evaluate_candidate",
     "rollout",
 )
+ASSET_DRIVEN = ("refresh_embeddings", "evaluate_candidate")
+"""They start by themselves once they are unpaused; the others are unpaused when their turn comes."""
 DAG_MINUTES = 30
 ASSET_SECONDS = 120
 """A run that an asset should have started is missed after this long."""
@@ -103,6 +105,7 @@ class Story:
             self.progress.say(stage, "waiting for Airflow to read the DAGs")
             for dag in DAGS:
                 self.airflow.wait_for_dag(self._dag(dag))
+            for dag in ASSET_DRIVEN:
                 self.airflow.unpause(self._dag(dag))
             before = self.lake.version(SILVER_CHUNKS)
             self._run_dag(stage, "ingest_documents")
@@ -147,6 +150,7 @@ class Story:
         with self.progress.stage("users ask") as stage:
             count = self.application.demo.first_questions
             self.progress.say(stage, f"{count} simulated users ask and rate")
+            self.airflow.unpause(self._dag("ingest_feedback"))
             visits = self._users("training", f"{self.crowd}-first", corrections=True).visits(count)
             rated = [visit for visit in visits if visit.rating is not None]
             _require(bool(rated), "no simulated user rated an answer")

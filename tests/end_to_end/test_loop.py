@@ -1,0 +1,145 @@
+"""The loop as `make run` turns it, through the real Airflow, on a small corpus; then what an operator does to it."""
+
+import io
+import json
+import time
+
+import httpx
+import openai
+import pyarrow.compute as pc
+import pytest
+from rich.console import Console
+
+from millrace.airflow_api import Airflow
+from millrace.demo.run import Told, tell_story
+from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.tables import (
+    BRONZE_EVENTS,
+    OPS_EVALUATIONS,
+    PROVENANCE,
+    QUARANTINE_FEEDBACK,
+    SILVER_CHUNKS,
+    SILVER_EXCHANGES,
+    SILVER_FEEDBACK,
+)
+from millrace.rollout.decisions import read_journal
+from millrace.stack import Stack
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(2400)]
+
+
+@pytest.fixture(scope="module")
+def told(running_stack: Stack) -> Told:
+    """The story, told once for this module."""
+    said = Console(file=(out := io.StringIO()), width=200)
+    with running_stack.airflow() as airflow:
+        told = tell_story(running_stack.settings, "qa", airflow, said)
+    assert told.failure is None, out.getvalue()
+    return told
+
+
+@pytest.fixture(scope="module")
+def qa_lake(running_stack: Stack) -> Lake:
+    return Lake.of(running_stack.settings, "qa")
+
+
+def test_the_loop_turns_once_and_every_stage_does_its_work(running_stack: Stack, told: Told) -> None:
+    report = json.loads((running_stack.settings.home / "report.json").read_text())
+
+    assert [stage["state"] for stage in report["stages"] if stage["state"] in ("failed", "waiting", "running")] == []
+    assert report["simulated_users"] is True
+    assert {entry["field"] for entry in report["pace_differences"]} >= {"rollout.window_seconds"}
+    assert "simulated" in (running_stack.settings.home / "report.html").read_text()
+
+
+def test_the_broken_release_was_refused_let_past_on_purpose_and_rolled_back(told: Told, qa_lake: Lake) -> None:
+    journal = read_journal(qa_lake)
+    admitted = [decision for decision in journal if decision.kind == "admit"]
+    broken = admitted[-1].challenger
+    verdicts = qa_lake.read(OPS_EVALUATIONS, ["candidate", "passed"], where=pc.field("candidate") == broken)
+
+    assert "on purpose" in admitted[-1].reason
+    assert admitted[-1].simulated
+    assert not any(verdicts["passed"].to_pylist())
+    assert [d.kind for d in journal if d.challenger == broken][-1] == "rollback"
+
+
+def test_every_exchange_and_rating_of_the_story_is_marked_as_simulated(told: Told, qa_lake: Lake) -> None:
+    for table in (SILVER_EXCHANGES, SILVER_FEEDBACK):
+        rows = qa_lake.read(table, ["simulated"])
+        assert rows.num_rows
+        assert all(rows["simulated"].to_pylist()), table.path
+
+
+def test_a_clear_and_a_backfill_beside_live_runs_change_nothing(
+    running_stack: Stack, told: Told, qa_lake: Lake
+) -> None:
+    with running_stack.airflow() as airflow:
+        settle(airflow, "qa.ingest_feedback")
+        ended = [run for run in airflow.runs("qa.ingest_feedback", states=["success"]) if run.data_interval_start]
+        assert len(ended) >= 3, "the story takes minutes, and every minute has its run"
+        first, last = ended[-3], ended[-1]
+        before = content(qa_lake)
+
+        airflow.clear_run("qa.ingest_feedback", first.run_id)
+        backfill = airflow.backfill("qa.ingest_feedback", first.logical_date, last.logical_date)
+        airflow.wait_for_backfill(backfill, timeout=600)
+        settle(airflow, "qa.ingest_feedback")
+
+        reran = airflow.run("qa.ingest_feedback", first.run_id)
+        assert reran.state == "success"
+        assert reran.start > first.start, "the run was not run again"
+    assert content(qa_lake) == before
+
+
+def test_a_second_application_runs_beside_the_first_without_a_line_of_code(running_stack: Stack, told: Told) -> None:
+    settings = running_stack.settings
+    handbook = Lake.of(settings, "handbook")
+    with running_stack.airflow() as airflow:
+        for dag in ("refresh_embeddings", "evaluate_candidate"):
+            airflow.unpause(f"handbook.{dag}")
+        succeed(airflow, "handbook.ingest_documents")
+        run = airflow.wait_for_asset_run(
+            "handbook.refresh_embeddings", since=airflow.runs("handbook.ingest_documents")[0].run_after, timeout=120
+        )
+        assert airflow.wait_for_run(run.dag_id, run.run_id, timeout=300).state == "success"
+        succeed(airflow, "handbook.declare_release")
+        succeed(airflow, "handbook.rollout")
+    wait_ready(settings.gateway_url)
+    client = openai.OpenAI(base_url=f"{settings.gateway_url}/v1", api_key="unused")
+
+    answer = client.chat.completions.create(
+        model="handbook", user="a test", messages=[{"role": "user", "content": "Who may freeze a rollout?"}]
+    )
+
+    assert answer.choices[0].message.content
+    assert {model.id for model in client.models.list()} >= {"qa", "handbook"}
+    assert handbook.read(SILVER_CHUNKS).num_rows
+    assert "handbook" in answer.model_extra["millrace"]["citations"][0]["uri"]
+
+
+def succeed(airflow: Airflow, dag_id: str) -> None:
+    run = airflow.trigger(dag_id)
+    assert airflow.wait_for_run(dag_id, run.run_id, timeout=600).state == "success", dag_id
+
+
+def settle(airflow: Airflow, dag_id: str) -> None:
+    """Until no run of the DAG is queued or running."""
+    deadline = time.monotonic() + 300
+    while airflow.runs(dag_id, states=["queued", "running"]):
+        assert time.monotonic() < deadline, f"{dag_id} does not come to rest"
+        time.sleep(1)
+
+
+def wait_ready(url: str) -> None:
+    deadline = time.monotonic() + 180
+    while httpx.get(f"{url}/readyz").status_code != 200:
+        assert time.monotonic() < deadline, httpx.get(f"{url}/readyz").text
+        time.sleep(1)
+
+
+def content(lake: Lake) -> dict[str, list[str]]:
+    """What the tables of feedback say, without who wrote it when."""
+    stamps = [field.name for field in PROVENANCE]
+    tables = (BRONZE_EVENTS, SILVER_EXCHANGES, SILVER_FEEDBACK, QUARANTINE_FEEDBACK)
+    return {table.path: sorted(map(repr, lake.read(table).drop_columns(stamps).to_pylist())) for table in tables}
