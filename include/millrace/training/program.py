@@ -22,6 +22,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from millrace.engines.tokenizer import model_tokenizer
 from millrace.errors import MillraceError, TrainingError
 from millrace.training.batches import Encoded, Schedule, encode, schedule, split_held_out
 from millrace.training.spec import TARGETS, Spec, read_spec
@@ -288,9 +289,9 @@ def _examples(spec: Spec, tokenizer: Any) -> tuple[list[str], list[Encoded], int
 
 def _load(base: Path) -> tuple[Any, Any]:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(base.parent, gguf_file=base.name)
+    tokenizer = model_tokenizer(base)
     model = AutoModelForCausalLM.from_pretrained(base.parent, gguf_file=base.name, dtype=torch.float32)
     return tokenizer, model
 
