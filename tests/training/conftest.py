@@ -1,15 +1,8 @@
 """A tiny fine-tune on real sentences: eight examples and one that is held out, steps that take a second."""
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,43 +20,6 @@ EXAMPLES = [
         *(("sentry_on", "false"), ("job_heartbeat_sec", "5"), ("port", "8080"), ("workers", "1"), ("host", "0.0.0.0")),
     )
 ]
-
-
-@pytest.fixture(scope="session")
-def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """An MLflow server for the session."""
-    home = tmp_path_factory.mktemp("mlflow")
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port = listening.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    arguments = [
-        "--backend-store-uri",
-        f"sqlite:///{home}/mlflow.db",
-        "--artifacts-destination",
-        str(home / "artifacts"),
-    ]
-    with (home / "log").open("wb") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", *arguments, "--port", str(port), "--workers", "1"],
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    try:
-        give_up = time.monotonic() + 180
-        while True:
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=5).close()
-                break
-            except OSError:
-                if server.poll() is not None or time.monotonic() > give_up:
-                    pytest.fail(f"MLflow did not start: {(home / 'log').read_text()[-2000:]}")
-                time.sleep(0.3)
-        yield url
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(30)
 
 
 @pytest.fixture
