@@ -220,6 +220,6 @@ def test_a_registry_that_takes_the_call_and_says_nothing_is_given_up_within_ten_
         silent.listen()
         away = settings.model_copy(update={"mlflow_uri": f"http://127.0.0.1:{silent.getsockname()[1]}"})
         started = time.monotonic()
-        with pytest.raises(ReleaseError, match="does not answer .*timed out"):
+        with pytest.raises(ReleaseError, match=r"does not answer .*timed out"):
             releases.read_split(away, application.name)
         assert time.monotonic() - started < 10
