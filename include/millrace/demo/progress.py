@@ -1,6 +1,7 @@
 """What the terminal shows while the story runs: each stage, what it is doing, how long it took.
 
-On a terminal one live table; elsewhere a line whenever something changes. Knows nothing about what a stage does.
+On a terminal one live table; elsewhere a line when a state changes, and every few seconds when a detail does.
+Knows nothing about what a stage does.
 """
 
 import time
@@ -24,6 +25,8 @@ MARKS: dict[State, str] = {
     "failed": "[red]✗[/]",
 }
 
+LINE_SECONDS = 10.0
+
 
 @dataclass
 class Stage:
@@ -34,7 +37,7 @@ class Stage:
     detail: str = ""
     started: float | None = None
     seconds: float = 0.0
-    _changed: object = field(default=None, repr=False)
+    _printed: tuple[State, str, float] = field(default=("waiting", "", 0.0), repr=False)
 
     def elapsed(self) -> float:
         """Seconds since the stage began, or that it took."""
@@ -76,9 +79,13 @@ class Progress:
 
     def say(self, stage: Stage, detail: str) -> None:
         """Show what `stage` is doing now."""
-        changed = (stage.state, detail) != stage._changed
-        stage.detail, stage._changed = detail, (stage.state, detail)
-        if changed and not self._console.is_terminal:
+        stage.detail = detail
+        if self._console.is_terminal:
+            return
+        state, printed, at = stage._printed
+        now = time.monotonic()
+        if stage.state != state or (detail != printed and now - at > LINE_SECONDS):
+            stage._printed = (stage.state, detail, now)
             self._console.print(
                 f"{stage.name:<22} {stage.state:<12} {stage.elapsed():6.1f} s  {detail}",
                 markup=False,

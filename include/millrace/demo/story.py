@@ -251,7 +251,7 @@ class Story:
                 rollout = [d for d in read_journal(self.lake)[after:] if d.challenger == candidate]
                 met = sum(visit.release_version == candidate for visit in traffic.visits)
                 last = rollout[-1] if rollout else None
-                said = f"{last.kind} at {last.share:.0%}: {last.reason}" if last else "waiting for the controller"
+                said = f"{last.kind} at {last.share:.0%}" if last else "waiting for the controller"
                 self.progress.say(
                     stage, f"version {candidate}: {said} ({met} of {len(traffic.visits)} simulated users met it)"
                 )
