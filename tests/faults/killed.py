@@ -1,7 +1,9 @@
-"""Runs one stage in a process that is killed (SIGKILL) right after its first write, if it makes one.
+"""Runs one stage in a process that is killed (SIGKILL) right after its n-th write, if it makes so many.
+
+    python killed.py STAGE GIVEN N
 
 A write is a Delta commit or a rename: both are what the libraries themselves do last. Exit status 0 means that
-the stage ended without writing anything, so calling this again and again stops at every gap between two writes.
+the stage ended with fewer writes.
 """
 
 import os
@@ -18,23 +20,33 @@ import deltalake.table
 HOUR = datetime(2026, 11, 24, 12, tzinfo=UTC)
 
 
+writes_left = 1
+
+
+def written() -> None:
+    global writes_left
+    writes_left -= 1
+    if not writes_left:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def dying(function: Any) -> Any:
     def run(*args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
-        os.kill(os.getpid(), signal.SIGKILL)
+        written()
         return result
 
     return run
 
 
 def dying_commit(function: Any) -> Any:
-    """Dies only if the table's version moved: a merge that finds nothing to do writes nothing."""
+    """Counts only if the table's version moved: a merge that finds nothing to do writes nothing."""
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         before = self._table.version()
         result = function(self, *args, **kwargs)
         if self._table.version() != before:
-            os.kill(os.getpid(), signal.SIGKILL)
+            written()
         return result
 
     return run
@@ -68,6 +80,7 @@ def stage(name: str, settings: Any, application: Any) -> None:
 
 
 if __name__ == "__main__":
+    writes_left = int(sys.argv[3])
     given = pickle.loads(Path(sys.argv[2]).read_bytes())
     deltalake.table.TableMerger.execute = dying_commit(deltalake.table.TableMerger.execute)
     deltalake.write_deltalake = dying(deltalake.write_deltalake)

@@ -28,8 +28,7 @@ from millrace.lakehouse.tables import (
 )
 from millrace.releases.registry import read_split, versions
 from millrace.releases.split import Split
-from millrace.retrieval.embed import lineage_id
-from millrace.retrieval.index import current_build
+from millrace.retrieval.index import builds_folder, current_build
 from millrace.rollout import people
 from millrace.rollout.decisions import read_journal
 from millrace.settings import Settings
@@ -316,7 +315,7 @@ class Story:
         return next(stage for stage in self.progress.stages if stage.name == name)
 
     def _build(self) -> str | None:
-        return current_build(self.settings.index_builds(self.application.name) / lineage_id(self.application))
+        return current_build(builds_folder(self.settings, self.application))
 
     def _split(self) -> Split | None:
         return read_split(self.settings, self.application.name)

@@ -46,7 +46,13 @@ _OPENED = (
     "java.base/sun.util.calendar",
     "java.security.jgss/sun.security.krb5",
 )
+# For a server that lives for minutes on a few cores, with small tables: it spends its time compiling, its own code and
+# the code that Spark makes of each query. Without the second compiler, parallel collection and query compilation it
+# took half the processor time, start to tenth merge, and a fifth less memory. What is large belongs on a cluster.
+_FOR_SMALL_WORK = ("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")
+_INTERPRETED = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}
 _JVM_OPTIONS = (
+    *_FOR_SMALL_WORK,
     "-XX:+IgnoreUnrecognizedVMOptions",
     *(f"--add-opens={package}=ALL-UNNAMED" for package in _OPENED),
     "-Djdk.reflect.useDirectMethodHandle=false",
@@ -137,6 +143,7 @@ def _configuration(settings: Settings, work: Path, ivy: Path) -> dict[str, str]:
         "spark.sql.shuffle.partitions": str(settings.threads),
         "spark.databricks.delta.snapshotPartitions": str(settings.threads),
         "spark.sql.execution.arrow.maxRecordsPerBatch": "1000",
+        **_INTERPRETED,
     }
 
 
