@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import Pool
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,7 +18,7 @@ from millrace.lakehouse.spark_session import on_server
 from millrace.settings import Settings
 from tests.conftest import free_port
 from tests.lakehouse.conftest import SPARK_TABLES
-from tests.lakehouse.things import OTHER_THINGS, THINGS, fill, hashes, things
+from tests.lakehouse.things import OTHER_THINGS, THINGS, fill, hashes, merge_often, things
 
 pytestmark = pytest.mark.spark
 
@@ -74,6 +75,14 @@ def test_threads_that_merge_at_once_lose_nothing(spark_lake: Lake) -> None:
         versions = list(pool.map(merge, range(1, 4)))
     assert len(set(versions)) == 3
     assert hashes(spark_lake.read(THINGS)).keys() == {"shared", "k1", "k2", "k3"}
+
+
+def test_processes_that_merge_overlapping_keys_lose_nothing(spark_lake: Lake, spark_url: str, processes: Pool) -> None:
+    start = time.time() + 1
+    done = processes.starmap(merge_often, [(spark_lake.root, writer, 3, start, spark_url) for writer in range(2)])
+    found = hashes(spark_lake.read(THINGS))
+    assert found.keys() - {"shared"} == {key for keys in done for key in keys}
+    assert found["shared"] in {keys[-1] for keys in done}
 
 
 def test_a_constraint_that_a_table_lacks_is_added_once(spark_lake: Lake) -> None:

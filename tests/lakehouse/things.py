@@ -123,10 +123,10 @@ def sleeping(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 # What the processes of the concurrency tests run: begin at the same moment, say what happened.
 
 
-def merge_often(root: str, writer: int, times: int, start: float) -> list[str]:
+def merge_often(root: str, writer: int, times: int, start: float, spark_url: str = "") -> list[str]:
     """Each time insert a key of its own and rewrite a key that all writers share."""
+    lake = Lake(root, "dev", "qa", spark_url=spark_url, spark_tables=frozenset({THINGS.path} if spark_url else ()))
     _wait_until(start)
-    lake = Lake(root, "dev", "qa")
     for i in range(times):
         lake.merge(THINGS, things({f"{writer}-{i}": "x", "shared": f"{writer}-{i}"}), run=f"writer {writer}")
     return [f"{writer}-{i}" for i in range(times)]

@@ -24,7 +24,7 @@ from millrace.lakehouse.difference import Difference
 from millrace.lakehouse.engine import BatchFunction, Written
 from millrace.lakehouse.local import create_empty, missing_constraints
 from millrace.lakehouse.rows import checked, same_key, stamped, typed, update_condition
-from millrace.lakehouse.spark_session import Refused, on_server
+from millrace.lakehouse.spark_session import Refused, on_server, says
 from millrace.lakehouse.tables import TIME, Table
 
 T = TypeVar("T")
@@ -113,7 +113,7 @@ def _add_constraint(statement: str, session: SparkSession) -> None:
         session.sql(statement)
     except PySparkException as error:
         # Somebody else was first; that was the purpose.
-        if error.getCondition() != "DELTA_CONSTRAINT_ALREADY_EXISTS":
+        if not says(error, "DELTA_CONSTRAINT_ALREADY_EXISTS"):
             raise
 
 

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from pyspark.errors import PySparkException
 from pyspark.errors.exceptions.connect import SparkConnectGrpcException
+from pyspark.sql.connect.client import DefaultChannelBuilder
 from pyspark.sql.connect.client.retries import DefaultPolicy
 from pyspark.sql.connect.session import SparkSession
 
@@ -38,6 +39,9 @@ _CONFIGURATION = {
     "spark.sql.connect.serverStacktrace.enabled": "true",
 }
 
+# A server that comes back is to be found at once; the default is to look again after up to two minutes.
+_CHANNEL = [("grpc.max_reconnect_backoff_ms", 1000), ("grpc.use_local_subchannel_pool", 1)]
+
 _sessions: dict[tuple[int, str], SparkSession] = {}
 _opening = threading.Lock()
 
@@ -45,8 +49,8 @@ _opening = threading.Lock()
 def on_server(url: str, work: Callable[[SparkSession], T]) -> T:
     """What `work` returns, given the session of this process on the server at `url`.
 
-    A session that the server no longer knows, because it was restarted or the session was idle for an hour, is
-    opened anew and `work` repeated, which must be safe.
+    A session that is lost, because the server was restarted or the session was idle for an hour, is opened anew and
+    `work` repeated, which must be safe.
 
     Raises:
         LakehouseError: the server doesn't answer.
@@ -57,7 +61,7 @@ def on_server(url: str, work: Callable[[SparkSession], T]) -> T:
         try:
             return work(_session(url))
         except SparkConnectGrpcException as error:
-            if not (error.getCondition() or "").startswith("INVALID_HANDLE.SESSION"):
+            if not _lost(error):
                 raise
             _sessions.pop((os.getpid(), url), None)
             return work(_session(url))
@@ -73,7 +77,7 @@ def _session(url: str) -> SparkSession:
         if key not in _sessions:
             # PySpark logs every error with its stack before raising it.
             logging.getLogger("pyspark.sql.connect.client").setLevel(logging.CRITICAL)
-            session: Any = SparkSession.builder.remote(url).create()
+            session: Any = SparkSession.builder.channelBuilder(DefaultChannelBuilder(url, _CHANNEL)).create()
             # The default waits and retries for minutes.
             session.client.set_retry_policies([DefaultPolicy(max_retries=4, max_backoff=2000)])
             for name, value in _CONFIGURATION.items():
@@ -93,13 +97,22 @@ def _reach(url: str) -> None:
         ) from None
 
 
+def says(error: PySparkException, *conditions: str) -> bool:
+    """Whether the error is of one of these conditions. Delta's reach the client as text only."""
+    return any(f"[{condition}" in str(error) for condition in conditions)
+
+
+def _lost(error: PySparkException) -> bool:
+    """Whether the session is gone, rather than its work refused."""
+    unavailable = isinstance(error, SparkConnectGrpcException) and "StatusCode.UNAVAILABLE" in str(error)
+    return unavailable or says(error, "INVALID_HANDLE.SESSION", "RETRIES_EXCEEDED")
+
+
 def _translated(url: str, error: PySparkException) -> Exception:
-    condition = error.getCondition() or ""
     said = _sentence(str(error))
-    if condition.startswith("DELTA_CONCURRENT") or "ConcurrentModification" in said:
+    if says(error, "DELTA_CONCURRENT", "DELTA_METADATA_CHANGED", "DELTA_PROTOCOL_CHANGED"):
         return ConflictError(f"another writer committed first ({said})")
-    unavailable = isinstance(error, SparkConnectGrpcException) and "UNAVAILABLE" in str(error)
-    if unavailable or condition == "RETRIES_EXCEEDED":
+    if _lost(error):
         return LakehouseError(
             f"the Spark Connect server at {url} stopped answering; see its log and `millrace status`, then retry"
         )
