@@ -38,8 +38,9 @@ CLOCKS = {"observed_at", *(field.name for field in PROVENANCE)}
 
 
 def test_every_stage_killed_after_each_write_and_run_again_leaves_equal_tables(
-    settings: Settings, qa: Application, tmp_path: Path
+    settings: Settings, qa: Application, mlflow_uri: str, tmp_path: Path
 ) -> None:
+    settings = settings.model_copy(update={"mlflow_uri": mlflow_uri})
     undisturbed = settings.model_copy(update={"home": tmp_path / "undisturbed"})
     log_events(settings)
     log_events(undisturbed, ids=first_ids(settings))
