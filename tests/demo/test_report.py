@@ -92,7 +92,7 @@ def test_the_json_is_the_report_and_the_page_needs_nothing_but_itself(told):
 
 
 def test_a_turn_that_left_nothing_is_told_too(settings: Settings, qa: Application):
-    stages = [Stage("documents", "failed", "no chunk reached silver/chunks", seconds=3.0), Stage("index")]
+    stages = [Stage("documents", "failed", "no chunk reached silver/chunks", started=0.0, ended=3.0), Stage("index")]
     report = build_report(settings, qa, stages, STARTED)
     assert report.headline == ("Stage “documents” failed: no chunk reached silver/chunks. There is no champion.")
     _, page = write_report(settings, report)
@@ -102,7 +102,7 @@ def test_a_turn_that_left_nothing_is_told_too(settings: Settings, qa: Applicatio
 def test_a_second_turn_in_which_nothing_was_new_says_that_the_champion_stays(told):
     settings, application, report = told
     later = max(rollout.ended_at for rollout in report.rollouts).replace(year=2027)
-    second = build_report(settings, application, [Stage("gate", "nothing new", seconds=1.0)], later)
+    second = build_report(settings, application, [Stage("gate", "nothing new", started=0.0, ended=1.0)], later)
     assert second.headline == "Version 2 stays champion; nothing was a candidate."
     assert (second.gates, second.rollouts, second.costs.by_release) == ([], [], [])
     assert second.champion_before == second.champion_after

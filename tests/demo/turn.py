@@ -19,16 +19,16 @@ from millrace.rollout.judgement import judge
 
 STARTED = datetime(2026, 3, 2, 9, 0, tzinfo=UTC)
 STAGES = [
-    Stage("documents", "done", "399 documents, 1042 chunks", seconds=14.2),
-    Stage("index", "done", "build 4f1c9a (1042 vectors)", seconds=41.0),
-    Stage("champion", "done", "version 1 answers everybody", seconds=22.3),
-    Stage("gateway", "done", "http://127.0.0.1:8000/v1 answers as 'qa'", seconds=6.1),
-    Stage("users ask", "done", "60 simulated users asked, 54 rated, mean 0.31", seconds=48.9),
-    Stage("feedback", "done", "54 of 54 ratings in silver/feedback", seconds=63.0),
-    Stage("fine-tune", "done", "candidate version 2", seconds=512.4),
-    Stage("gate", "done", "version 2 passed", seconds=146.7),
-    Stage("rollout", "done", "version 2: promote at 100%", seconds=301.0),
-    Stage("regression", "done", "version 3: rolled back", seconds=287.5),
+    Stage("documents", "done", "399 documents, 1042 chunks", started=0.0, ended=14.2),
+    Stage("index", "done", "build 4f1c9a (1042 vectors)", started=0.0, ended=41.0),
+    Stage("champion", "done", "version 1 answers everybody", started=0.0, ended=22.3),
+    Stage("gateway", "done", "http://127.0.0.1:8000/v1 answers as 'qa'", started=0.0, ended=6.1),
+    Stage("users ask", "done", "60 simulated users asked, 54 rated, mean 0.31", started=0.0, ended=48.9),
+    Stage("feedback", "done", "54 of 54 ratings in silver/feedback", started=0.0, ended=63.0),
+    Stage("fine-tune", "done", "candidate version 2", started=0.0, ended=512.4),
+    Stage("gate", "done", "version 2 passed", started=0.0, ended=146.7),
+    Stage("rollout", "done", "version 2: promote at 100%", started=0.0, ended=301.0),
+    Stage("regression", "done", "version 3: rolled back", started=0.0, ended=287.5),
 ]
 MEANS = {"1": 0.35, "2": 0.66, "3": 0.04}
 """Version → mean rating and mean token-F1."""
@@ -80,7 +80,7 @@ class Turn:
             state = fold(read_journal(self.lake))
             step = policy.steps[state.epoch - 1]
             users += self.visits(18, 25, rollout_id, state.epoch, step.share, challenger)
-            self.now += timedelta(seconds=5)
+            self.now += timedelta(started=0.0, ended=5)
             evidence = _evidence(users)
             found = judge(evidence, step, state.epoch, policy)
             about = {"evidence": found.summary, "simulated": True}
@@ -178,7 +178,7 @@ class Turn:
             "events_seen": 2,
             "state": "completed",
             "occurred_at": self.now,
-            "completed_at": self.now + timedelta(seconds=1),
+            "completed_at": self.now + timedelta(started=0.0, ended=1),
             "date": self.now.date(),
             "user": f"pseudonym-{number}",
             "simulated": True,

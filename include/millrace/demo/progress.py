@@ -36,13 +36,12 @@ class Stage:
     state: State = "waiting"
     detail: str = ""
     started: float | None = None
-    seconds: float = 0.0
+    ended: float | None = None
     _printed: tuple[State, str, float] = field(default=("waiting", "", 0.0), repr=False)
 
     def elapsed(self) -> float:
-        """Seconds since the stage began, or that it took."""
-        running = self.state == "running" and self.started is not None
-        return time.monotonic() - (self.started or 0.0) if running else self.seconds
+        """Seconds since the stage began, or that it took; 0 before."""
+        return 0.0 if self.started is None else (self.ended or time.monotonic()) - self.started
 
 
 class Progress:
@@ -95,8 +94,7 @@ class Progress:
 
     @staticmethod
     def _end(stage: Stage, state: State) -> None:
-        stage.seconds = time.monotonic() - (stage.started or time.monotonic())
-        stage.state = state
+        stage.state, stage.ended = state, time.monotonic()
 
     def _table(self) -> Table:
         table = Table(box=None, show_header=False, pad_edge=False)

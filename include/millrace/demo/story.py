@@ -116,8 +116,11 @@ class Story:
 
     def index(self) -> None:
         with self.progress.stage("index") as stage:
-            if self._build() is None or self._stage("documents").state == "done":
+            if self._stage("documents").state == "done":
                 self._await_asset_run(stage, "refresh_embeddings")
+            elif self._build() is None:
+                # An earlier turn ended between the chunks and their index; its asset event may be gone.
+                self._run_dag(stage, "refresh_embeddings")
             else:
                 stage.state = "nothing new"
             build = self._build()
