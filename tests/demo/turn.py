@@ -80,7 +80,7 @@ class Turn:
             state = fold(read_journal(self.lake))
             step = policy.steps[state.epoch - 1]
             users += self.visits(18, 25, rollout_id, state.epoch, step.share, challenger)
-            self.now += timedelta(started=0.0, ended=5)
+            self.now += timedelta(seconds=5)
             evidence = _evidence(users)
             found = judge(evidence, step, state.epoch, policy)
             about = {"evidence": found.summary, "simulated": True}
@@ -178,7 +178,7 @@ class Turn:
             "events_seen": 2,
             "state": "completed",
             "occurred_at": self.now,
-            "completed_at": self.now + timedelta(started=0.0, ended=1),
+            "completed_at": self.now + timedelta(seconds=1),
             "date": self.now.date(),
             "user": f"pseudonym-{number}",
             "simulated": True,
