@@ -24,6 +24,7 @@ from millrace.lakehouse.tables import (
     OPS_EVALUATIONS,
     SILVER_CHUNKS,
     SILVER_DOCUMENTS,
+    SILVER_EXCHANGES,
     SILVER_FEEDBACK,
 )
 from millrace.releases.registry import read_split, versions
@@ -78,6 +79,7 @@ class Story:
 
     def __post_init__(self) -> None:
         self.lake = Lake.of(self.settings, self.application.name)
+        self.asked: list[str] = []
         self.crowd = self.started.strftime("%Y%m%dT%H%M%S")
 
     def tell(self) -> None:
@@ -206,9 +208,10 @@ class Story:
         with self.progress.stage("rollout") as stage:
             if candidate is None:
                 stage.state = "nothing new"
-                self.progress.say(stage, "no candidate passed the gate; nothing was rolled out")
+                self.progress.say(stage, "there is no better candidate to roll out")
                 return
             end = self._traffic_until_decided(stage, candidate)
+            _require(end != "freeze", f"the rollout of version {candidate} froze: {stage.detail}")
             if end == "rollback":
                 stage.state = "refused"
             split = self._split()
@@ -237,6 +240,7 @@ class Story:
             end = self._traffic_until_decided(stage, broken)
             _require(end == "rollback", f"the broken release was not rolled back but ended with {end!r}")
             _require(self._champion() == champion, "the champion changed")
+            _until(lambda: self._counted(stage), 300, "acknowledged exchanges did not reach silver/exchanges")
 
     # ---- shared
 
@@ -262,8 +266,19 @@ class Story:
                 return bool(end)
 
             _until(decided, self.application.demo.rollout_minutes * 60, f"the rollout of {candidate} is undecided")
+        self.asked += [visit.completion_id for visit in traffic.visits]
         _until(lambda: self._settled(candidate), 60, "the published split does not follow the journal")
         return end
+
+    def _counted(self, stage: Stage) -> bool:
+        """Whether every exchange of the rollouts is in the Lakehouse, so that the report can count who met what."""
+        there = self.lake.read(
+            SILVER_EXCHANGES, ["completion_id"], where=pc.field("completion_id").isin(self.asked)
+        ).num_rows
+        if there < len(self.asked):
+            told = stage.detail.split("; counting")[0]
+            self.progress.say(stage, f"{told}; counting exchanges: {there} of {len(self.asked)}")
+        return there == len(self.asked)
 
     def _settled(self, candidate: str) -> bool:
         split = self._split()
