@@ -14,7 +14,7 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
 from millrace.errors import LakehouseError
-from millrace.lakehouse.commits import open_table, refusal
+from millrace.lakehouse.commits import dataset_of, open_table, refusal
 from millrace.lakehouse.engine import BatchFunction, Engine, Written
 from millrace.lakehouse.local import LocalEngine
 from millrace.lakehouse.tables import Table
@@ -97,7 +97,7 @@ class Lake:
             return wanted.empty_table()
         opened = open_table(self.uri(table), table, version)
         try:
-            dataset = opened.to_pyarrow_dataset()
+            dataset = dataset_of(opened, self.uri(table))
             found = dataset.to_table(columns=wanted.names) if where is None else _filtered(dataset, where, wanted.names)
         except (DeltaError, OSError) as error:
             raise refusal(table, self.uri(table), error) from error

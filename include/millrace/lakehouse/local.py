@@ -13,7 +13,7 @@ from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import DeltaError
 
 from millrace.errors import ConflictError, LakehouseError
-from millrace.lakehouse.commits import open_table, refusal, retried
+from millrace.lakehouse.commits import dataset_of, open_table, refusal, retried
 from millrace.lakehouse.difference import Difference
 from millrace.lakehouse.engine import BatchFunction, Written
 from millrace.lakehouse.rows import checked, net_changes, properties, same_key, stamped, typed, update_condition
@@ -58,7 +58,7 @@ class LocalEngine:
                 raise LakehouseError(
                     f"{table.path}: its source {source_uri} is not there; run the stage that writes it"
                 )
-            source = DeltaTable(source_uri).to_pyarrow_dataset().to_batches(columns=columns, batch_size=BATCH)
+            source = dataset_of(DeltaTable(source_uri), source_uri).to_batches(columns=columns, batch_size=BATCH)
             rows = (typed(table, pa.Table.from_batches([batch])) for batch in function(source))
             return _commit(opened, uri, table, Difference(opened, table, "true"), rows, run, "true")
 
@@ -87,7 +87,7 @@ class LocalEngine:
     def changes(self, uri: str, table: Table, since: int | None) -> pa.Table:
         opened = open_table(uri, table)
         if since is None:
-            rows = opened.to_pyarrow_dataset().to_table().select(table.schema.names).cast(table.schema)
+            rows = dataset_of(opened, uri).to_table().select(table.schema.names).cast(table.schema)
             return rows.append_column("change", pa.array(["upsert"] * rows.num_rows, pa.string()))
         if since >= opened.version():
             return table.schema.append(pa.field("change", pa.string())).empty_table()
