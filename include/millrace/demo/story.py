@@ -146,7 +146,7 @@ class Story:
     def gateway(self) -> None:
         with self.progress.stage("gateway") as stage:
             self.progress.say(stage, "loading the champion")
-            _until(lambda: _ready(self.settings.gateway_url), 180, "the gateway is not ready: see /readyz")
+            _until(self._ready, 180, "the gateway is not ready: see /readyz")
             self.progress.say(stage, f"{self.settings.gateway_url}/v1 answers as {self.application.name!r}")
 
     def users_ask(self) -> list[str]:
@@ -329,6 +329,14 @@ class Story:
         _require(bool(found), f"the documents give no {split} question")
         return found
 
+    def _ready(self) -> bool:
+        """Whether the gateway has this application's champion; others may not have begun."""
+        try:
+            answer = httpx.get(f"{self.settings.gateway_url}/readyz", timeout=5, trust_env=False).json()
+        except httpx.HTTPError:
+            return False
+        return bool(answer["applications"].get(self.application.name) == "ready")
+
     def _stage(self, name: str) -> Stage:
         return next(stage for stage in self.progress.stages if stage.name == name)
 
@@ -364,13 +372,6 @@ class Story:
             f"{run.dag_id} ended as {ended.state}: see {self.settings.airflow_url}/dags/{run.dag_id}/runs/{run.run_id}",
         )
         return ended
-
-
-def _ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/readyz", timeout=5).status_code == 200
-    except httpx.HTTPError:
-        return False
 
 
 def _until(done: Callable[[], bool], seconds: float, otherwise: str) -> None:
