@@ -116,8 +116,8 @@ def ask_command(
         )
     console.print(answer.text, markup=False)
     for number, citation in enumerate(answer.citations, 1):
-        console.print(f"  [{number}] {citation}", markup=False, style="dim")
-    console.print(f"  {answer.about}", markup=False, style="dim")
+        console.print(f"  [{number}] {citation}", markup=False, style="dim", soft_wrap=True)
+    console.print(f"  {answer.about}", markup=False, style="dim", soft_wrap=True)
 
 
 @release_app.command("list")
@@ -130,7 +130,7 @@ def release_list(application: ApplicationName = "qa") -> None:
         settings = read_settings()
         for version, tags in versions(settings, load_application(settings, application)).items():
             told = ", ".join(f"{key.removeprefix('millrace.')}={value}" for key, value in sorted(tags.items()))
-            console.print(f"{version:>4}  {told}", markup=False)
+            console.print(f"{version:>4}  {told}", markup=False, soft_wrap=True)
 
 
 @release_app.command("admit")
@@ -210,7 +210,9 @@ def _show_applications(applications: dict[str, dict[str, Any]]) -> None:
         console.print(f"{name}: champion {told['champion'] or 'none yet'}{challenger}", markup=False)
         if told["last_decision"]:
             last = told["last_decision"]
-            console.print(f"  last decision {last['sequence']}: {last['kind']}, {last['reason']}", markup=False)
+            console.print(
+                f"  last decision {last['sequence']}: {last['kind']}, {last['reason']}", markup=False, soft_wrap=True
+            )
         for run in told["last_runs"]:
             console.print(f"  {run['dag']:<28}{run['state']:<10}{run['started'] or ''}", markup=False)
 
