@@ -48,7 +48,7 @@ def test_the_loop_turns_once_and_every_stage_does_its_work(running_stack: Stack,
 
     assert [stage["state"] for stage in report["stages"] if stage["state"] in ("failed", "waiting", "running")] == []
     assert report["simulated_users"] is True
-    assert {entry["field"] for entry in report["pace_differences"]} >= {"rollout.window_seconds"}
+    assert {entry["field"] for entry in report["pace_differences"]} >= {"training.max_examples"}
     assert "simulated" in (running_stack.settings.home / "report.html").read_text()
 
 
