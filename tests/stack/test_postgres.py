@@ -74,3 +74,5 @@ def test_a_data_directory_left_half_made_is_made_again(home: Path, server: Postg
     (server.folder / "data.unfinished").mkdir(parents=True)
     (server.folder / "data.unfinished" / "PG_VERSION").write_text("18")
     _start(home, server)
+    assert (server.data / "PG_VERSION").exists()
+    assert not (server.folder / "data.unfinished").exists()

@@ -2,6 +2,7 @@
 the champion with another of the declared prompts.
 """
 
+from importlib.metadata import version as code_version
 from pathlib import Path
 from typing import Any
 
@@ -66,4 +67,4 @@ def _champion_with(
     settings: Settings, application: Application, champion: str, prompt: PromptVersion
 ) -> tuple[Manifest, Path]:
     manifest, weights = read_release(fetch_release(settings, application, champion))
-    return manifest.model_copy(update={"prompt": prompt}), weights
+    return manifest.model_copy(update={"prompt": prompt, "code_version": code_version("millrace")}), weights
