@@ -185,6 +185,8 @@ def _bca(
     bias = NORMAL.inv_cdf(min(max(below / resamples, 0.5 / resamples), 1 - 0.5 / resamples))
     left_out = statistic((values.sum(axis=0) - values) / (n - 1))
     influence = left_out.mean() - left_out
+    # Acceleration has no scale; in units of the largest influence its powers stay within what a float holds.
+    influence /= np.abs(influence).max() or 1.0
     spread = float((influence**2).sum())
     acceleration = float((influence**3).sum()) / (6 * spread**1.5) if spread > 0 else 0.0
     reach = _widened((1 - confidence) / 2, n)
