@@ -26,7 +26,7 @@ again unless a person admits it.
 *frozen*, users are not assigned as declared: exchanges of one arm get lost on the way; look at the gateway's log.
 *frozen*, who rates differs between the arms: the reason gives bounds; nothing else can be known from ratings.
 *frozen*, moved by hand: somebody changed the tag or the alias `champion`; nothing was undone.
-After a freeze: `millrace resume`, `millrace skip` or `millrace rollback`, with a reason.
+After a freeze: `millrace rollout resume`, `skip` or `back`, with a reason.
 
 ### When it fails
 The registry or the lake does not answer. Clear the task any time: what was decided stands in the journal, and the

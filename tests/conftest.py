@@ -1,5 +1,6 @@
 """Real stores on disk for every test: a home of its own, a small application on real documents."""
 
+import json
 import os
 import shutil
 import signal
@@ -7,11 +8,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -164,11 +168,44 @@ def copy_declarations(folder: Path) -> Path:
     return applications
 
 
-def stack_settings(folder: Path) -> Settings:
+def stack_settings(folder: Path, **changes: Any) -> Settings:
     """A stack of its own in `folder`, with the applications of `tests/applications`."""
     return Settings(
-        home=folder / "home", pace="demo", applications=copy_declarations(folder), threads=2, **choose_free_ports()
+        home=folder / "home",
+        pace="demo",
+        applications=copy_declarations(folder),
+        threads=2,
+        **choose_free_ports(),
+        **changes,
     )
+
+
+class Webhook(ThreadingHTTPServer):
+    """Where alerts arrive: keeps the body of every POST in `received`."""
+
+    def __init__(self) -> None:
+        self.received: list[dict[str, Any]] = []
+        super().__init__(("127.0.0.1", 0), _Receiver)
+        self.url = f"http://127.0.0.1:{self.server_port}/alerts"
+
+
+class _Receiver(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.received.append(json.loads(body))  # type: ignore[attr-defined]
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="session")
+def webhook() -> Iterator[Webhook]:
+    with Webhook() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
 
 
 @pytest.fixture(scope="session")
@@ -184,8 +221,8 @@ def free_ports() -> dict[str, int]:
 
 
 @pytest.fixture(scope="session")
-def running_stack(open_folder: Path) -> Iterator[Stack]:
+def running_stack(open_folder: Path, webhook: Webhook) -> Iterator[Stack]:
     """The whole stack, started once for every test that is marked `stack`: pace demo, applications `qa` (small) and
-    `handbook`. Its `settings` have ports of their own and the keys of its home."""
-    with Stack(stack_settings(open_folder / "shared")) as stack:
+    `handbook`, alerts to `webhook`. Its `settings` have ports of their own and the keys of its home."""
+    with Stack(stack_settings(open_folder / "shared", alert_webhook=webhook.url)) as stack:
         yield stack

@@ -2,7 +2,11 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import httpx
 import openai
@@ -24,6 +28,8 @@ from millrace.lakehouse.tables import (
 )
 from millrace.rollout.decisions import read_journal
 from millrace.stack import Stack
+from millrace.stack.environment import settings_variables
+from tests.conftest import Webhook
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(2400)]
 
@@ -62,6 +68,18 @@ def test_the_broken_release_was_refused_let_past_on_purpose_and_rolled_back(told
     assert admitted[-1].simulated
     assert not any(verdicts["passed"].to_pylist())
     assert [d.kind for d in journal if d.challenger == broken][-1] == "rollback"
+
+
+def test_a_refusal_by_the_gate_and_a_rollback_reach_the_webhook_with_numbers_and_runbook(
+    told: Told, webhook: Webhook
+) -> None:
+    titles = {alert["title"]: alert for alert in webhook.received}
+    refusal = titles["qa.evaluate_candidate: the gate refused a candidate"]
+    rollback = next(alert for title, alert in titles.items() if "rolled back" in title)
+
+    assert "quality went from" in refusal["what"]
+    assert refusal["runbook"].endswith("/dags/qa.evaluate_candidate")
+    assert rollback["runbook"].endswith("/dags/qa.rollout")
 
 
 def test_every_exchange_and_rating_of_the_story_is_marked_as_simulated(told: Told, qa_lake: Lake) -> None:
@@ -116,6 +134,31 @@ def test_a_second_application_runs_beside_the_first_without_a_line_of_code(runni
     assert {model.id for model in client.models.list()} >= {"qa", "handbook"}
     assert handbook.read(SILVER_CHUNKS).num_rows
     assert "handbook" in answer.model_extra["millrace"]["citations"][0]["uri"]
+
+
+def test_a_person_sees_who_answers_and_gets_an_answer_with_its_citations(running_stack: Stack, told: Told) -> None:
+    settings = running_stack.settings
+
+    def millrace(*words: str) -> str:
+        ran = subprocess.run(
+            [str(Path(sys.executable).parent / "millrace"), *words],
+            env=os.environ | settings_variables(settings, keys=False),
+            capture_output=True,
+            text=True,
+        )
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    qa = json.loads(millrace("status", "--json"))["applications"]["qa"]
+    assert (qa["champion"], qa["challenger"]) == (qa["split"]["champion"], None)
+    assert qa["last_decision"]["kind"] == "rollback"
+    assert {"qa.ingest_documents", "qa.finetune", "qa.rollout"} <= {run["dag"] for run in qa["last_runs"]}
+
+    answer = millrace("ask", "What is the default of parallelism in the core section?")
+    assert f"release {qa['champion']} " in answer
+    assert "airflow" in answer.lower()
+    assert f"champion {qa['champion']}" in millrace("status")
+    assert f"{qa['champion']:>4}  " in millrace("release", "list")
 
 
 def succeed(airflow: Airflow, dag_id: str) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from fastapi.testclient import TestClient
 
+from millrace.applications import Application
 from millrace.errors import ReleaseError, SettingsError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import SILVER_EXCHANGES, SILVER_FEEDBACK
@@ -393,6 +395,35 @@ def test_a_gateway_starts_before_there_is_a_registry_a_release_or_an_index_and_s
     drawer.published = "build-1"
     gateway.wait_until(gateway.ready)
     assert gateway.ask().status_code == 200
+
+
+def test_an_application_without_a_release_keeps_nobody_from_one_that_has_its_own(
+    settings: Settings, qa: Application, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("millrace.serving.traffic.POLL_SECONDS", 0.05)
+    drawer = Drawer()
+    shelves = {name: Shelf(None, {"1": a_release(Parrot(), drawer)}) for name in ("qa", "second")}
+    second = qa.model_copy(update={"name": "second"})
+    app = create_app(settings, [qa, second], lambda _, application: shelves[application.name])
+    with TestClient(app) as client:
+
+        def becomes(status: int, **states: str) -> None:
+            end = time.monotonic() + 10
+            while True:
+                response = client.get("/readyz")
+                told = response.json()["applications"]
+                if response.status_code == status and all(said in told[name] for name, said in states.items()):
+                    return
+                assert time.monotonic() < end, response.text
+                time.sleep(0.01)
+
+        becomes(503, qa="no release of qa is champion yet", second="no release of second is champion yet")
+        shelves["qa"].published = Split(sequence=0, champion="1")
+        becomes(200, qa="ready", second="no release of second is champion yet")
+        shelves["second"].published = Split(sequence=0, champion="gone")
+        becomes(200, qa="ready", second="the champion, version gone, can't be loaded")
+    with TestClient(create_app(settings, [qa, second], lambda _, application: shelves[application.name])) as client:
+        becomes(503, qa="ready", second="the champion, version gone, can't be loaded")
 
 
 def test_metrics_tell_exchanges_seconds_and_tokens_by_application_arm_and_version(gateway: Gateway) -> None:

@@ -146,8 +146,11 @@ def create_app(
 
     @app.get("/readyz")
     async def readyz() -> Response:
+        # An application that has no release yet says so, and keeps nobody from those that have one.
         troubles = {name: desk.traffic.not_ready for name, desk in desks.items()}
-        ready = not any(troubles.values())
+        waiting = {name for name, desk in desks.items() if desk.traffic.unreleased}
+        released = desks.keys() - waiting
+        ready = bool(released) and not any(troubles[name] for name in released)
         body = {
             "status": "ready" if ready else "not ready",
             "applications": {name: trouble or "ready" for name, trouble in troubles.items()},

@@ -111,6 +111,7 @@ class Traffic:
         self._releases = releases
         self._loaded: _Loaded | None = None
         self._trouble = "the split has not been read yet"
+        self._unreleased = False
         self._failures: dict[str, _Failure] = {}
         self._since: dict[str, int] = {}
         self._pinned: OrderedDict[str, AnswerPipeline] = OrderedDict()
@@ -135,6 +136,11 @@ class Traffic:
     def not_ready(self) -> str | None:
         """Why nothing can be answered; None: ready."""
         return self._trouble if self._loaded is None else None
+
+    @property
+    def unreleased(self) -> bool:
+        """Whether this gateway saw the application without a champion and waits for its first."""
+        return self._loaded is None and self._unreleased
 
     def models(self) -> dict[str, int]:
         """Names that can be asked → since when (Unix seconds) this process has what answers them."""
@@ -175,6 +181,7 @@ class Traffic:
             self._say(str(error))
             return
         if split is None or split.champion is None:
+            self._unreleased = True
             self._say(f"no release of {self.application} is champion yet; declare one and admit it")
             return
         with self._loading:
