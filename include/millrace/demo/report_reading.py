@@ -27,10 +27,10 @@ from millrace.demo.report_model import (
     StageCost,
     StageEntry,
 )
-from millrace.evaluation.comparison import mean_difference
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import OPS_EVALUATIONS, SILVER_EXCHANGES
 from millrace.rollout.decisions import Decision
+from millrace.scoring.bootstrap import mean_difference
 
 ENDS = ("promote", "skip", "rollback")
 WORST = 3
