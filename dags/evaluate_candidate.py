@@ -57,7 +57,9 @@ def evaluate_candidate(application: Application) -> DAG:
                 evaluation_set=evaluation_set,
             )
 
-        refused = AlertNotifier("{{ dag.dag_id }}: the gate refused a candidate")
+        refused = AlertNotifier(
+            "{{ dag.dag_id }}: the gate refused version {{ ti.xcom_pull(task_ids='evaluate')['candidate'] }}"
+        )
 
         @task(outlets=[passed], retries=0, on_failure_callback=[refused])
         def gate(result: dict, *, outlet_events) -> None:

@@ -1,4 +1,4 @@
-"""What every DAG file of Millrace shares: defaults, assets by table, the name of a run, and the alert notifier.
+"""What every DAG file of Millrace shares: defaults, deadlines, assets by table, the name of a run, and alerts.
 
 Airflow puts the plugins folder on the import path, so DAG files import this module by its name.
 """
@@ -6,7 +6,7 @@ Airflow puts the plugins folder on the import path, so DAG files import this mod
 from datetime import timedelta
 from typing import Any
 
-from airflow.sdk import Asset, BaseNotifier, get_current_context
+from airflow.sdk import Asset, BaseNotifier, DeadlineAlert, DeadlineReference, SyncCallback, get_current_context
 
 HEAVY = "heavy"
 """One-slot pool of the tasks that fill the machine: embedding, training, evaluation."""
@@ -24,7 +24,7 @@ def run_name() -> str:
 
 
 class AlertNotifier(BaseNotifier):
-    """Sends a failed task to the place that alerts go to: the log, and the webhook if one is set."""
+    """Sends a failed task to the place that alerts go to (`millrace.alerts`)."""
 
     template_fields = ("title",)
 
@@ -33,18 +33,33 @@ class AlertNotifier(BaseNotifier):
         self.title = title
 
     def notify(self, context: Any) -> None:
-        from millrace.alerts import Alert, send
-        from millrace.settings import read_settings
+        what = str(context.get("exception") or "no reason was given")
+        _alert(self.title, what, context["dag"].dag_id, context["run_id"])
 
-        send(
-            Alert(
-                title=self.title,
-                what=str(context.get("exception") or "no reason was given"),
-                source=f"{context['dag'].dag_id}/{context['run_id']}",
-                runbook=f"{read_settings().airflow_url}/dags/{context['dag'].dag_id}",
-            ),
-            read_settings(),
-        )
+
+def late_after(minutes: float) -> DeadlineAlert:
+    """An alert for a run that has not ended this long after it was queued: late, or dead."""
+    return DeadlineAlert(
+        name="late",
+        reference=DeadlineReference.DAGRUN_QUEUED_AT,
+        interval=timedelta(minutes=minutes),
+        callback=SyncCallback("millrace_airflow.say_late", {"minutes": minutes}),
+    )
+
+
+def say_late(minutes: float, context: dict[str, Any]) -> None:
+    """Airflow calls this, on a worker, when a run has missed its deadline."""
+    run = context["dag_run"]
+    what = f"run {run['dag_run_id']} has not ended {minutes:g} minutes after it was queued; it is {run['state']}"
+    _alert(f"{run['dag_id']} is late", what, run["dag_id"], run["dag_run_id"])
+
+
+def _alert(title: str, what: str, dag_id: str, run_id: str) -> None:
+    from millrace.alerts import Alert, send
+    from millrace.settings import read_settings
+
+    settings = read_settings()
+    send(Alert(title, what, f"{dag_id}/{run_id}", f"{settings.airflow_url}/dags/{dag_id}"), settings)
 
 
 def defaults(owner: str) -> dict[str, Any]:

@@ -186,7 +186,7 @@ class Webhook(ThreadingHTTPServer):
     def __init__(self) -> None:
         self.received: list[dict[str, Any]] = []
         super().__init__(("127.0.0.1", 0), _Receiver)
-        self.url = f"http://127.0.0.1:{self.server_port}/alerts"
+        self.url = f"json://127.0.0.1:{self.server_port}/alerts"
 
 
 class _Receiver(BaseHTTPRequestHandler):
@@ -224,5 +224,5 @@ def free_ports() -> dict[str, int]:
 def running_stack(open_folder: Path, webhook: Webhook) -> Iterator[Stack]:
     """The whole stack, started once for every test that is marked `stack`: pace demo, applications `qa` (small) and
     `handbook`, alerts to `webhook`. Its `settings` have ports of their own and the keys of its home."""
-    with Stack(stack_settings(open_folder / "shared", alert_webhook=webhook.url)) as stack:
+    with Stack(stack_settings(open_folder / "shared", alert_urls=webhook.url)) as stack:
         yield stack

@@ -1,19 +1,32 @@
-"""The one place that sends alerts: always the log, and a webhook where one is set."""
+"""The one place that sends alerts: always the log, and every address in `MILLRACE_ALERT_URLS` (apprise: chat, mail,
+webhooks). What is said again is counted instead of sent, in `ops/alerts` of the application `_platform`.
 
-import json
+It does not know what is worth an alert. Sending never raises: an alert must not hide what it is about.
+"""
+
 import logging
-import urllib.error
-import urllib.request
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 
+import apprise
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from millrace.errors import MillraceError, SettingsError
+from millrace.lakehouse.content import content_hash
+from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.tables import OPS_ALERTS
 from millrace.settings import Settings
 
 log = logging.getLogger("millrace.alerts")
 
+PLATFORM = "_platform"
+"""Whose tables hold what belongs to an environment as a whole."""
+
 
 @dataclass(frozen=True)
 class Alert:
-    """What happened, where, and where the runbook is."""
+    """What happened, where, and where the runbook is. Alerts with the same title tell of the same trouble."""
 
     title: str
     what: str
@@ -21,18 +34,108 @@ class Alert:
     runbook: str
 
 
-def send(alert: Alert, settings: Settings) -> None:
-    """Log `alert` and POST it as JSON to the webhook. A webhook that doesn't answer is logged, never raised:
-    the alert must not hide what it is about."""
+@dataclass(frozen=True)
+class Trouble:
+    """What is known of a title: since when, how often it was said, and when that last reached somebody."""
+
+    since: datetime
+    last_at: datetime
+    count: int
+    sent_at: datetime | None
+
+
+def send(alert: Alert, settings: Settings, *, now: datetime | None = None) -> bool:
+    """Log `alert` and send it to every address, unless its title was sent less than `alert_repeat_hours` ago.
+
+    Returns:
+        Whether it was sent: False if it was said before, no address is set, or none took it.
+    """
+    now = now or datetime.now(UTC)
+    lake = Lake.of(settings, PLATFORM)
+    repeat = timedelta(hours=settings.alert_repeat_hours)
+    trouble = following(_known(lake, alert.title), now, repeat)
     log.error("ALERT %s: %s (%s; runbook %s)", alert.title, alert.what, alert.source, alert.runbook)
-    if not settings.alert_webhook:
-        return
-    request = urllib.request.Request(
-        settings.alert_webhook, json.dumps(asdict(alert)).encode(), {"Content-Type": "application/json"}
-    )
-    try:
-        urllib.request.urlopen(request, timeout=10).close()
-    except (urllib.error.URLError, ValueError, TimeoutError) as error:
+    due = trouble.sent_at is None or now - trouble.sent_at >= repeat
+    sent = due and _deliver(alert, trouble, settings)
+    if sent:
+        trouble = Trouble(trouble.since, trouble.last_at, trouble.count, now)
+    _remember(lake, alert, trouble)
+    return sent
+
+
+def following(known: Trouble | None, now: datetime, repeat: timedelta) -> Trouble:
+    """The trouble once it is said again at `now`: the same one, or a new one if it was silent for `repeat`."""
+    if known is None or now - known.last_at >= repeat:
+        return Trouble(since=now, last_at=now, count=1, sent_at=None)
+    return Trouble(known.since, max(now, known.last_at), known.count + 1, known.sent_at)
+
+
+def told(alert: Alert, trouble: Trouble) -> str:
+    """The body of the message."""
+    since = f"since {trouble.since:%Y-%m-%d %H:%M} UTC"
+    often = f", {trouble.count} times" if trouble.count > 1 else ""
+    return f"{alert.what}\n\n{since}{often}\n{alert.source}\nRunbook: {alert.runbook}"
+
+
+def check_addresses(settings: Settings) -> None:
+    """Raises:
+    SettingsError: an address is of no kind that apprise knows. It would be dropped silently.
+    """
+    for number, url in enumerate(_addresses(settings), 1):
+        if apprise.Apprise.instantiate(url) is None:
+            scheme = url.partition(":")[0]
+            raise SettingsError(
+                f"address {number} of MILLRACE_ALERT_URLS ({scheme}:…) is of no kind that apprise knows; "
+                "see https://github.com/caronc/apprise/wiki"
+            )
+
+
+def _deliver(alert: Alert, trouble: Trouble, settings: Settings) -> bool:
+    """Whether at least one address took it."""
+    taken = 0
+    for number, url in enumerate(_addresses(settings), 1):
+        address = apprise.Apprise.instantiate(url)
+        if address and address.notify(body=told(alert, trouble), title=alert.title, notify_type="failure"):
+            taken += 1
+            continue
+        # The address itself may hold a token.
         log.error(
-            "the alert webhook %s did not take it: %s; check MILLRACE_ALERT_WEBHOOK", settings.alert_webhook, error
+            "address %d of MILLRACE_ALERT_URLS (%s:…) did not take the alert %r; it is tried again when that is "
+            "said again: check the address",
+            number,
+            url.partition(":")[0],
+            alert.title,
         )
+    return taken > 0
+
+
+def _addresses(settings: Settings) -> list[str]:
+    return settings.alert_urls.get_secret_value().split()
+
+
+def _known(lake: Lake, title: str) -> Trouble | None:
+    try:
+        rows = lake.read(OPS_ALERTS, where=pc.field("title") == title).to_pylist()
+    except MillraceError as error:
+        log.error("whether this was said before is not known: %s", error)
+        return None
+    names = ("since", "last_at", "count", "sent_at")
+    return Trouble(**{name: rows[0][name] for name in names}) if rows else None
+
+
+def _remember(lake: Lake, alert: Alert, trouble: Trouble) -> None:
+    row = {
+        "title": alert.title,
+        "content_hash": content_hash(trouble.last_at.isoformat(), str(trouble.count), str(trouble.sent_at)),
+        "what": alert.what,
+        "source": alert.source,
+        "runbook": alert.runbook,
+        "since": trouble.since,
+        "last_at": trouble.last_at,
+        "count": trouble.count,
+        "sent_at": trouble.sent_at,
+    }
+    try:
+        lake.merge(OPS_ALERTS, pa.Table.from_pylist([row], schema=OPS_ALERTS.rows_schema), run=alert.source)
+    except MillraceError as error:
+        log.error("the alert could not be written down, so it may be sent again: %s", error)

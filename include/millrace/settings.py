@@ -56,8 +56,11 @@ class Settings(BaseSettings):
     threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
     """Threads that one part of the stack may compute with."""
 
-    alert_webhook: str = ""
-    """Alerts are POSTed here as JSON; empty: alerts are only logged."""
+    alert_urls: SecretStr = SecretStr("")
+    """Where alerts go: addresses of apprise (`slack://…`, `mailto://…`, `jsons://host/path` for a webhook), separated
+    by white space; empty: alerts are only logged."""
+    alert_repeat_hours: float = Field(6, gt=0)
+    """An alert that goes on is sent again after this long; until then it is only counted."""
 
     completion_key: SecretStr = SecretStr("")
     """Signs completion ids."""

@@ -69,7 +69,10 @@ class Lake:
         return LocalEngine()
 
     def exists(self, table: Table) -> bool:
-        return DeltaTable.is_deltatable(self.uri(table))
+        try:
+            return DeltaTable.is_deltatable(self.uri(table))
+        except (DeltaError, OSError) as error:
+            raise refusal(table, self.uri(table), error) from error
 
     def version(self, table: Table) -> int | None:
         """Current Delta version; None while the table doesn't exist."""

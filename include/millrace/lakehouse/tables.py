@@ -297,6 +297,23 @@ OPS_CURSORS = Table(
     key=("reader", "table"),
 )
 
+OPS_ALERTS = Table(
+    "ops",
+    "alerts",
+    (
+        text("title"),
+        text("content_hash"),
+        text("what"),  # as it was said last
+        text("source"),
+        text("runbook"),
+        time("since"),
+        time("last_at"),
+        count("count"),
+        time("sent_at", nullable=True),  # when it last reached somebody
+    ),
+    key=("title",),
+)
+
 QUARANTINE_FEEDBACK = Table(
     "quarantine",
     "feedback",
@@ -325,6 +342,7 @@ TABLES: dict[str, Table] = {
         OPS_DECISIONS,
         OPS_EVALUATIONS,
         OPS_CURSORS,
+        OPS_ALERTS,
         QUARANTINE_FEEDBACK,
     )
 }

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import psutil
 
-from millrace.errors import LakehouseError, StackError
+from millrace.alerts import check_addresses
+from millrace.errors import LakehouseError, SettingsError, StackError
 from millrace.lakehouse import spark_server
 from millrace.settings import Settings
 
@@ -21,7 +22,7 @@ def check_machine(settings: Settings) -> None:
     """Raises:
     StackError: everything that is missing, a sentence each.
     """
-    problems = [*_ports(settings), *_disk(settings.home), *_memory(), *_java(settings)]
+    problems = [*_ports(settings), *_disk(settings.home), *_memory(), *_java(settings), *_alerts(settings)]
     if problems:
         raise StackError(". ".join(problems))
 
@@ -88,4 +89,11 @@ def _java(settings: Settings) -> Iterator[str]:
     try:
         spark_server.command(settings)
     except LakehouseError as error:
+        yield str(error)
+
+
+def _alerts(settings: Settings) -> Iterator[str]:
+    try:
+        check_addresses(settings)
+    except SettingsError as error:
         yield str(error)
