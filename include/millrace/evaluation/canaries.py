@@ -10,8 +10,9 @@ from millrace.applications import Application
 from millrace.errors import CanaryError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import SILVER_DOCUMENTS
+from millrace.retrieval.builds import Builds, current
 from millrace.retrieval.embed import Embedder
-from millrace.retrieval.index import builds_folder, current_build, publish
+from millrace.retrieval.index import declared_builds
 from millrace.retrieval.search import Retriever
 from millrace.settings import Settings
 from millrace.sources.questions import Question, derive_questions
@@ -35,13 +36,13 @@ def publish_build(settings: Settings, application: Application, build: str, *, r
         CanaryError: the build finds less. The published build stays.
         RetrievalError: there is no such build.
     """
-    folder = builds_folder(settings, application)
-    before = current_build(folder)
+    builds = declared_builds(settings, application)
+    before = current(builds)
     outcome: dict[str, Any] = {"build": build, "previous": before, "canaries": 0, "recall": None, "recall_before": None}
     if build != before:
-        outcome |= _compare(settings, application, build, before)
+        outcome |= _compare(settings, application, builds, build, before)
         _refuse_loss(application, outcome)
-    return outcome | {"run": run, "changed": publish(folder, build)}
+    return outcome | {"run": run, "changed": builds.publish(build)}
 
 
 def choose_canaries(questions: list[Question], limit: int) -> list[Question]:
@@ -49,13 +50,15 @@ def choose_canaries(questions: list[Question], limit: int) -> list[Question]:
     return [question for question in questions if question.split == "training"][:limit]
 
 
-def _compare(settings: Settings, application: Application, build: str, before: str | None) -> dict[str, Any]:
+def _compare(
+    settings: Settings, application: Application, builds: Builds, build: str, before: str | None
+) -> dict[str, Any]:
     documents = Lake.of(settings, application.name).read(SILVER_DOCUMENTS)
     asked = choose_canaries(derive_questions(documents, application), application.retrieval.canaries)
     if not asked:
         return {}
     embedder = Embedder(application.retrieval.embedding_model, settings.cache, settings.threads)
-    retriever = Retriever(builds_folder(settings, application), embedder)
+    retriever = Retriever(builds, embedder)
     there = retriever.documents(build)
     if before is not None:
         there &= retriever.documents(before)

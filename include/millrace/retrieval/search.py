@@ -1,14 +1,14 @@
 """A question in, the nearest chunks out. Follows the published index build; knows nothing of tables."""
 
-import os
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
 from millrace.errors import RetrievalError
+from millrace.retrieval.builds import Builds, OpenBuild
 from millrace.retrieval.embed import Embedder
-from millrace.retrieval.index import OpenBuild, current_build
+from millrace.retrieval.library import LibraryBuilds
 
 OPEN_BUILDS = 2
 """Builds kept open: the published one, and one that a caller asks for by name."""
@@ -28,16 +28,17 @@ class Hit:
 
 
 class Retriever:
-    """Searches the index builds in `builds` (`index.builds_folder`). Thread-safe.
+    """Searches the index builds of a lineage (`index.builds_of`). Thread-safe.
 
-    A build that is published while this runs is used from the next search on; looking costs one `stat`.
+    A build that is published while this runs is used from the next search on; on a Qdrant server, within a second.
     """
 
-    def __init__(self, builds: Path, embedder: Embedder) -> None:
-        self._builds = builds
+    def __init__(self, builds: Builds | Path, embedder: Embedder) -> None:
+        self._builds = LibraryBuilds(builds) if isinstance(builds, Path) else builds
         self._embedder = embedder
         self._lock = threading.Lock()
-        self._seen: tuple[int, int] | None = None
+        self._opening = threading.Lock()
+        self._seen: object = None
         self._current: str | None = None
         self._open: OrderedDict[str, OpenBuild] = OrderedDict()
 
@@ -46,26 +47,25 @@ class Retriever:
         """The published build.
 
         Raises:
-            RetrievalError: nothing is published.
+            RetrievalError: nothing is published, or the Qdrant server doesn't answer.
         """
-        try:
-            status = os.stat(self._builds / "current.json")
-        except FileNotFoundError:
-            raise RetrievalError(f"no index build is published in {self._builds}; run refresh_embeddings") from None
+        stamp = self._builds.stamp()  # before the pointer is read: what is published meanwhile is seen next time
         with self._lock:
-            # Every publication renames a new file into place: another inode, another time.
-            if self._current is None or self._seen != (status.st_ino, status.st_mtime_ns):
-                self._current = current_build(self._builds)
-                self._seen = (status.st_ino, status.st_mtime_ns)
-            if self._current is None:
-                raise RetrievalError(f"no index build is published in {self._builds}; run refresh_embeddings")
-            return self._current
+            if self._current is not None and stamp is not None and stamp == self._seen:
+                return self._current
+        # Not under the lock: reading may be a request, and others needn't wait for it.
+        pointer = self._builds.published()
+        if pointer is None:
+            raise RetrievalError(f"no index build is published in {self._builds.where}; run refresh_embeddings")
+        with self._lock:
+            self._current, self._seen = pointer.build, stamp
+        return pointer.build
 
     def search(self, question: str, k: int, build: str | None = None) -> list[Hit]:
         """The `k` chunks nearest to `question`, best first, in `build` (None: the published one).
 
         Raises:
-            RetrievalError: nothing is published, or there is no such build.
+            RetrievalError: nothing is published, there is no such build, or the Qdrant server doesn't answer.
         """
         opened = self._opened(build or self.build)
         vector = self._embedder.embed([question])[0]
@@ -86,10 +86,21 @@ class Retriever:
         return self._opened(build).documents()
 
     def _opened(self, build: str) -> OpenBuild:
+        opened = self._known(build)
+        if opened is None:
+            # One at a time, or a build that was just published would be opened by everybody at once.
+            with self._opening:
+                opened = self._known(build)
+                if opened is None:
+                    opened = self._builds.open(build)
+                    with self._lock:
+                        self._open[build] = opened
+                        if len(self._open) > OPEN_BUILDS:
+                            self._open.popitem(last=False)
+        return opened
+
+    def _known(self, build: str) -> OpenBuild | None:
         with self._lock:
-            if build not in self._open:
-                self._open[build] = OpenBuild(self._builds, build)
-                if len(self._open) > OPEN_BUILDS:
-                    self._open.popitem(last=False)
-            self._open.move_to_end(build)
-            return self._open[build]
+            if build in self._open:
+                self._open.move_to_end(build)
+            return self._open.get(build)

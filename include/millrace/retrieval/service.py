@@ -1,0 +1,418 @@
+"""Index builds on a Qdrant server or cluster: one collection per lineage, whose builds share their points.
+
+The collection of a lineage holds each chunk once per run of builds that contain it, numbered as `membership.py` says;
+a build is a filter over it, and a point that keeps its manifest. So a refresh sends, and makes the server index, what
+changed. The two other ways were measured in the engine itself (docs/qdrant.md has the numbers): a collection per build
+behind an alias sends and indexes everything again for each build; a list of builds in each point makes every build
+rewrite every point, which takes them all out of the vector index. An alias also names whole collections, and only a
+key that may manage the whole server may switch one, whereas this takes no more than a token for one collection:
+`rw` for who builds, `r` for the gateway.
+
+- **Immutable**: what a build writes is invisible to every other build, by its numbers.
+- **Nothing half-made**: the manifest's point is written last, after the points were counted.
+- **Publication is one upsert of one point**, which names the build and the one before it.
+- **Two builders** of one lineage: the later one takes over by writing its serial into the attempt's point; the
+  earlier one looks at it before each write, and gives up.
+"""
+
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pyarrow as pa
+from pydantic import ValidationError
+
+from millrace.errors import RetrievalError
+from millrace.lakehouse.content import content_hash
+from millrace.retrieval.builds import FORMAT, PAYLOAD, BuildManifest, Published, superfluous
+from millrace.retrieval.embed import DIMENSIONS
+from millrace.retrieval.membership import OPEN, Member, Plan, gaps, next_serial, plan_build
+from millrace.retrieval.server import SEARCH_TIMEOUT, SEARCH_WAITS, TIMEOUT, Missing, Server
+
+if TYPE_CHECKING:
+    from qdrant_client import QdrantClient
+    from qdrant_client.models import Filter, PointStruct, Record
+
+log = logging.getLogger("millrace.retrieval")
+
+T = TypeVar("T")
+
+_INDEXED: dict[str, Any] = {
+    "first": {"type": "integer", "lookup": False, "range": True},
+    "last": {"type": "integer", "lookup": False, "range": True},
+    "kind": "keyword",
+}
+"""Fields of the payload that are filtered by."""
+
+VECTOR = "text"
+"""Name of the vector: with a name, points that keep manifests need none."""
+UPSERT_POINTS = 256
+"""Points per request: about 3 MB of JSON."""
+CHANGE_POINTS = 5000
+"""Points whose numbers change in one request."""
+SCROLL_POINTS = 5000
+LOOK_SECONDS = 1.0
+"""How long a searcher may take to see what another process published."""
+EXACT_CHUNKS = 20_000
+"""Up to here every vector is compared: milliseconds, and a search repeats to the last hit. Beyond, the vector index
+answers, whose graph changes as builds come: nearly always the same hits."""
+SEARCH_EFFORT = 256
+"""`hnsw_ef` of a search of the vector index."""
+
+
+def collection_name(environment: str, application: str, lineage: str) -> str:
+    """Of an application's lineage in an environment: what a token names."""
+    return f"millrace-{environment}-{application}-{lineage}"
+
+
+class ServiceBuilds:
+    """`Builds` in `collection`, which is made with the first build. Thread-safe."""
+
+    def __init__(self, server: Server, collection: str) -> None:
+        self._server = server
+        self.collection = collection
+
+    @property
+    def where(self) -> str:
+        return f"collection {self.collection} of {self._server.address}"
+
+    def make(self, manifest: BuildManifest, points: pa.Table) -> bool:
+        self._have_collection()
+        serials = self._serials()
+        if manifest.build in serials:
+            if self.count(serials[manifest.build]) == manifest.chunks:
+                return False
+            log.warning("%s: build %s is not whole any more and is made again", self.where, manifest.build)
+            self._delete([_build_id(manifest.build)])
+            del serials[manifest.build]
+        head = max(serials.values(), default=0)
+        found = list(self._members(head))
+        serial = self._claim(manifest, head, found)
+        keys = zip(points["chunk_id"].to_pylist(), points["content_hash"].to_pylist(), strict=True)
+        rows = {key: row for row, key in enumerate(keys)}
+        plan = plan_build(rows.keys(), found, head, serial)
+        self._upload(points.take(pa.array(sorted(rows[key] for key in plan.upload), pa.int64())), serial)
+        self._renumber(plan, head, serial)
+        counted = self.count(serial)
+        if counted != manifest.chunks:
+            raise RetrievalError(
+                f"{self.where} holds {counted} chunks of {manifest.chunks} after the upload of build "
+                f"{manifest.build}, which doesn't count; run refresh_embeddings again"
+            )
+        whole = {"kind": "build", "build": manifest.build, "serial": serial, "manifest": manifest.model_dump_json()}
+        self._still_ours(serial)
+        self._put(_build_id(manifest.build), whole)
+        log.info("%s: build %s; %d points sent", self.where, manifest.build, len(plan.upload))
+        return True
+
+    def manifest(self, build: str) -> BuildManifest:
+        return self._read_build(build)[1]
+
+    def manifests(self) -> list[BuildManifest]:
+        found = []
+        for build in self._serials():
+            with suppress(RetrievalError):
+                found.append(self.manifest(build))
+        return sorted(found, key=lambda manifest: manifest.built_at)
+
+    def publish(self, build: str) -> bool:
+        self.manifest(build)
+        pointer = self.published()
+        if pointer and pointer.build == build:
+            return False
+        now = datetime.now(UTC)
+        moved = Published(format=FORMAT, build=build, previous=pointer.build if pointer else None, published_at=now)
+        self._put(_PUBLISHED, {"kind": "published", "pointer": moved.model_dump_json()})
+        return True
+
+    def published(self) -> Published | None:
+        payload = self._get(_PUBLISHED, SEARCH_WAITS)
+        if payload is None:
+            return None
+        try:
+            return Published.model_validate_json(payload["pointer"])
+        except (ValidationError, KeyError) as error:
+            raise RetrievalError(
+                f"what is published in {self.where} can't be understood ({error}); publish a build again"
+            ) from None
+
+    def stamp(self) -> object:
+        return time.monotonic() // LOOK_SECONDS
+
+    def open(self, build: str) -> "ServiceBuild":
+        serial, manifest = self._read_build(build)
+        counted = self.count(serial, SEARCH_WAITS)
+        if counted != manifest.chunks:
+            raise RetrievalError(
+                f"index build {build} holds {counted} chunks of {manifest.chunks} in {self.where}; "
+                "run refresh_embeddings, which makes it again"
+            )
+        return ServiceBuild(self, serial, manifest)
+
+    def collect(self, keep: str) -> list[str]:
+        gone = superfluous(self.manifests(), self.published(), keep)
+        if gone:
+            # The manifests first: a build that is there is whole.
+            self._delete([_build_id(build) for build in gone])
+            for earlier, later in gaps(self._serials().values()):
+                self._delete(_between(earlier, later))
+        return gone
+
+    def ask(self, what: str, request: Callable[["QdrantClient"], T], waits: tuple[float, ...] | None = None) -> T:
+        """One request about this collection; see `Server.ask`."""
+        return self._server.ask(f"{what} collection {self.collection}", request, waits)
+
+    def count(self, serial: int, waits: tuple[float, ...] | None = None) -> int:
+        """How many chunks the build with this serial holds, exactly."""
+        chosen = _within(serial)
+        return self.ask("read", lambda client: client.count(self.collection, chosen, timeout=TIMEOUT), waits).count
+
+    def scroll(self, chosen: "Filter", payload: list[str]) -> Iterator["Record"]:
+        """Every point that `chosen` matches, with these fields of its payload."""
+        offset: Any = None
+        while True:
+            records, offset = self.ask("read", partial(self._page, chosen, payload, offset))
+            yield from records
+            if offset is None:
+                return
+
+    def _page(
+        self, chosen: "Filter", payload: list[str], offset: Any, client: "QdrantClient"
+    ) -> tuple[list["Record"], Any]:
+        return client.scroll(
+            self.collection, chosen, limit=SCROLL_POINTS, offset=offset, with_payload=payload, timeout=TIMEOUT
+        )
+
+    def _have_collection(self) -> None:
+        from qdrant_client import models
+
+        name = self.collection
+        if not self.ask("see", lambda client: client.collection_exists(name)):
+            vectors = {VECTOR: models.VectorParams(size=DIMENSIONS, distance=models.Distance.COSINE)}
+            try:
+                self.ask("create", lambda client: client.create_collection(name, vectors))
+            except RetrievalError:
+                # Another builder was first, or the answer to our first try was lost.
+                if not self.ask("see", lambda client: client.collection_exists(name)):
+                    raise
+        info = self.ask("see", lambda client: client.get_collection(name))
+        found = info.config.params.vectors
+        if not isinstance(found, dict) or VECTOR not in found or found[VECTOR].size != DIMENSIONS:
+            raise RetrievalError(f"{self.where} has no vector {VECTOR!r} of {DIMENSIONS} dimensions; delete it")
+        for field in _INDEXED.keys() - info.payload_schema.keys():
+            self.ask("index", partial(self._index, field))
+
+    def _index(self, field: str, client: "QdrantClient") -> None:
+        client.create_payload_index(self.collection, field, _INDEXED[field], wait=True)
+
+    def _serials(self) -> dict[str, int]:
+        """Serial of every build that is there."""
+        try:
+            payloads = [record.payload or {} for record in self.scroll(_builds(), ["build", "serial"])]
+        except Missing:
+            return {}
+        return {payload["build"]: payload["serial"] for payload in payloads}
+
+    def _read_build(self, build: str) -> tuple[int, BuildManifest]:
+        payload = self._get(_build_id(build), SEARCH_WAITS)
+        if payload is None:
+            raise RetrievalError(f"there is no index build {build!r} in {self.where}; build the index again")
+        try:
+            manifest = BuildManifest.model_validate_json(payload["manifest"])
+        except (ValidationError, KeyError) as error:
+            raise RetrievalError(
+                f"index build {build} in {self.where} can't be understood ({error}); use the version of Millrace "
+                "that made it, or build the index again"
+            ) from None
+        if manifest.format != FORMAT:
+            raise RetrievalError(
+                f"index build {build} in {self.where} has format {manifest.format}, this code reads {FORMAT}; "
+                "build the index again"
+            )
+        return payload["serial"], manifest
+
+    def _members(self, head: int) -> Iterator[Member]:
+        for record in self.scroll(_since(head), ["chunk_id", "content_hash", "first", "last"]):
+            payload = record.payload or {}
+            key = (payload["chunk_id"], payload["content_hash"])
+            yield Member(str(record.id), key, payload["first"], payload["last"])
+
+    def _claim(self, manifest: BuildManifest, head: int, found: list[Member]) -> int:
+        """The serial to build under: that of an attempt at the same build which was killed, or a new one."""
+        known = self._get(_ATTEMPT)
+        if known and known["build"] == manifest.build and known["serial"] > head:
+            return int(known["serial"])
+        serial = next_serial(found, max(head, known["serial"] if known else 0), time.time_ns() // 1000)
+        now = datetime.now(UTC).isoformat()
+        self._put(
+            _ATTEMPT, {"kind": "attempt", "serial": serial, "build": manifest.build, "run": manifest.run, "at": now}
+        )
+        return serial
+
+    def _still_ours(self, serial: int) -> None:
+        known = self._get(_ATTEMPT)
+        if not known or known["serial"] != serial:
+            raise RetrievalError(
+                f"{self.where}: run {known['run'] if known else 'unknown'} began another build meanwhile; "
+                "this one gave up, and nothing of it counts"
+            )
+
+    def _upload(self, points: pa.Table, serial: int) -> None:
+        from qdrant_client import models
+
+        for batch in points.to_batches(UPSERT_POINTS):
+            structs = [
+                models.PointStruct(
+                    id=_point_id(row["chunk_id"], row["content_hash"], serial),
+                    vector={VECTOR: row["vector"]},
+                    payload={name: row[name] for name in (*PAYLOAD, "content_hash")} | {"first": serial, "last": OPEN},
+                )
+                for row in batch.to_pylist()
+            ]
+            self._write(serial, partial(_upsert, self.collection, structs))
+
+    def _renumber(self, plan: Plan, head: int, serial: int) -> None:
+        for ids, last in ((plan.close, head), (plan.reopen, OPEN)):
+            for some in _slices(ids):
+                self._write(serial, partial(_set_last, self.collection, some, last))
+        for some in _slices(plan.delete):
+            self._write(serial, partial(_delete, self.collection, some))
+
+    def _write(self, serial: int, request: Callable[["QdrantClient"], Any]) -> None:
+        """A write of the attempt `serial`; before each try it looks whether it still is the attempt."""
+
+        def ours(client: "QdrantClient") -> Any:
+            self._still_ours(serial)
+            return request(client)
+
+        self.ask("write to", ours)
+
+    def _put(self, point: str, payload: dict[str, Any]) -> None:
+        from qdrant_client import models
+
+        struct = models.PointStruct(id=point, vector={}, payload=payload)
+        self.ask("write to", partial(_upsert, self.collection, [struct]))
+
+    def _get(self, point: str, waits: tuple[float, ...] | None = None) -> dict[str, Any] | None:
+        """Payload of one point; None: it isn't there."""
+        try:
+            found = self.ask(
+                "read", lambda client: client.retrieve(self.collection, [point], timeout=SEARCH_TIMEOUT), waits
+            )
+        except Missing:
+            return None
+        return (found[0].payload or {}) if found else None
+
+    def _delete(self, chosen: "list[str] | Filter") -> None:
+        self.ask("delete from", partial(_delete, self.collection, chosen))
+
+
+class ServiceBuild:
+    """A build on the server that was found whole."""
+
+    def __init__(self, builds: ServiceBuilds, serial: int, manifest: BuildManifest) -> None:
+        self._builds = builds
+        self._serial = serial
+        self.manifest = manifest
+
+    def nearest(self, vector: list[float], k: int) -> list[tuple[float, dict[str, Any]]]:
+        """
+        Raises:
+            RetrievalError: the server doesn't answer, or the build was collected meanwhile.
+        """
+        from qdrant_client import models
+
+        exact = self.manifest.chunks <= EXACT_CHUNKS
+        effort = models.SearchParams(exact=True) if exact else models.SearchParams(hnsw_ef=SEARCH_EFFORT)
+        found = self._builds.ask(
+            "search",
+            lambda client: client.query_points(
+                self._builds.collection,
+                query=vector,
+                using=VECTOR,
+                query_filter=_within(self._serial),
+                search_params=effort,
+                limit=k,
+                with_payload=list(PAYLOAD),
+                timeout=SEARCH_TIMEOUT,
+            ),
+            SEARCH_WAITS,
+        ).points
+        if len(found) < min(k, self.manifest.chunks):
+            self._builds.open(self.manifest.build)  # says what is wrong, if anything is
+        return [(point.score, point.payload or {}) for point in found]
+
+    def documents(self) -> set[str]:
+        records = self._builds.scroll(_within(self._serial), ["document_id"])
+        return {(record.payload or {})["document_id"] for record in records}
+
+
+def _within(serial: int) -> "Filter":
+    """The points of the build with this serial."""
+    from qdrant_client.models import FieldCondition, Filter, Range
+
+    return Filter(
+        must=[
+            FieldCondition(key="first", range=Range(lte=serial)),
+            FieldCondition(key="last", range=Range(gte=serial)),
+        ]
+    )
+
+
+def _since(head: int) -> "Filter":
+    """The points of the build `head`, and of attempts after it."""
+    from qdrant_client.models import FieldCondition, Filter, Range
+
+    return Filter(must=[FieldCondition(key="last", range=Range(gte=head))])
+
+
+def _between(earlier: int, later: int) -> "Filter":
+    """Points in no build, if these are neighbours."""
+    from qdrant_client.models import FieldCondition, Filter, Range
+
+    return Filter(
+        must=[
+            FieldCondition(key="first", range=Range(gt=earlier)),
+            FieldCondition(key="last", range=Range(lt=later)),
+        ]
+    )
+
+
+def _builds() -> "Filter":
+    """The points that keep manifests."""
+    from qdrant_client.models import FieldCondition, Filter, MatchValue
+
+    return Filter(must=[FieldCondition(key="kind", match=MatchValue(value="build"))])
+
+
+def _upsert(collection: str, points: list["PointStruct"], client: "QdrantClient") -> None:
+    client.upsert(collection, points, wait=True)
+
+
+def _set_last(collection: str, points: list[str], last: int, client: "QdrantClient") -> None:
+    client.set_payload(collection, {"last": last}, points=list(points), wait=True)
+
+
+def _delete(collection: str, chosen: "list[str] | Filter", client: "QdrantClient") -> None:
+    client.delete(collection, list(chosen) if isinstance(chosen, list) else chosen, wait=True)
+
+
+def _slices(ids: list[str]) -> Iterator[list[str]]:
+    return (ids[start : start + CHANGE_POINTS] for start in range(0, len(ids), CHANGE_POINTS))
+
+
+def _point_id(*parts: str | int) -> str:
+    return str(uuid.UUID(content_hash(*parts)))
+
+
+def _build_id(build: str) -> str:
+    return _point_id("build", build)
+
+
+_PUBLISHED = _point_id("published")
+_ATTEMPT = _point_id("attempt")
