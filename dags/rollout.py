@@ -39,7 +39,7 @@ def rollout(application: Application) -> DAG:
         dag_id=f"{application.name}.rollout",
         schedule=AssetOrTimeSchedule(
             timetable=CronTriggerTimetable(application.schedules.rollout, timezone="UTC"),
-            assets=(asset(application.name, "silver/feedback") | asset(application.name, "evaluations")),
+            assets=(asset(application.name, "silver/feedback") | asset(application.name, "promotions")),
         ),
         start_date=datetime(2026, 1, 1, tz="UTC"),
         catchup=False,

@@ -18,22 +18,24 @@ def asset(application: str, path: str) -> Asset:
 
 
 def run_name() -> str:
-    """Who writes, for provenance: DAG, run and task of the running task."""
+    """Who writes, for provenance: DAG, run and task of the running task, and the person who triggered the run."""
     context = get_current_context()
-    return f"{context['dag'].dag_id}/{context['run_id']}/{context['ti'].task_id}"
+    person = context["dag_run"].triggering_user_name
+    return f"{context['dag'].dag_id}/{context['run_id']}/{context['ti'].task_id}" + (f" by {person}" if person else "")
 
 
 class AlertNotifier(BaseNotifier):
-    """Sends a failed task to the place that alerts go to (`millrace.alerts`)."""
+    """Sends to the place that alerts go to (`millrace.alerts`): by default, that a task failed and why."""
 
-    template_fields = ("title",)
+    template_fields = ("title", "what")
 
-    def __init__(self, title: str = "{{ dag.dag_id }}.{{ ti.task_id }} failed") -> None:
+    def __init__(self, title: str = "{{ dag.dag_id }}.{{ ti.task_id }} failed", what: str = "") -> None:
         super().__init__()
         self.title = title
+        self.what = what
 
     def notify(self, context: Any) -> None:
-        what = str(context.get("exception") or "no reason was given")
+        what = self.what or str(context.get("exception") or "no reason was given")
         _alert(self.title, what, context["dag"].dag_id, context["run_id"])
 
 

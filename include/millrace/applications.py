@@ -91,6 +91,9 @@ class Schedules(Declared):
     ingest_documents: str = "30 2 * * *"
     ingest_feedback: str = "0 * * * *"
     finetune: str = "0 3 * * 1"
+    monitor: str = "10 * * * *"
+    """Some minutes after the ingestion of feedback; what arrives later is counted by a later run."""
+    optimize_prompt: str = "0 4 * * 6"
     rollout: str = "*/5 * * * *"
 
 
@@ -109,6 +112,25 @@ class Training(Declared):
     seed: int = 0
     deepspeed: dict[str, Any] = {}
     """Overrides of DeepSpeed's configuration, by section; `training/spec.py` has the keys, others are refused."""
+
+
+class Optimize(Declared):
+    """How far a study of prompts goes. What it tries are the choices below, and the champion's own values."""
+
+    trials: int = Field(30, ge=1)
+    """Prompts and configurations tried; the first is the champion's own."""
+    token_budget: int = Field(1_000_000, ge=1)
+    """Prompt and completion tokens that a study may take, held-out answers included."""
+    questions: int = Field(40, ge=4)
+    """Development questions that a trial answers; a trial that is losing is ended before."""
+    held_out: int = Field(60, ge=8)
+    """Development questions that only the start and the best trial answer."""
+    chunks: tuple[Annotated[int, Field(ge=1)], ...] = (1, 2, 3)
+    few_shot: tuple[Annotated[int, Field(ge=0, le=8)], ...] = (0, 2, 4)
+    """Worked examples put before the prompt."""
+    max_new_tokens: tuple[Annotated[int, Field(ge=1)], ...] = (48,)
+    temperature: tuple[Annotated[float, Field(ge=0)], ...] = (0.0,)
+    seed: int = 0
 
 
 class Gate(Declared):
@@ -142,18 +164,141 @@ class Rollout(Declared):
     """First exposures in each arm before an advance."""
 
 
+class Promotion(Declared):
+    """Who lets a release that passed the gate meet users."""
+
+    approval_in: tuple[Literal["dev", "staging", "prod"], ...] = ("staging", "prod")
+    """Environments in which a person must approve, one who did not build it; elsewhere the gate's word is enough."""
+    remind_hours: float = Field(4, gt=0)
+    """After this long without an answer an alert reminds of it."""
+    timeout_hours: float = Field(72, gt=0)
+    """After this long without an answer the release does not roll out."""
+
+
+class TokenPrice(Declared):
+    """Of one generator, in US dollars."""
+
+    prompt_million_tokens: float = Field(ge=0)
+    completion_million_tokens: float = Field(ge=0)
+
+
+Stage = Literal["embedding", "training", "evaluation", "optimisation", "batch"]
+"""What is paid for beside answers to users."""
+
+
 class Prices(Declared):
-    """What the cost criterion and the cost table count with, in US dollars."""
+    """What the cost criterion and the cost tables count with, in US dollars."""
 
     prompt_million_tokens: float = Field(0.02, ge=0)
+    """With the next one: of every generator, unless `models` names generators and these two are not declared."""
     completion_million_tokens: float = Field(0.06, ge=0)
+    models: dict[str, TokenPrice] = {}
+    """By how a generator's name begins, so that a model's fine-tunes cost what it does; the longest that fits counts."""
+    embedding_hour: float = Field(0.10, ge=0)
+    """Of a machine; this one and those below."""
     training_hour: float = Field(0.10, ge=0)
+    evaluation_hour: float = Field(0.0, ge=0)
+    """Beside the tokens of its answers, as the next two: for machines that are rented for it."""
+    optimisation_hour: float = Field(0.0, ge=0)
+    batch_hour: float = Field(0.0, ge=0)
 
-    def answer(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """What one answer costs, in US dollars."""
+    def answer(self, model: str, prompt_tokens: int, completion_tokens: int) -> float:
+        """What one answer of the generator called `model` costs, in US dollars.
+
+        Raises:
+            SettingsError: it has no price.
+        """
+        price = self.of(model)
         return (
-            prompt_tokens * self.prompt_million_tokens + completion_tokens * self.completion_million_tokens
+            prompt_tokens * price.prompt_million_tokens + completion_tokens * price.completion_million_tokens
         ) / 1_000_000
+
+    def of(self, model: str) -> TokenPrice:
+        """The price of the generator called `model`.
+
+        Raises:
+            SettingsError: it has none. Nothing is free by omission.
+        """
+        fitting = max((name for name in self.models if model.startswith(name)), key=len, default=None)
+        if fitting is not None:
+            return self.models[fitting]
+        general = ("prompt_million_tokens", "completion_million_tokens")
+        if self.models and not self.model_fields_set.issuperset(general):
+            raise SettingsError(
+                f"generator {model!r} has no price: [prices.models] names {', '.join(sorted(self.models))}; add one "
+                f"that it begins with, or {' and '.join(general)} to [prices] for all others"
+            )
+        return TokenPrice(**{name: getattr(self, name) for name in general})
+
+    def machine(self, stage: Stage, seconds: float) -> float:
+        """What `seconds` of a machine cost in a stage, in US dollars."""
+        hour: float = getattr(self, f"{stage}_hour")
+        return seconds / 3600 * hour
+
+
+Metric = Literal[
+    "failed_share",  # of exchanges that ended
+    "unfinished_share",  # of exchanges: accepted, and no end of them has arrived
+    "fell_back_share",  # of exchanges that the champion answered because the challenger failed
+    "feedback_rate",  # of answers
+    "rating_mean",  # over users who rated, 0 to 1
+    "seconds_p95",  # of answers
+    "cost_per_exchange",  # US dollars
+    "drift",  # columns that differ from the week before
+]
+Action = Literal["alert", "retrain", "reembed", "rollback"]
+
+
+class Bound(Declared):
+    """What a release's metric must not pass. It breaches when its confidence bound, not only its value, is beyond."""
+
+    metric: Metric
+    above: float | None = None
+    below: float | None = None
+    minimum: int = Field(30, ge=2)
+    """Observations (exchanges; of ratings, users) in the window below which nothing is said."""
+    action: Action = "alert"
+    """Beside the alert, which every breach gives."""
+
+    @model_validator(mode="after")
+    def _one_side(self) -> Self:
+        if (self.above is None) == (self.below is None):
+            raise ValueError(f"a bound on {self.metric} needs either `above` or `below`")
+        if self.metric == "drift" and self.below is not None:
+            raise ValueError("a bound on drift needs `above`: how many drifted columns are still fine")
+        return self
+
+    @property
+    def told(self) -> str:
+        side, value = ("above", self.above) if self.above is not None else ("below", self.below)
+        return f"{self.metric} {side} {value:g}"
+
+
+class Monitor(Declared):
+    """What is watched after the rollout, window by window."""
+
+    minutes: int = Field(60, ge=1, le=1440)
+    """Length of a window; windows begin at midnight UTC, so it must divide a day."""
+    bounds: tuple[Bound, ...] | None = None
+    """Replaces the default bounds (`monitoring/bounds.py`)."""
+    confidence: float = Field(0.999, gt=0.5, lt=1)
+    """Of a bound's one-sided interval: a metric exactly at its bound breaches one window in 1000."""
+    quiet_hours: float = Field(24, ge=0)
+    """A bound that a release breached so short before starts no second retraining or re-embedding."""
+    drift_error_rate: float = Field(0.001, gt=0, lt=0.5)
+    """Probability that a window without any drift is called drifted in any column."""
+    drift_size: float = Field(0.15, ge=0, lt=1)
+    """Smallest distance of two distributions (Kolmogorov-Smirnov) that matters, however certain it is."""
+    drift_minimum: int = Field(50, ge=5)
+    """Users in the window, and in the reference, below which nothing is said."""
+    drift_reference: int = Field(1000, ge=50)
+    """Users of the week before that a window is compared with."""
+
+    @model_validator(mode="after")
+    def _divides_a_day(self) -> Self:
+        if 1440 % self.minutes:
+            raise ValueError(f"minutes ({self.minutes}) must divide a day of 1440 minutes")
+        return self
 
 
 class Demo(Declared):
@@ -186,8 +331,11 @@ class Application(Declared):
     questions: Questions = Questions()
     schedules: Schedules = Schedules()
     training: Training = Training()
+    optimize: Optimize = Optimize()
     gate: Gate = Gate()
     rollout: Rollout
+    promotion: Promotion = Promotion()
+    monitor: Monitor = Monitor()
     prices: Prices = Prices()
     demo: Demo = Demo()
 

@@ -12,7 +12,9 @@ MillraceError
 ├── EngineError            a generator can't be loaded or doesn't answer
 ├── ServingError           a request can't be answered as asked
 ├── TrainingError          a training set or a fine-tune is unusable
-└── GateRefusal            a candidate did not pass; the message names the criterion
+├── PromptError            a prompt version isn't there, or a study of prompts can't be held
+├── GateRefusal            a candidate did not pass; the message names the criterion
+└── ApprovalError          who answered may not decide this
 """
 
 
@@ -64,5 +66,13 @@ class TrainingError(MillraceError):
     """A training set or a fine-tune is unusable."""
 
 
+class PromptError(MillraceError):
+    """A prompt version isn't there, or a study of prompts can't be held."""
+
+
 class GateRefusal(MillraceError):
     """A candidate did not pass the gate; the message names the criterion, by how much, and examples."""
+
+
+class ApprovalError(MillraceError):
+    """Who answered may not decide this."""

@@ -29,7 +29,8 @@ from millrace.lakehouse.tables import (
 )
 from millrace.releases.registry import read_split, versions
 from millrace.releases.split import Split
-from millrace.retrieval.index import builds_folder, current_build
+from millrace.retrieval.builds import current
+from millrace.retrieval.index import declared_builds
 from millrace.rollout import people
 from millrace.rollout.decisions import read_journal
 from millrace.settings import Settings
@@ -54,9 +55,10 @@ DAGS = (
     "ingest_feedback",
     "finetune",
     "evaluate_candidate",
+    "promote",
     "rollout",
 )
-ASSET_DRIVEN = ("refresh_embeddings", "evaluate_candidate")
+ASSET_DRIVEN = ("refresh_embeddings", "evaluate_candidate", "promote")
 """They start by themselves once they are unpaused; the others are unpaused when their turn comes."""
 DAG_MINUTES = 30
 ASSET_SECONDS = 120
@@ -341,7 +343,7 @@ class Story:
         return next(stage for stage in self.progress.stages if stage.name == name)
 
     def _build(self) -> str | None:
-        return current_build(builds_folder(self.settings, self.application))
+        return current(declared_builds(self.settings, self.application))
 
     def _split(self) -> Split | None:
         return read_split(self.settings, self.application.name)

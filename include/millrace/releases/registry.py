@@ -24,6 +24,8 @@ from millrace.settings import Settings
 RELEASE_TAG = "millrace.release_id"
 STATE_TAG = "millrace.state"
 RUN_TAG = "millrace.registered_by"
+BUILDER_TAG = "millrace.built_by"
+"""The person who triggered the run that registered a release; a schedule has none."""
 SPLIT_TAG = "millrace.split"
 CANDIDATE = "candidate"
 
@@ -38,7 +40,7 @@ def register_release(
 
     Args:
         weights: the file that `manifest.generator` describes.
-        run: who registers, for provenance.
+        run: who registers, for provenance: a run's name, with ` by <person>` if a person triggered it.
         tags: more tags of the version. A version that exists keeps its own.
 
     Returns:
@@ -71,7 +73,7 @@ def register_release(
             application.name,
             source=f"models:/{model.model_id}",
             model_id=model.model_id,
-            tags={**tags, RELEASE_TAG: release_id, STATE_TAG: CANDIDATE, RUN_TAG: run},
+            tags={**tags, RELEASE_TAG: release_id, STATE_TAG: CANDIDATE, RUN_TAG: run, **_builder(run)},
             description=f"{release_id}: {manifest.generator.name}, prompt {manifest.prompt.version}",
             await_creation_for=0,
         )
@@ -197,6 +199,11 @@ def read_aliases(settings: Settings, application: str) -> dict[str, str]:
     """Alias → version, as it stands; a person may have moved one."""
     with mlflow_client(settings, f"read the aliases of {application}") as client:
         return _aliases(_model(client, application))
+
+
+def _builder(run: str) -> dict[str, str]:
+    person = run.partition(" by ")[2]
+    return {BUILDER_TAG: person} if person else {}
 
 
 def _folder(settings: Settings) -> Path:

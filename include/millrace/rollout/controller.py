@@ -10,18 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.compute as pc
-
 from millrace.alerts import Alert, send
 from millrace.applications import Application
 from millrace.errors import ConflictError
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import OPS_EVALUATIONS
 from millrace.releases import registry
 from millrace.releases.split import Split
-from millrace.rollout.decisions import Admission, Decision, State, append, decide, fold, read_journal, splits_of
+from millrace.rollout.decisions import Decision, State, append, decide, fold, read_journal, splits_of
 from millrace.rollout.evidence import collect_evidence
 from millrace.rollout.judgement import judge
+from millrace.rollout.promotion import needs_approval, passed_gate
 from millrace.rollout.publication import Published, publish, published
 from millrace.settings import Settings
 
@@ -129,7 +127,8 @@ def start(view: View) -> Decision | None:
     """Begin with the release that has waited longest."""
     if view.state.champion is None or view.state.challenger is not None:
         return None
-    waiting = sorted([*view.state.waiting, *_passed(view)], key=lambda admission: admission.at)
+    passed = [] if needs_approval(view.settings, view.application) else passed_gate(view.lake, view.state)
+    waiting = sorted([*view.state.waiting, *passed], key=lambda admission: admission.at)
     if not waiting:
         return None
     first, step = waiting[0], view.application.rollout.steps[0]
@@ -182,21 +181,6 @@ def _champions_around(published: Split | None, splits: list[Split]) -> set[str |
     crash leaves them ahead of it, never behind."""
     since = splits.index(published) if published in splits else 0
     return {split.champion for split in splits[since:]}
-
-
-def _passed(view: View) -> list[Admission]:
-    """Releases that passed the gate against the present champion and were never rolled out."""
-    rows = view.lake.read(
-        OPS_EVALUATIONS,
-        ["candidate", "evaluated_at"],
-        where=pc.field("passed") & (pc.field("champion") == view.state.champion),
-    ).to_pylist()
-    known = view.state.decided | {admission.version for admission in view.state.waiting}
-    return [
-        Admission(row["candidate"], row["evaluated_at"], simulated=False)
-        for row in rows
-        if row["candidate"] not in known
-    ]
 
 
 def _last_evidence(view: View) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from millrace.releases.split import Split
 Kind = Literal[
     "bootstrap",  # the first champion
     "admit",  # a person lets a release roll out
+    "reject",  # a person does not: it rolls out only if somebody admits it after all
     "start",  # a rollout begins: the first step's share
     "advance",  # the next step's share, a new epoch
     "hold",  # undecided; recorded with the evidence
@@ -87,7 +88,7 @@ class State:
     """Causes of freezes that a person has lifted in this rollout."""
     waiting: tuple[Admission, ...] = ()
     decided: frozenset[str] = frozenset()
-    """Releases that were champion or challenger once: only a person may let them roll out again."""
+    """Releases that were champion or challenger once, or rejected: only a person may let them roll out."""
     split_sequence: int = 0
     """Of the decision that the current split follows from."""
 
@@ -129,6 +130,10 @@ class State:
                 admission = Admission(version, decision.decided_at, decision.simulated)
                 others = tuple(waiting for waiting in self.waiting if waiting.version != version)
                 return replace(state, waiting=(*others, admission))
+            case "reject":
+                version = str(decision.challenger)
+                waiting = tuple(waiting for waiting in self.waiting if waiting.version != version)
+                return replace(state, waiting=waiting, decided=self.decided | {version})
             case "bootstrap":
                 return replace(ended, champion=decision.champion, decided=self.decided | {str(decision.champion)})
             case "start":
@@ -158,6 +163,7 @@ class State:
         objections = {
             "bootstrap": self.champion is not None and f"version {self.champion} is champion already",
             "admit": self.champion is None and "there is no champion to compare with",
+            "reject": self.champion is None and "there is no champion that could stay",
             "start": (self.champion is None and "there is no champion to compare with")
             or (active and f"version {self.challenger} is rolling out already"),
             "advance": not active and "no rollout is active",

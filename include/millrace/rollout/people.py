@@ -67,12 +67,26 @@ def admit(
     Raises:
         MillraceError: it is not registered, is champion or rolling out now, or actor or reason is missing.
     """
+    _require_registered(settings, application, version)
+    return _act(settings, application, "admit", actor, reason, challenger=version, simulated=simulated)
+
+
+def reject(settings: Settings, application: Application, version: str, *, actor: str, reason: str) -> Decision:
+    """A release that waits for approval does not roll out, though the gate let it pass; `admit` is the way back.
+
+    Raises:
+        MillraceError: it is not registered, is champion or rolling out now, or actor or reason is missing.
+    """
+    _require_registered(settings, application, version)
+    return _act(settings, application, "reject", actor, reason, challenger=version)
+
+
+def _require_registered(settings: Settings, application: Application, version: str) -> None:
     known = registry.versions(settings, application)
     if version not in known:
         raise MillraceError(
             f"version {version!r} of {application.name} is not registered; registered are {', '.join(known) or 'none'}"
         )
-    return _act(settings, application, "admit", actor, reason, challenger=version, simulated=simulated)
 
 
 def _act(settings: Settings, application: Application, kind: Kind, actor: str, reason: str, **fields: Any) -> Decision:
@@ -81,9 +95,9 @@ def _act(settings: Settings, application: Application, kind: Kind, actor: str, r
     lake = Lake.of(settings, application.name)
     for _ in range(ATTEMPTS):
         state = fold(read_journal(lake))
-        if kind == "admit" and fields["challenger"] in (state.champion, state.challenger):
+        if kind in ("admit", "reject") and fields["challenger"] in (state.champion, state.challenger):
             role = "champion" if fields["challenger"] == state.champion else "rolling out"
-            raise MillraceError(f"version {fields['challenger']} is {role} already; there is nothing to admit")
+            raise MillraceError(f"version {fields['challenger']} is {role} already; there is nothing to {kind}")
         decision = decide(state, kind, actor=actor, reason=reason, **(_fields(state, kind) | fields))
         try:
             append(lake, decision, run=f"person/{actor}")
@@ -104,6 +118,6 @@ def _fields(state: State, kind: Kind) -> dict[str, Any]:
             return {"champion": state.previous, "challenger": state.champion, "share": 0.0}
         case "rollback":
             return {"share": 0.0}
-        case "admit":
+        case "admit" | "reject":
             return {"rollout_id": None, "epoch": None, "share": 0.0}
     return {}

@@ -1,0 +1,93 @@
+"""From the gate to the rollout: which releases passed, and whether a person has to approve of them first.
+
+An approval is an `admit` in the journal and a refusal a `reject`, with who and why; who built a release can't approve
+it. How a person is asked (Airflow's human-in-the-loop operator) is the DAG's business.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow.compute as pc
+
+from millrace.applications import Application
+from millrace.errors import ApprovalError
+from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.tables import OPS_EVALUATIONS
+from millrace.releases import registry
+from millrace.rollout import people
+from millrace.rollout.decisions import Admission, Decision, State, fold, read_journal
+from millrace.settings import Settings
+
+
+def needs_approval(settings: Settings, application: Application) -> bool:
+    """Whether a person must approve of a release in this environment before it meets users."""
+    return settings.environment in application.promotion.approval_in
+
+
+def passed_gate(lake: Lake, state: State) -> list[Admission]:
+    """Releases that passed the gate against the present champion and about which nothing was decided yet."""
+    rows = lake.read(
+        OPS_EVALUATIONS,
+        ["candidate", "evaluated_at"],
+        where=pc.field("passed") & (pc.field("champion") == state.champion),
+    ).to_pylist()
+    known = state.decided | {admission.version for admission in state.waiting}
+    return [
+        Admission(row["candidate"], row["evaluated_at"], simulated=False)
+        for row in rows
+        if row["candidate"] not in known
+    ]
+
+
+def next_promotion(settings: Settings, application: Application) -> dict[str, Any] | None:
+    """The release that has waited longest since it passed the gate; None: none waits.
+
+    Returns: `candidate`, `champion`, `built_by`, and `told`: what a person needs for a decision, as Markdown.
+    """
+    lake = Lake.of(settings, application.name)
+    state = fold(read_journal(lake))
+    passed = sorted(passed_gate(lake, state), key=lambda admission: admission.at)
+    if not passed:
+        return None
+    version = passed[0].version
+    tags = registry.versions(settings, application)[version]
+    builder = tags.get(registry.BUILDER_TAG, "")
+    return {
+        "candidate": version,
+        "champion": state.champion,
+        "built_by": builder,
+        "told": (
+            f"Release **{application.name}@{version}** (`{tags[registry.RELEASE_TAG]}`) passed the gate against the "
+            f"champion, version {state.champion}.\n\nBuilt by {builder or 'the schedule'}, registered by "
+            f"`{tags.get(registry.RUN_TAG, '')}`.\n\nThe evaluation: [{settings.mlflow_url}]({settings.mlflow_url}), "
+            f"experiment `{application.name}/evaluations`."
+        ),
+    }
+
+
+def record_approval(
+    settings: Settings, application: Application, version: str, answer: Mapping[str, Any]
+) -> Decision | None:
+    """Write a person's answer into the journal; None: the journal has it already.
+
+    Args:
+        answer: `chosen_options`, `params_input` (with `reason`), `responded_by_user` (with `name`), as Airflow's
+            human-in-the-loop operators give them.
+
+    Raises:
+        ApprovalError: nobody is named, or who answered built the release.
+        MillraceError: the reason is missing, or the release is not registered.
+    """
+    actor = (answer["responded_by_user"] or {}).get("name") or ""
+    if not actor:
+        raise ApprovalError("nobody is named as having answered; log in to Airflow and answer again")
+    if actor == registry.versions(settings, application).get(version, {}).get(registry.BUILDER_TAG):
+        raise ApprovalError(
+            f"{actor} built version {version} of {application.name} and can't decide about it: let somebody else "
+            "answer (clear the task `approve` to ask again)"
+        )
+    state = fold(read_journal(Lake.of(settings, application.name)))
+    if version in state.decided or version in {admission.version for admission in state.waiting}:
+        return None
+    act = people.admit if answer["chosen_options"] == ["Approve"] else people.reject
+    return act(settings, application, version, actor=actor, reason=answer["params_input"].get("reason", ""))

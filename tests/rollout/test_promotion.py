@@ -1,0 +1,115 @@
+"""From the gate to the rollout: with a person where the environment asks for one, by itself elsewhere."""
+
+from datetime import UTC, datetime
+
+import mlflow
+import pyarrow as pa
+import pytest
+
+from millrace.applications import Application, Promotion
+from millrace.errors import ApprovalError, MillraceError
+from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.tables import OPS_EVALUATIONS
+from millrace.releases.registry import BUILDER_TAG
+from millrace.rollout import people
+from millrace.rollout.controller import tick
+from millrace.rollout.decisions import read_journal
+from millrace.rollout.promotion import next_promotion, record_approval
+from millrace.settings import Settings
+
+
+@pytest.fixture
+def asking(application: Application) -> Application:
+    """Asks a person, in dev too."""
+    return application.model_copy(update={"promotion": Promotion(approval_in=("dev",))})
+
+
+@pytest.fixture
+def passed(tracked: Settings, application: Application) -> Lake:
+    """Version 1 is champion; version 2, built by bob, passed the gate against it."""
+    tick(tracked, application, run="test")
+    client = mlflow.MlflowClient(tracking_uri=tracked.mlflow_url, registry_uri=tracked.mlflow_url)
+    client.set_model_version_tag(application.name, "2", BUILDER_TAG, "bob")
+    lake = Lake.of(tracked, application.name)
+    row = {field.name: "x" for field in OPS_EVALUATIONS.columns} | {
+        "champion": "1",
+        "candidate": "2",
+        "passed": True,
+        "evaluated_at": datetime.now(UTC),
+    }
+    lake.merge(OPS_EVALUATIONS, pa.Table.from_pylist([row], schema=OPS_EVALUATIONS.rows_schema), run="test")
+    return lake
+
+
+def answer(option: str, name: str | None, reason: str = "looks right") -> dict:
+    """As the operator gives it."""
+    user = None if name is None else {"id": name, "name": name}
+    return {"chosen_options": [option], "params_input": {"reason": reason}, "responded_by_user": user}
+
+
+def test_where_the_policy_asks_for_nobody_the_gates_word_is_enough(
+    passed: Lake, tracked: Settings, application: Application
+) -> None:
+    assert tick(tracked, application, run="test")["decision"] == "start"
+    assert next_promotion(tracked, application) is None
+
+
+def test_a_release_waits_until_somebody_else_than_its_builder_approves(
+    passed: Lake, tracked: Settings, asking: Application
+) -> None:
+    assert tick(tracked, asking, run="test")["decision"] is None
+    waiting = next_promotion(tracked, asking)
+    assert waiting is not None
+    assert (waiting["candidate"], waiting["champion"], waiting["built_by"]) == ("2", "1", "bob")
+    assert "Built by bob" in waiting["told"]
+
+    with pytest.raises(ApprovalError, match="bob built version 2 of .* and can't decide about it"):
+        record_approval(tracked, asking, "2", answer("Approve", "bob"))
+    assert tick(tracked, asking, run="test")["decision"] is None
+
+    record_approval(tracked, asking, "2", answer("Approve", "ann"))
+    assert tick(tracked, asking, run="test")["decision"] == "start"
+    admit, start = read_journal(passed)[-2:]
+    assert (admit.kind, admit.actor, admit.reason, admit.challenger) == ("admit", "ann", "looks right", "2")
+    assert start.challenger == "2"
+
+
+def test_an_answer_is_recorded_once_however_often_the_task_runs(
+    passed: Lake, tracked: Settings, asking: Application
+) -> None:
+    record_approval(tracked, asking, "2", answer("Approve", "ann"))
+    before = read_journal(passed)
+    assert record_approval(tracked, asking, "2", answer("Approve", "ann")) is None
+    tick(tracked, asking, run="test")
+    assert record_approval(tracked, asking, "2", answer("Approve", "ann")) is None
+    assert read_journal(passed)[: len(before)] == before
+    assert [d.kind for d in read_journal(passed)].count("admit") == 1
+
+
+def test_what_was_rejected_rolls_out_only_if_somebody_admits_it_after_all(
+    passed: Lake, tracked: Settings, asking: Application, application: Application
+) -> None:
+    record_approval(tracked, asking, "2", answer("Reject", "ann", "answers rudely"))
+    rejected = read_journal(passed)[-1]
+    assert (rejected.kind, rejected.actor, rejected.reason) == ("reject", "ann", "answers rudely")
+    assert next_promotion(tracked, asking) is None
+    for policy in (asking, application):
+        assert tick(tracked, policy, run="test")["decision"] is None
+    people.admit(tracked, asking, "2", actor="ann", reason="on second thought")
+    assert tick(tracked, asking, run="test")["decision"] == "start"
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (answer("Approve", None), "nobody is named as having answered"),
+        (answer("Approve", "ann", " "), "admit needs the name of who decides and a reason"),
+    ],
+)
+def test_an_answer_without_a_name_or_a_reason_is_refused_and_leaves_no_trace(
+    passed: Lake, tracked: Settings, asking: Application, said: dict, why: str
+) -> None:
+    before = read_journal(passed)
+    with pytest.raises(MillraceError, match=why):
+        record_approval(tracked, asking, "2", said)
+    assert read_journal(passed) == before
