@@ -4,7 +4,7 @@ from airflow.sdk import DAG, AssetAlias, Param, task
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import asset, defaults, run_name
+from millrace_airflow import asset, defaults, late_after, run_name
 
 RUNBOOK = """
 ### What it does
@@ -27,6 +27,7 @@ def declare_release(application: Application) -> DAG:
         dag_id=f"{application.name}.declare_release",
         schedule=None,
         max_active_runs=1,
+        deadline=late_after(application.deadlines.declare_release),
         default_args=defaults(application.owner),
         params={
             "variant": Param(

@@ -6,7 +6,7 @@ from pendulum import datetime
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import HEAVY, AlertNotifier, asset, defaults, run_name
+from millrace_airflow import HEAVY, AlertNotifier, asset, defaults, late_after, run_name
 
 RUNBOOK = """
 ### What it does
@@ -33,6 +33,7 @@ def evaluate_candidate(application: Application) -> DAG:
         schedule=[asset(application.name, "releases")],
         start_date=datetime(2026, 1, 1, tz="UTC"),
         max_active_runs=1,
+        deadline=late_after(application.deadlines.evaluate_candidate),
         default_args=defaults(application.owner),
         params={"candidate": Param(None, type=["null", "string"], description="Release version; empty: the newest")},
         doc_md=RUNBOOK,

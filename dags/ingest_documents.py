@@ -6,7 +6,7 @@ from pendulum import datetime
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import asset, defaults, run_name
+from millrace_airflow import asset, defaults, late_after, run_name
 
 RUNBOOK = """
 ### What it does
@@ -31,6 +31,7 @@ def ingest_documents(application: Application) -> DAG:
         start_date=datetime(2026, 1, 1, tz="UTC"),
         catchup=False,
         max_active_runs=1,
+        deadline=late_after(application.deadlines.ingest_documents),
         default_args=defaults(application.owner),
         doc_md=RUNBOOK,
         tags=[application.name, "documents"],

@@ -7,7 +7,7 @@ from pendulum import datetime
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import asset, defaults, run_name
+from millrace_airflow import asset, defaults, late_after, run_name
 
 RUNBOOK = """
 ### What it does
@@ -36,6 +36,7 @@ def ingest_feedback(application: Application) -> DAG:
         start_date=datetime(2026, 1, 1, tz="UTC"),
         catchup=False,
         max_active_runs=4,
+        deadline=late_after(application.deadlines.ingest_feedback),
         default_args=defaults(application.owner),
         doc_md=RUNBOOK,
         tags=[application.name, "feedback"],

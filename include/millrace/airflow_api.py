@@ -228,6 +228,15 @@ class Airflow:
         entries = content.splitlines() if isinstance(content, str) else [_log_line(entry) for entry in content]
         return "\n".join(entries[-lines:])
 
+    def answer(self, dag_id: str, run_id: str, task_id: str, option: str, **values: str) -> None:
+        """Answer a task that asks a person, as the user that this client logs in as.
+
+        Args:
+            values: of the form's fields.
+        """
+        path = f"{_run_path(dag_id, run_id)}/taskInstances/{_path(task_id)}/-1/hitlDetails"
+        self._call("PATCH", path, json={"chosen_options": [option], "params_input": values})
+
     def clear_run(self, dag_id: str, run_id: str) -> None:
         """Run every task of a run again."""
         self._call("POST", f"{_run_path(dag_id, run_id)}/clear", json={"dry_run": False})

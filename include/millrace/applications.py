@@ -97,6 +97,18 @@ class Schedules(Declared):
     rollout: str = "*/5 * * * *"
 
 
+class Deadlines(Declared):
+    """Minutes after it was queued when a run that has not ended is late, and an alert says so."""
+
+    ingest_documents: float = Field(120, gt=0)
+    refresh_embeddings: float = Field(240, gt=0)
+    declare_release: float = Field(30, gt=0)
+    ingest_feedback: float = Field(60, gt=0)
+    finetune: float = Field(1440, gt=0)
+    evaluate_candidate: float = Field(240, gt=0)
+    rollout: float = Field(15, gt=0)
+
+
 class Training(Declared):
     max_examples: int = Field(2000, ge=1)
     epochs: int = Field(1, ge=1)
@@ -330,6 +342,7 @@ class Application(Declared):
     prompt: Prompt
     questions: Questions = Questions()
     schedules: Schedules = Schedules()
+    deadlines: Deadlines = Deadlines()
     training: Training = Training()
     optimize: Optimize = Optimize()
     gate: Gate = Gate()

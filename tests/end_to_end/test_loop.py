@@ -8,8 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import httpx
-import openai
 import pyarrow.compute as pc
 import pytest
 from rich.console import Console
@@ -22,7 +20,6 @@ from millrace.lakehouse.tables import (
     OPS_EVALUATIONS,
     PROVENANCE,
     QUARANTINE_FEEDBACK,
-    SILVER_CHUNKS,
     SILVER_EXCHANGES,
     SILVER_FEEDBACK,
 )
@@ -110,32 +107,6 @@ def test_a_clear_and_a_backfill_beside_live_runs_change_nothing(
     assert content(qa_lake) == before
 
 
-def test_a_second_application_runs_beside_the_first_without_a_line_of_code(running_stack: Stack, told: Told) -> None:
-    settings = running_stack.settings
-    handbook = Lake.of(settings, "handbook")
-    with running_stack.airflow() as airflow:
-        for dag in ("refresh_embeddings", "evaluate_candidate"):
-            airflow.unpause(f"handbook.{dag}")
-        succeed(airflow, "handbook.ingest_documents")
-        run = airflow.wait_for_asset_run(
-            "handbook.refresh_embeddings", since=airflow.runs("handbook.ingest_documents")[0].run_after, timeout=120
-        )
-        assert airflow.wait_for_run(run.dag_id, run.run_id, timeout=300).state == "success"
-        succeed(airflow, "handbook.declare_release")
-        succeed(airflow, "handbook.rollout")
-    wait_ready(settings.gateway_url)
-    client = openai.OpenAI(base_url=f"{settings.gateway_url}/v1", api_key="unused")
-
-    answer = client.chat.completions.create(
-        model="handbook", user="a test", messages=[{"role": "user", "content": "Who may freeze a rollout?"}]
-    )
-
-    assert answer.choices[0].message.content
-    assert {model.id for model in client.models.list()} >= {"qa", "handbook"}
-    assert handbook.read(SILVER_CHUNKS).num_rows
-    assert "handbook" in answer.model_extra["millrace"]["citations"][0]["uri"]
-
-
 def test_a_person_sees_who_answers_and_gets_an_answer_with_its_citations(running_stack: Stack, told: Told) -> None:
     settings = running_stack.settings
 
@@ -161,23 +132,11 @@ def test_a_person_sees_who_answers_and_gets_an_answer_with_its_citations(running
     assert f"{qa['champion']:>4}  " in millrace("release", "list")
 
 
-def succeed(airflow: Airflow, dag_id: str) -> None:
-    run = airflow.trigger(dag_id)
-    assert airflow.wait_for_run(dag_id, run.run_id, timeout=600).state == "success", dag_id
-
-
 def settle(airflow: Airflow, dag_id: str) -> None:
     """Until no run of the DAG is queued or running."""
     deadline = time.monotonic() + 300
     while airflow.runs(dag_id, states=["queued", "running"]):
         assert time.monotonic() < deadline, f"{dag_id} does not come to rest"
-        time.sleep(1)
-
-
-def wait_ready(url: str) -> None:
-    deadline = time.monotonic() + 180
-    while httpx.get(f"{url}/readyz").status_code != 200:
-        assert time.monotonic() < deadline, httpx.get(f"{url}/readyz").text
         time.sleep(1)
 
 

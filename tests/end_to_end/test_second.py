@@ -1,0 +1,129 @@
+"""A second application beside `qa`, declared in a file: its loop, and the people that its policy asks."""
+
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+import httpx
+import openai
+import pyarrow as pa
+import pytest
+
+from millrace.airflow_api import Airflow
+from millrace.applications import load_application
+from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.tables import OPS_EVALUATIONS, SILVER_CHUNKS
+from millrace.releases.registry import BUILDER_TAG, tag_release
+from millrace.rollout.decisions import fold, read_journal
+from millrace.stack import Stack
+from tests.conftest import Webhook
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(1200)]
+
+
+@pytest.fixture(scope="module")
+def handbook(running_stack: Stack) -> Lake:
+    """The application's lake, after its DAGs have made documents, an index build and a champion."""
+    with running_stack.airflow() as airflow:
+        for dag in ("refresh_embeddings", "evaluate_candidate"):
+            airflow.unpause(f"handbook.{dag}")
+        succeed(airflow, "handbook.ingest_documents")
+        run = airflow.wait_for_asset_run(
+            "handbook.refresh_embeddings", since=airflow.runs("handbook.ingest_documents")[0].run_after, timeout=120
+        )
+        assert airflow.wait_for_run(run.dag_id, run.run_id, timeout=300).state == "success"
+        succeed(airflow, "handbook.declare_release")
+        succeed(airflow, "handbook.rollout")
+    return Lake.of(running_stack.settings, "handbook")
+
+
+def test_a_second_application_runs_beside_the_first_without_a_line_of_code(
+    running_stack: Stack, handbook: Lake
+) -> None:
+    settings = running_stack.settings
+    until(lambda: "handbook" in ready(settings.gateway_url), 180)
+    client = openai.OpenAI(base_url=f"{settings.gateway_url}/v1", api_key="unused")
+
+    answer = client.chat.completions.create(
+        model="handbook", user="a test", messages=[{"role": "user", "content": "Who may freeze a rollout?"}]
+    )
+
+    assert answer.choices[0].message.content
+    assert handbook.read(SILVER_CHUNKS).num_rows
+    assert "handbook" in answer.model_extra["millrace"]["citations"][0]["uri"]
+
+
+def test_a_run_that_is_late_is_said_with_its_state_and_runbook(handbook: Lake, webhook: Webhook) -> None:
+    def late() -> list[dict]:
+        return [alert for alert in webhook.received if alert["title"] == "handbook.ingest_documents is late"]
+
+    until(late, 60)
+    assert "has not ended 0.05 minutes after it was queued" in late()[0]["message"]
+    assert "/dags/handbook.ingest_documents" in late()[0]["message"]
+
+
+def test_a_person_who_did_not_build_it_lets_a_release_roll_out_and_the_journal_says_who_and_why(
+    running_stack: Stack, handbook: Lake, webhook: Webhook
+) -> None:
+    with running_stack.airflow() as airflow:
+        built = airflow.trigger("handbook.declare_release", {"variant": "short"})
+        assert airflow.wait_for_run(built.dag_id, built.run_id, timeout=300).state == "success"
+        version = airflow.result(built.dag_id, built.run_id, "declare")["version"]
+        passed(handbook, version)
+
+        # The one user of this Airflow built it by hand, so that user may not answer.
+        refused = asked(airflow)
+        until(lambda: any("waits" in alert["title"] for alert in webhook.received), 60)
+        airflow.answer("handbook.promote", refused, "approve", "Approve", reason="mine is fine")
+        assert airflow.wait_for_run("handbook.promote", refused, timeout=120).state == "failed"
+        until(lambda: any("admin built version" in alert["message"] for alert in webhook.received), 60)
+        assert fold(read_journal(handbook)).waiting == ()
+
+        # As if ann had.
+        settings = running_stack.settings
+        tag_release(settings, load_application(settings, "handbook"), version, {BUILDER_TAG: "ann"})
+        airflow.answer("handbook.promote", again := asked(airflow), "approve", "Approve", reason="short is good")
+        assert airflow.wait_for_run("handbook.promote", again, timeout=120).state == "success"
+
+    admitted = [decision for decision in read_journal(handbook) if decision.kind == "admit"][-1]
+    assert (admitted.challenger, admitted.actor, admitted.reason) == (version, "admin", "short is good")
+
+
+def passed(lake: Lake, candidate: str) -> None:
+    """What the gate writes of a release that passed: this application has no question to compare releases on."""
+    row = {field.name: "x" for field in OPS_EVALUATIONS.columns} | {
+        "champion": fold(read_journal(lake)).champion,
+        "candidate": candidate,
+        "passed": True,
+        "evaluated_at": datetime.now(UTC),
+    }
+    lake.merge(OPS_EVALUATIONS, pa.Table.from_pylist([row], schema=OPS_EVALUATIONS.rows_schema), run="test")
+
+
+def asked(airflow: Airflow) -> str:
+    """A run of the promotion that waits for an answer."""
+    run = airflow.trigger("handbook.promote").run_id
+
+    def waiting() -> bool:
+        states = {task.task_id: task.state for task in airflow.tasks("handbook.promote", run)}
+        return states["approve"] == "awaiting_input"
+
+    until(waiting, 120)
+    return run
+
+
+def succeed(airflow: Airflow, dag_id: str) -> None:
+    run = airflow.trigger(dag_id)
+    assert airflow.wait_for_run(dag_id, run.run_id, timeout=600).state == "success", dag_id
+
+
+def ready(url: str) -> set[str]:
+    """Applications that the gateway answers for."""
+    return {name for name, state in httpx.get(f"{url}/readyz").json()["applications"].items() if state == "ready"}
+
+
+def until(holds: Callable[[], object], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(1)
