@@ -7,6 +7,7 @@ It knows where things are and who may be asked; it does not know what an applica
 import os
 from pathlib import Path
 from typing import Literal, Self
+from urllib.parse import quote
 
 from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -33,6 +34,9 @@ class Settings(BaseSettings):
     """Folder with one declaration (`<name>.toml`) per application."""
 
     host: str = "127.0.0.1"
+    """Address by which this deployment's servers are reached."""
+    bind: str = ""
+    """Address that they listen on, where that is another; empty: `host`. In a container: `0.0.0.0`."""
     airflow_port: int = Field(8080, ge=1, le=65535)
     mlflow_port: int = Field(5000, ge=1, le=65535)
     gateway_port: int = Field(8000, ge=1, le=65535)
@@ -41,6 +45,13 @@ class Settings(BaseSettings):
     """An MLflow server elsewhere; empty: the embedded one."""
     spark_remote: str = ""
     """A Spark Connect server elsewhere (`sc://host:port`); empty: the embedded one."""
+    spark_token: SecretStr = SecretStr("")
+    """What callers of the Spark Connect server show it; empty: whoever reaches it may run code there. It travels as the
+    connection does, so over more than one machine use TLS (`sc://host:port/;use_ssl=true;token=…`) instead."""
+    qdrant_url: str = Field("", pattern=r"^(https?://\S+)?$")
+    """A Qdrant server for index builds (`https://host:port`); empty: they are folders, searched in-process."""
+    qdrant_api_key: SecretStr = SecretStr("")
+    """Its API key, or a JWT; empty: it asks for none."""
 
     spark_tables: frozenset[str] = frozenset({"silver/chunks"})
     """Tables that Spark commits to in this deployment, as a JSON list; delta-rs commits to all others."""
@@ -79,6 +90,10 @@ class Settings(BaseSettings):
         return self.home / "lake"
 
     @property
+    def listens_on(self) -> str:
+        return self.bind or self.host
+
+    @property
     def mlflow_url(self) -> str:
         return self.mlflow_uri or f"http://{self.host}:{self.mlflow_port}"
 
@@ -93,6 +108,16 @@ class Settings(BaseSettings):
     @property
     def spark_url(self) -> str:
         return self.spark_remote or f"sc://{self.host}:{self.spark_port}"
+
+    @property
+    def spark_connection(self) -> str:
+        """`spark_url` with the token, for the client only: it is not to be printed."""
+        token = self.spark_token.get_secret_value()
+        if not token:
+            return self.spark_url
+        # As a header of its own: PySpark sends what it knows as a token over TLS only.
+        joint = ";" if "/;" in self.spark_url else "/;"
+        return f"{self.spark_url}{joint}authorization={quote(f'Bearer {token}', safe='')}"
 
     def event_log(self, application: str) -> Path:
         """Folder of the gateway's event segments for one application."""

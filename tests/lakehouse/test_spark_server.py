@@ -1,6 +1,7 @@
 """The server that `stack` starts: which Java, where it listens, and what is left of it."""
 
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -8,11 +9,14 @@ from glob import glob
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from millrace.errors import LakehouseError
 from millrace.lakehouse import spark_server
 from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.spark_session import on_server
 from millrace.settings import Settings
+from millrace.stack.environment import part_environment
 from tests.conftest import free_port, running_spark
 from tests.lakehouse.things import OTHER_THINGS, THINGS, doubled, hashes, sleeping, things
 
@@ -92,6 +96,42 @@ def test_a_server_listens_on_loopback_only_and_its_death_and_return_are_taken_ca
         assert lake.merge(THINGS, things({"a": "3"}), run="r").updated == 1
         assert hashes(lake.read(THINGS)) == {"a": "3"}
     assert not listening(server.pid)
+
+
+@pytest.mark.spark
+@pytest.mark.timeout(600)
+def test_a_server_with_a_token_works_for_whoever_shows_it_wherever_it_listens(settings: Settings) -> None:
+    """As in a container: the server is `python -m millrace.lakehouse.spark_server`, and listens on every address."""
+    server = settings.model_copy(
+        update={
+            "bind": "0.0.0.0",
+            "spark_port": free_port(),
+            "spark_token": SecretStr("it's/a=token; of ours"),
+        }
+    )
+    environment = part_environment(server, threads=2, keys=True)
+    program = [sys.executable, "-m", "millrace.lakehouse.spark_server"]
+    with (server.home.parent / "server.log").open("wb") as log:
+        process = subprocess.Popen(program, env=environment, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 180
+        while subprocess.run([*program, "--ready"], env=environment, stderr=subprocess.DEVNULL).returncode != 0:
+            assert process.poll() is None
+            assert time.monotonic() < deadline, (server.home.parent / "server.log").read_text()[-2000:]
+            time.sleep(0.2)
+        assert ("0.0.0.0", server.spark_port) in listening(process.pid)
+        assert b"a=token" not in Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        for wrong in ("", "another"):
+            stranger = server.model_copy(update={"spark_token": SecretStr(wrong)})
+            with pytest.raises(LakehouseError, match=r"refuses this token.*MILLRACE_SPARK_TOKEN") as refused:
+                on_server(stranger.spark_connection, lambda session: session.version)
+            assert "another" not in str(refused.value)
+        assert on_server(server.spark_connection, lambda session: session.version).startswith("4.1.")
+    finally:
+        process.kill()
+        process.wait()
+    with pytest.raises(LakehouseError, match=f"at sc://127.0.0.1:{server.spark_port} (can't|stopped)"):
+        on_server(server.spark_connection, lambda session: session.version)
 
 
 def listening(pid: int) -> set[tuple[str, int]]:

@@ -53,7 +53,7 @@ class Lake:
             str(settings.lake),
             settings.environment,
             application,
-            spark_url=settings.spark_url,
+            spark_url=settings.spark_connection,
             spark_tables=settings.spark_tables,
         )
 

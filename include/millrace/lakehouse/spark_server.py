@@ -1,11 +1,14 @@
 """How one Spark Connect server with Delta is started on this machine: its command line and its readiness.
 
-It returns what to run and asks whether it answers; it starts nothing and never imports PySpark (`stack.py`
-runs the command, `spark.py` talks to the server). `java` is launched directly instead of by `spark-submit`,
-because a Java runtime from a package lacks a module that Spark's launcher insists on.
+It returns what to run and asks whether it answers, and never imports PySpark (`stack.py` runs the command, `spark.py`
+talks to the server). `java` is launched directly instead of by `spark-submit`, because a Java runtime from a package
+lacks a module that Spark's launcher insists on.
+
+`python -m millrace.lakehouse.spark_server` becomes the server, as in a container; with `--ready` it only asks.
 """
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -14,8 +17,8 @@ from pathlib import Path
 
 import grpc
 
-from millrace.errors import LakehouseError
-from millrace.settings import Settings
+from millrace.errors import LakehouseError, MillraceError
+from millrace.settings import Settings, read_settings
 
 DELTA = "io.delta:delta-spark_4.1_2.13:4.4.0"
 """Delta for the pinned PySpark; 4.4.1 has no build for Spark 4.1."""
@@ -65,7 +68,7 @@ _JVM_OPTIONS = (
 
 def command(settings: Settings) -> tuple[list[str], dict[str, str]]:
     """Arguments, and environment variables to set on top of the caller's, of the server bound to
-    `settings.host:settings.spark_port`. Creates the folders that the server writes to.
+    `settings.listens_on:settings.spark_port`. Creates the folders that the server writes to.
 
     The first start downloads Delta's jars into `settings.cache` (about 12 s); later ones find them there.
 
@@ -103,6 +106,8 @@ def command(settings: Settings) -> tuple[list[str], dict[str, str]]:
         "PYSPARK_DRIVER_PYTHON": sys.executable,
         "TZ": "UTC",
     }
+    if token := settings.spark_token.get_secret_value():
+        environment["SPARK_CONNECT_AUTHENTICATE_TOKEN"] = token  # not an argument: those are for all to read
     return arguments, environment
 
 
@@ -125,8 +130,8 @@ def _configuration(settings: Settings, work: Path, ivy: Path) -> dict[str, str]:
         "spark.master": f"local[{settings.threads}]",
         "spark.driver.memory": DRIVER_MEMORY,
         "spark.driver.host": settings.host,
-        "spark.driver.bindAddress": settings.host,
-        "spark.connect.grpc.binding.address": settings.host,
+        "spark.driver.bindAddress": settings.listens_on,
+        "spark.connect.grpc.binding.address": settings.listens_on,
         "spark.connect.grpc.binding.port": str(settings.spark_port),
         # A port in use must be an error: Spark would quietly take the next one, where nobody looks for it.
         "spark.connect.grpc.port.maxRetries": "0",
@@ -177,3 +182,18 @@ def _package(name: str, remedy: str) -> Path:
     if spec is None or spec.origin is None:
         raise LakehouseError(f"package {name} is not installed; {remedy}")
     return Path(spec.origin).parent
+
+
+def main() -> None:
+    try:
+        settings = read_settings()
+        if sys.argv[1:] == ["--ready"]:
+            sys.exit(not ready(settings))
+        arguments, environment = command(settings)
+    except MillraceError as error:
+        sys.exit(str(error))
+    os.execvpe(arguments[0], arguments, os.environ | environment)
+
+
+if __name__ == "__main__":
+    main()

@@ -53,7 +53,7 @@ def on_server(url: str, work: Callable[[SparkSession], T]) -> T:
     `work` repeated, which must be safe.
 
     Raises:
-        LakehouseError: the server doesn't answer.
+        LakehouseError: the server doesn't answer, or refuses the token.
         ConflictError: the server refused a commit because another came first.
         Refused: anything else.
     """
@@ -93,7 +93,7 @@ def _reach(url: str) -> None:
         socket.create_connection((address.hostname or "", address.port or 15002), CONNECT_SECONDS).close()
     except (OSError, ValueError) as error:
         raise LakehouseError(
-            f"the Spark Connect server at {url} can't be reached ({error}); see `millrace status`, then retry"
+            f"the Spark Connect server at {_shown(url)} can't be reached ({error}); see `millrace status`, then retry"
         ) from None
 
 
@@ -114,9 +114,20 @@ def _translated(url: str, error: PySparkException) -> Exception:
         return ConflictError(f"another writer committed first ({said})")
     if _lost(error):
         return LakehouseError(
-            f"the Spark Connect server at {url} stopped answering; see its log and `millrace status`, then retry"
+            f"the Spark Connect server at {_shown(url)} stopped answering; see its log and `millrace status`, "
+            "then retry"
+        )
+    if "UNAUTHENTICATED" in said:
+        return LakehouseError(
+            f"the Spark Connect server at {_shown(url)} refuses this token ({said}); "
+            "set MILLRACE_SPARK_TOKEN to the one that it was started with"
         )
     return Refused(said)
+
+
+def _shown(url: str) -> str:
+    """The address without its parameters: one may be a token."""
+    return url.partition("/;")[0]
 
 
 def _sentence(text: str) -> str:

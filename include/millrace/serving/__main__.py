@@ -27,7 +27,7 @@ def main() -> None:
         sys.exit(str(error))
     uvicorn.run(
         app,
-        host=settings.host,
+        host=settings.listens_on,
         port=settings.gateway_port,
         access_log=False,
         log_config=None,

@@ -109,7 +109,7 @@ def _mlflow(settings: Settings, postgres: Postgres) -> Part:
         name="mlflow",
         command=(
             sys.executable, "-m", "mlflow", "server",
-            "--host", settings.host, "--port", str(settings.mlflow_port), "--workers", "1",
+            "--host", settings.listens_on, "--port", str(settings.mlflow_port), "--workers", "1",
             "--backend-store-uri", postgres.url("mlflow"), "--artifacts-destination", str(artifacts),
         ),
         environment=part_environment(settings, threads=1, keys=False)
@@ -213,7 +213,7 @@ def _airflow_variables(settings: Settings, secrets: Secrets, postgres: Postgres)
         },
         "database": {"sql_alchemy_conn": postgres.url("airflow"), "load_default_connections": False},
         "api": {
-            "host": settings.host,
+            "host": settings.listens_on,
             "port": settings.airflow_port,
             "workers": 1,
             "base_url": settings.airflow_url,
