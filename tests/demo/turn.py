@@ -199,7 +199,7 @@ class Turn:
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "seconds": 1.0,
-            "cost_usd": self.application.prices.answer(prompt, completion),
+            "cost_usd": self.application.prices.answer("a model", prompt, completion),
             "error": None,
         }
 

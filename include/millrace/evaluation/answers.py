@@ -36,6 +36,8 @@ class Scored:
     cost: float
     error: str = field(default="")
     """Why there is no answer; it then scores 0."""
+    tokens: int = 0
+    """Prompt and completion."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,10 @@ def _answer(arm: Arm, example: Example, prices: Prices) -> Scored:
         token_f1(answer.text, example.answer),
         recall_at_k(found, [example.document_id], len(found)),
         answer.seconds,
-        prices.answer(answer.usage.prompt_tokens, answer.usage.completion_tokens),
+        prices.answer(
+            arm.pipeline.manifest.generator.name, answer.usage.prompt_tokens, answer.usage.completion_tokens
+        ),
+        tokens=answer.usage.prompt_tokens + answer.usage.completion_tokens,
     )
 
 

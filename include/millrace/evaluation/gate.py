@@ -6,6 +6,8 @@ the questions. It does not decide who gets the candidate: the rollout does, with
 
 import hashlib
 import json
+import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -20,12 +22,14 @@ from millrace.evaluation.answers import Arm, Scored, answer_both, as_scores
 from millrace.evaluation.comparison import Criterion, compare
 from millrace.evaluation.sets import Example, freeze_evaluation_set, read_evaluation_set
 from millrace.evaluation.tracking import log_evaluation
+from millrace.lakehouse.costs import Cost, cost_id, record_cost
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import GOLD_TRAINING_EXAMPLES, OPS_EVALUATIONS
 from millrace.releases.loader import ReleaseLoader
 from millrace.releases.manifest import Manifest
 from millrace.releases.registry import read_split, release_manifest, versions
-from millrace.retrieval.index import current_build
+from millrace.retrieval.builds import current
+from millrace.retrieval.index import builds_of
 from millrace.scoring.duplicates import near_duplicates
 from millrace.settings import Settings
 
@@ -87,7 +91,10 @@ def evaluate_candidate(
     if known is None:
         training_set = registered[candidate].get("training_set")
         examples = read_evaluation_set(lake, set_id)
+        started = time.perf_counter()
         criteria, scored = _evaluate(settings, application, sides, examples, training_set, evaluation_id)
+        seconds = time.perf_counter() - started
+        record_cost(lake, _cost(application, evaluation_id, sides[1], scored, seconds), run=run)
         known = _write(lake, evaluation_id, set_id, sides, criteria, scored, run)
     # Also when nothing is new: a run that was killed after its write has not logged.
     log_evaluation(settings, application.name, known)
@@ -176,6 +183,22 @@ def _evaluate(
     return [leak, *criteria], _worst_first(examples, champion, candidate)
 
 
+def _cost(
+    application: Application, evaluation_id: str, candidate: Side, scored: list[dict[str, Any]], seconds: float
+) -> Cost:
+    """What an evaluation cost: both releases' answers, and the machine. It is the candidate's."""
+    answers = [row[arm] for row in scored for arm in ("champion", "candidate") if arm in row]
+    return Cost(
+        cost_id("evaluation", evaluation_id, uuid.uuid4().hex),
+        "evaluation",
+        evaluation_id,
+        seconds=seconds,
+        tokens=sum(answer["tokens"] for answer in answers),
+        cost_usd=sum(answer["cost"] for answer in answers) + application.prices.machine("evaluation", seconds),
+        release_id=candidate.manifest.release_id,
+    )
+
+
 def _leak_criterion(leaks: list[tuple[str, Example]], training_set: str | None) -> Criterion:
     count = float(len(leaks))
     if training_set is None:
@@ -197,12 +220,12 @@ def _worst_first(examples: list[Example], champion: list[Scored], candidate: lis
 
 def _side(settings: Settings, application: Application, version: str) -> Side:
     manifest = release_manifest(settings, application, version)
-    folder = settings.index_builds(application.name) / manifest.retrieval.lineage
-    build = current_build(folder)
+    builds = builds_of(settings, application.name, manifest.retrieval.lineage)
+    build = current(builds)
     if build is None:
         raise RetrievalError(
             f"release version {version} searches lineage {manifest.retrieval.lineage}, which has no index build in "
-            f"{folder}; run {application.name}.refresh_embeddings"
+            f"{builds.where}; run {application.name}.refresh_embeddings"
         )
     return Side(version, manifest, build)
 

@@ -34,7 +34,7 @@ class Difference:
         self._there: dict[Key, tuple[object, ...]] = {}
         self._deletable: set[Key] = set()
         width = len(table.key)
-        for batch in _compared(opened, table, delete_unmatched):
+        for batch in _compared(opened, table, delete_unmatched, only):
             if only is not None and not delete_unmatched:
                 batch = _among(batch, only, table)
             values = [column.to_pylist() for column in batch.columns]
@@ -43,6 +43,8 @@ class Difference:
                 self._there[key] = tuple(state[width:])
                 if deletable:
                     self._deletable.add(key)
+        self.within = _partitions(table, only, self._deletable) if only is not None else ""
+        """SQL: the partitions of the target that hold all rows of the merge; empty: any may hold one."""
 
     def changed(self, batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
         """Of each batch the rows that the merge would insert or update; batches without any are left out.
@@ -80,13 +82,31 @@ class Difference:
         return len(there) == 1 or now[1] >= there[1]  # type: ignore[operator]
 
 
-def _compared(opened: DeltaTable, table: Table, delete_unmatched: str | None) -> Iterator[pa.RecordBatch]:
+def _compared(
+    opened: DeltaTable, table: Table, delete_unmatched: str | None, only: pa.Table | None
+) -> Iterator[pa.RecordBatch]:
     names = comparable(table)
     columns = ", ".join(f'target."{name}"' for name in names)
     query = f"SELECT {columns}, ({delete_unmatched or 'false'}) AS deletable FROM target"
+    if only is not None and (within := _partitions(table, only, ())):
+        query += f" WHERE ({delete_unmatched or 'false'}) OR ({within})"
     schema = pa.schema([table.schema.field(name) for name in names] + [pa.field("deletable", pa.bool_())])
     for batch in pa.RecordBatchReader.from_stream(QueryBuilder().register("target", opened).execute(query)):
         yield batch.cast(schema)
+
+
+def _partitions(table: Table, rows: pa.Table, keys: Iterable[Key]) -> str:
+    """SQL: the target's partitions of these rows and keys. Where a partition is part of the key, no other one can hold
+    them, and its files stay shut. Empty where it isn't."""
+    conditions = []
+    for name in table.partition_by:
+        if name in table.key:
+            position = table.key.index(name)
+            values = {*rows[name].to_pylist(), *(key[position] for key in keys)}
+            quoted = ["'" + str(value).replace("'", "''") + "'" for value in sorted(values, key=str)]
+            kind = "DATE " if pa.types.is_date(table.schema.field(name).type) else ""
+            conditions.append(f"target.{name} IN ({', '.join(kind + value for value in quoted) or 'NULL'})")
+    return " AND ".join(conditions)
 
 
 def _among(batch: pa.RecordBatch, rows: pa.Table, table: Table) -> pa.RecordBatch:

@@ -164,7 +164,7 @@ def _commit(
     try:
         merger = opened.merge(
             pa.RecordBatchReader.from_batches(first.schema, chain([first], source)),
-            predicate=same_key(table),
+            predicate=" AND ".join(filter(None, (same_key(table), difference.within))),
             source_alias="source",
             target_alias="target",
             commit_properties=CommitProperties(max_commit_retries=0),

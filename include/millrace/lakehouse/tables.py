@@ -290,6 +290,29 @@ OPS_EVALUATIONS = Table(
     retention_days=3650,
 )
 
+OPS_PROMPT_TRIALS = Table(
+    "ops",
+    "prompt_trials",
+    (
+        text("study"),  # hash of champion, index build, questions, choices and budgets
+        text("part"),  # search; held_out: the start or the best, on questions that no trial was chosen by
+        count("trial"),  # 0: the champion's own prompt and configuration
+        text("parameters"),  # JSON
+        text("template"),  # whole, worked examples and all
+        text("state"),  # complete, pruned, failed
+        count("questions"),  # answered
+        number("token_f1", nullable=True),  # mean over them; null: none was answered
+        count("tokens"),  # prompt and completion
+        number("seconds"),
+        text("scores"),  # JSON: question id → token-F1
+        text("why"),
+        text("champion_release_id"),
+        text("index_build"),
+        time("ended_at"),
+    ),
+    key=("study", "part", "trial"),
+)
+
 OPS_CURSORS = Table(
     "ops",
     "cursors",
@@ -327,6 +350,105 @@ QUARANTINE_FEEDBACK = Table(
     key=("item_id",),
 )
 
+GOLD_METRICS_HOURLY = Table(
+    "gold",
+    "metrics_hourly",
+    (
+        pa.field("date", pa.date32(), nullable=False),
+        time("interval_start"),  # of the window, an hour unless the policy says otherwise
+        time("interval_end"),
+        text("release_id"),
+        text("index_build"),  # empty where the index could not be read
+        text("release_version"),
+        text("content_hash"),
+        count("exchanges"),
+        count("simulated"),  # exchanges; these and the counts below
+        count("pinned"),
+        count("failed"),
+        count("left_early"),  # the caller left before the end
+        count("unfinished"),  # accepted, and no end of them has arrived
+        count("fell_back"),
+        count("from_cache"),
+        count("errors"),  # with an error that is not the caller's leaving
+        count("rated"),  # by now, within a week of the exchange
+        number("feedback_rate", nullable=True),  # rated / completed
+        number("rating_mean", nullable=True),
+        number("seconds_mean", nullable=True),  # of completed exchanges, cached ones too
+        number("seconds_p50", nullable=True),
+        number("seconds_p95", nullable=True),
+        count("prompt_tokens"),
+        count("completion_tokens"),
+        number("cost_usd"),
+    ),
+    key=("date", "interval_start", "interval_end", "release_id", "index_build"),
+    partition_by=("date",),
+    retention_days=365,
+)
+
+GOLD_DRIFT_HOURLY = Table(
+    "gold",
+    "drift_hourly",
+    (
+        pa.field("date", pa.date32(), nullable=False),
+        time("interval_start"),
+        time("interval_end"),
+        text("release_id"),  # -: users' questions, which no release makes
+        text("column"),
+        text("content_hash"),
+        count("users"),  # in the window, one exchange each
+        count("reference_users"),
+        number("statistic", nullable=True),  # Kolmogorov-Smirnov distance; null: too few
+        number("p_value", nullable=True),
+        number("adjusted", nullable=True),  # p-value after Benjamini-Hochberg over the window
+        text("verdict"),  # drifted, same, too few
+        flag("simulated"),
+    ),
+    key=("date", "interval_start", "interval_end", "release_id", "column"),
+    partition_by=("date",),
+    retention_days=365,
+)
+
+OPS_BREACHES = Table(
+    "ops",
+    "breaches",
+    (
+        pa.field("date", pa.date32(), nullable=False),  # of the window
+        text("breach_id"),  # hash of window, release and bound
+        time("interval_start"),
+        time("interval_end"),
+        text("release_id"),  # -: users' questions
+        text("release_version"),
+        text("metric"),
+        text("bound"),
+        number("value"),
+        text("action"),  # alert, retrain, reembed, rollback
+        text("reason"),
+        flag("simulated"),  # rests on simulated users
+        time("at"),  # when it was found
+    ),
+    key=("date", "breach_id"),
+    partition_by=("date",),
+    retention_days=3650,
+)
+
+OPS_COSTS = Table(
+    "ops",
+    "costs",
+    (
+        text("cost_id"),
+        text("content_hash"),
+        text("stage"),  # embedding, training, evaluation, optimisation, batch
+        text("subject"),  # what it was spent on: lineage, fine-tune, evaluation, study, question table
+        text("release_id", nullable=True),
+        number("seconds"),  # of a machine
+        count("tokens"),
+        number("cost_usd"),
+        time("at"),
+    ),
+    key=("cost_id",),
+    retention_days=3650,
+)
+
 TABLES: dict[str, Table] = {
     table.path: table
     for table in (
@@ -341,9 +463,14 @@ TABLES: dict[str, Table] = {
         GOLD_EVALUATION_EXAMPLES,
         OPS_DECISIONS,
         OPS_EVALUATIONS,
+        OPS_PROMPT_TRIALS,
         OPS_CURSORS,
         OPS_ALERTS,
         QUARANTINE_FEEDBACK,
+        GOLD_METRICS_HOURLY,
+        GOLD_DRIFT_HOURLY,
+        OPS_BREACHES,
+        OPS_COSTS,
     )
 }
 """Path (`layer/name`) → table."""

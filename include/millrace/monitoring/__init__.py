@@ -1,1 +1,1 @@
-"""What releases do to users, hour by hour: metrics, drift and cost, and what a breach of their bounds asks for."""
+"""What is watched after the rollout: metrics and drift per window, bounds on them, and what everything cost."""

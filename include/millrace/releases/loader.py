@@ -19,6 +19,7 @@ from millrace.releases.package import read_release
 from millrace.releases.pipeline import AnswerPipeline
 from millrace.releases.registry import fetch_release
 from millrace.retrieval.embed import Embedder
+from millrace.retrieval.index import builds_of
 from millrace.retrieval.search import Retriever
 from millrace.settings import Settings
 
@@ -89,6 +90,7 @@ class ReleaseLoader:
             ReleaseError: it isn't registered, its bytes are not what was registered, or MLflow doesn't answer.
             EngineError: its weights can't be loaded.
             RetrievalError: its embedding model can't be loaded.
+            SettingsError: the declaration has no price for its generator.
         """
         return self._pipelines.get(version, version, lambda: self._open(version))
 
@@ -106,12 +108,13 @@ class ReleaseLoader:
         manifest, weights = read_release(fetch_release(self.settings, self.application, version))
         if manifest.application != self.application.name:
             raise ReleaseError(f"{self.application.name}@{version} is a release of {manifest.application!r}")
+        self.application.prices.of(manifest.generator.name)
         retrieval = manifest.retrieval
         try:
             model = retrieval.embedding_model
             embedder = self._embedders.get(model, version, lambda: self._embedder(model))
             engine = self._engines.get(manifest.generator.sha256, version, lambda: self._engine(weights))
-            builds = self.settings.index_builds(self.application.name) / retrieval.lineage
+            builds = builds_of(self.settings, self.application.name, retrieval.lineage)
             return AnswerPipeline(manifest, engine, Retriever(builds, embedder))
         except BaseException:
             self._leave_parts(version)

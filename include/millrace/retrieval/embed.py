@@ -7,6 +7,8 @@ Where the model comes from is `embedding_model.py`'s business; what searches the
 import json
 import logging
 import threading
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import pyarrow.compute as pc
 from millrace.applications import Application
 from millrace.errors import LakehouseError, RetrievalError
 from millrace.lakehouse.content import content_hash
+from millrace.lakehouse.costs import Cost, cost_id, record_cost
 from millrace.lakehouse.cursors import move_cursor, read_cursor
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import SILVER_CHUNKS, SILVER_EMBEDDINGS
@@ -84,6 +87,10 @@ class Embedder:
                 vectors[rows] = self._request.infer({"input_ids": ids, "attention_mask": mask})[0]
         return vectors
 
+    def count_tokens(self, texts: Sequence[str]) -> int:
+        """What `texts` take of the model, each cut at its limit."""
+        return sum(len(encoding.ids) for encoding in self._tokenizer.encode_batch(list(texts)))
+
 
 def lineage_id(application: Application) -> str:
     """What must be equal for vectors to be comparable: embedding model, its version, and the chunker.
@@ -131,7 +138,7 @@ def refresh_embeddings(settings: Settings, application: Application, *, run: str
     if new:
         embedder = Embedder(application.retrieval.embedding_model, settings.cache, settings.threads)
         for start in range(0, len(new), COMMIT_CHUNKS):
-            _embed(lake, lineage, embedder, new[start : start + COMMIT_CHUNKS], run)
+            _embed(lake, lineage, embedder, new[start : start + COMMIT_CHUNKS], application, run)
             log.info("%s: embedded %d of %d chunks", application.name, min(start + COMMIT_CHUNKS, len(new)), len(new))
     _forget(lake, lineage, sorted(removed), run)
     if since is None or version > since:
@@ -168,8 +175,25 @@ def _changes(lake: Lake, since: int | None, known: dict[str, str]) -> tuple[list
     return upserted.select(["chunk_id", "content_hash", "title", "text"]).to_pylist(), set(gone)
 
 
-def _embed(lake: Lake, lineage: str, embedder: Embedder, chunks: list[dict[str, Any]], run: str) -> None:
-    vectors = embedder.embed([embedded_text(chunk["title"], chunk["text"]) for chunk in chunks])
+def _embed(
+    lake: Lake, lineage: str, embedder: Embedder, chunks: list[dict[str, Any]], application: Application, run: str
+) -> None:
+    texts = [embedded_text(chunk["title"], chunk["text"]) for chunk in chunks]
+    started = time.perf_counter()
+    vectors = embedder.embed(texts)
+    seconds = time.perf_counter() - started
+    record_cost(
+        lake,
+        Cost(
+            cost_id("embedding", lineage, uuid.uuid4().hex),
+            "embedding",
+            lineage,
+            seconds=seconds,
+            tokens=embedder.count_tokens(texts),
+            cost_usd=application.prices.machine("embedding", seconds),
+        ),
+        run=run,
+    )
     rows = pa.Table.from_pydict(
         {
             "lineage": [lineage] * len(chunks),

@@ -169,10 +169,9 @@ class _Exchange:
             self.tell(Piece(text))
 
     def _complete(self, pipeline: AnswerPipeline, version: str, answer: Answer, cached: bool) -> Answered:
-        prices = self.desk.application.prices
         usage = answer.usage
         computed = (0, 0) if cached else (usage.prompt_tokens, usage.completion_tokens)
-        cost = computed[0] * prices.prompt_million_tokens + computed[1] * prices.completion_million_tokens
+        cost = self.desk.application.prices.answer(pipeline.manifest.generator.name, *computed)
         fell_back = self.challenger_error is not None
         seconds = time.perf_counter() - self.asked.started
         self._append(
@@ -183,7 +182,7 @@ class _Exchange:
                 prompt_tokens=usage.prompt_tokens,
                 completion_tokens=usage.completion_tokens,
                 seconds=seconds,
-                cost_usd=cost / 1e6,
+                cost_usd=cost,
                 from_cache=cached,
                 fell_back=fell_back,
                 error=self.challenger_error,

@@ -8,11 +8,14 @@ from typing import Any
 from millrace.applications import Application
 from millrace.engines.base_model import base_model_path
 from millrace.errors import TrainingError
+from millrace.lakehouse.costs import attribute_cost
+from millrace.lakehouse.lake import Lake
 from millrace.releases.declare import declare_release
 from millrace.releases.manifest import Manifest, describe_weights
 from millrace.releases.registry import find_version, read_split, register_release, release_manifest
 from millrace.settings import Settings
 from millrace.training.export import verify_answers, write_merged
+from millrace.training.finetune import training_cost_id
 
 
 def starting_manifest(settings: Settings, application: Application, *, run: str) -> Manifest:
@@ -63,6 +66,12 @@ def release_candidate(
             "mlflow_run": trained["mlflow_run"],
             "simulated": str(trained["simulated"] > 0).lower(),
         },
+    )
+    attribute_cost(
+        Lake.of(settings, application.name),
+        training_cost_id(trained["fingerprint"], trained["seconds"]),
+        manifest.release_id,
+        run=run,
     )
     return {
         "version": version,

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from millrace.applications import Application
 from millrace.engines.base_model import base_model_path
 from millrace.errors import ReleaseError, TrainingError
+from millrace.lakehouse.costs import Cost, cost_id, record_cost
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import GOLD_TRAINING_EXAMPLES
 from millrace.releases.manifest import file_sha256
@@ -78,6 +79,18 @@ def finetune(settings: Settings, application: Application, *, training_set: str,
         shown = _train(settings, spec, examples, tracked) if changed else 0
         tracked.steps(_progress(spec.progress)[shown:])
     result = json.loads(spec.result.read_text())
+    record_cost(
+        lake,
+        Cost(
+            training_cost_id(name, result["seconds"]),
+            "training",
+            name,
+            seconds=result["seconds"],
+            tokens=result["tokens"],
+            cost_usd=application.prices.machine("training", result["seconds"]),
+        ),
+        run=run,
+    )
     measured = {
         "held_out_loss": result["held_out_loss"],
         "base_held_out_loss": result["base_held_out_loss"],
@@ -96,6 +109,14 @@ def finetune(settings: Settings, application: Application, *, training_set: str,
         **{key: result[key] for key in ("steps", "examples", "left_out", "held_out")},
         **measured,
     }
+
+
+def training_cost_id(fingerprint: str, seconds: float) -> str:
+    """The id of what a finished fine-tune cost, in `ops/costs`: trained again, it takes other `seconds`.
+
+    They are of all its steps, also of those that a killed attempt left in a checkpoint.
+    """
+    return cost_id("training", fingerprint, repr(seconds))
 
 
 def _train(settings: Settings, spec: Spec, examples: list[Example], tracked: TrackedRun) -> int:
