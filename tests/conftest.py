@@ -25,6 +25,11 @@ from millrace.lakehouse.lake import Lake
 from millrace.settings import Settings
 from millrace.stack import Stack
 
+# Index builds of the tests are folders, but for the tests that ask for the caller's Qdrant server by these names.
+for _name in ("URL", "API_KEY"):
+    if f"MILLRACE_QDRANT_{_name}" in os.environ:
+        os.environ[f"TEST_QDRANT_{_name}"] = os.environ.pop(f"MILLRACE_QDRANT_{_name}")
+
 DECLARATIONS = Path(__file__).parent / "applications"
 TEMPLATE = "{% for chunk in chunks %}{{ chunk.text }}\n{% endfor %}Question: {{ question }}\nAnswer:"
 
