@@ -14,7 +14,9 @@ from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
+from millrace import FORMAT_VERSION
 from millrace.errors import ConflictError, LakehouseError
+from millrace.lakehouse.rows import FORMAT_PROPERTY
 from millrace.lakehouse.tables import Table
 
 T = TypeVar("T")
@@ -38,8 +40,8 @@ def open_table(uri: str, table: Table, version: int | None = None) -> DeltaTable
     """The table at `uri`, at `version` or as it is now.
 
     Raises:
-        LakehouseError: it isn't there, hasn't that version, or carries a Delta feature that it doesn't declare:
-            delta-rs would read some of those silently wrong.
+        LakehouseError: it isn't there, hasn't that version, a newer Millrace wrote it, or it carries a Delta feature
+            that it doesn't declare: delta-rs would read some of those silently wrong.
     """
     try:
         opened = DeltaTable(uri, version=version)
@@ -50,6 +52,12 @@ def open_table(uri: str, table: Table, version: int | None = None) -> DeltaTable
         ) from None
     except (DeltaError, OSError, ValueError) as error:
         raise refusal(table, uri, error) from error
+    written = opened.metadata().configuration.get(FORMAT_PROPERTY, "1")
+    if int(written) > FORMAT_VERSION:
+        raise LakehouseError(
+            f"{table.path}: the table in {uri} has format {written}, written by a newer Millrace, and this one knows up "
+            f"to {FORMAT_VERSION}; upgrade Millrace"
+        )
     undeclared = features(opened) - table.features
     if undeclared:
         raise LakehouseError(

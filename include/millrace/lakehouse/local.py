@@ -126,6 +126,7 @@ def create_empty(uri: str, table: Table) -> DeltaTable:
                 partition_by=list(table.partition_by) or None,
                 name=table.path,
                 configuration=properties(table),
+                raise_if_key_not_exists=False,  # one property is ours, not Delta's
                 # With retries, the loser of a race would commit its own empty metadata over the winner's.
                 commit_properties=CommitProperties(max_commit_retries=0),
             )

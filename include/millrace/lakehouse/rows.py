@@ -8,8 +8,13 @@ from importlib.metadata import version
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from millrace import FORMAT_VERSION
 from millrace.errors import LakehouseError
 from millrace.lakehouse.tables import PROVENANCE, Table
+
+
+FORMAT_PROPERTY = "millrace.format"
+"""Delta table property: the format version of the table's rows."""
 
 
 def properties(table: Table) -> dict[str, str | None]:
@@ -19,6 +24,7 @@ def properties(table: Table) -> dict[str, str | None]:
         "delta.enableChangeDataFeed": "true" if table.change_feed else "false",
         "delta.logRetentionDuration": days,
         "delta.deletedFileRetentionDuration": days,
+        FORMAT_PROPERTY: str(FORMAT_VERSION),
     }
 
 

@@ -17,6 +17,7 @@ from pydantic import SecretStr
 from millrace import FORMAT_VERSION
 from millrace.errors import StackError
 from millrace.settings import Settings
+from millrace.stack.migration import migrate
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,14 @@ class Secrets:
 
 
 def prepare_home(settings: Settings) -> None:
-    """Create `settings.home` with its folders, or check that this version may use what is there.
+    """Create `settings.home` with its folders, or check that this version may use what is there. A home of an older
+    format is left for `bring_up_to_date`.
 
     Raises:
         StackError: a newer Millrace wrote it, its version can't be read, or it can't be written.
     """
     home = settings.home
-    check_format(home)
+    read_format(home)
     try:
         # As root, PostgreSQL runs as a user of its own, who must be able to pass through.
         home.mkdir(parents=True, exist_ok=True, mode=0o711 if os.geteuid() == 0 else 0o700)
@@ -50,13 +52,29 @@ def prepare_home(settings: Settings) -> None:
         raise StackError(f"{home} can't be used: {error.strerror}; set MILLRACE_HOME to a folder of yours") from None
 
 
-def check_format(home: Path) -> None:
-    """Raises:
-    StackError: a newer Millrace wrote `home`, or its version can't be read.
+def bring_up_to_date(home: Path) -> Path | None:
+    """Migrate a home of an older format, whose lock the caller holds; the copy that was made of it, or None.
+
+    Raises:
+        StackError: it can't be done; the home is as it was.
+    """
+    found = read_format(home)
+    if found is None or found == FORMAT_VERSION:
+        return None
+    copy = migrate(home, found)
+    write_json(home / "format.json", {"format": FORMAT_VERSION})
+    return copy
+
+
+def read_format(home: Path) -> int | None:
+    """The format of `home`; None: nothing was written there yet.
+
+    Raises:
+        StackError: a newer Millrace wrote it, or its version can't be read.
     """
     path = home / "format.json"
     if not path.exists():
-        return
+        return None
     try:
         found = int(json.loads(path.read_text())["format"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -66,6 +84,7 @@ def check_format(home: Path) -> None:
             f"{home} has format {found}, written by a newer Millrace, and this one knows up to {FORMAT_VERSION}; "
             "upgrade Millrace or set MILLRACE_HOME to another folder"
         )
+    return found
 
 
 def obtain_secrets(home: Path) -> Secrets:

@@ -20,7 +20,15 @@ from millrace.airflow_api import Airflow
 from millrace.errors import StackError
 from millrace.settings import PROJECT, Settings
 from millrace.stack import processes
-from millrace.stack.home import HomeLock, Secrets, obtain_secrets, prepare_home, with_secrets, write_json
+from millrace.stack.home import (
+    HomeLock,
+    Secrets,
+    bring_up_to_date,
+    obtain_secrets,
+    prepare_home,
+    with_secrets,
+    write_json,
+)
 from millrace.stack.interrupts import Interrupts
 from millrace.stack.parts import ADMIN, Part, all_parts
 from millrace.stack.preflight import check_machine
@@ -119,6 +127,7 @@ class Stack:
         if leftovers:
             log.warning("ended what a killed stack had left: %s", ", ".join(leftovers))
         check_machine(self.settings)
+        bring_up_to_date(home)
         self._secrets = obtain_secrets(home)
         self.settings = with_secrets(self.settings, self._secrets)
         parts = all_parts(self.settings, self._secrets)

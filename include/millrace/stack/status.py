@@ -18,7 +18,7 @@ from millrace.errors import StackError
 from millrace.settings import PROJECT, Settings
 from millrace.stack import processes
 from millrace.stack.environment import part_environment
-from millrace.stack.home import HomeLock, Secrets, check_format, obtain_secrets, prepare_home
+from millrace.stack.home import HomeLock, Secrets, obtain_secrets, prepare_home, read_format
 from millrace.stack.parts import ADMIN, all_parts
 from millrace.stack.running import Progress, read_state
 
@@ -70,7 +70,7 @@ def status(settings: Settings) -> Status:
         StackError: a newer Millrace wrote that home.
     """
     home = settings.home
-    check_format(home)
+    read_format(home)
     if not (home / "secrets.json").exists() or not (home / "run").exists():
         said = read_state(home)
         return Status(home, "stopped", None, str(said.get("message", "")), ())
@@ -159,7 +159,7 @@ def down(settings: Settings) -> bool:
         StackError: something outlives KILL, or a newer Millrace wrote that home.
     """
     home = settings.home
-    check_format(home)
+    read_format(home)
     if not (home / "run").exists():
         return False
     lock = HomeLock(home)
