@@ -32,6 +32,12 @@ def test_a_question_is_data_and_never_a_template() -> None:
         ("{{ question", "can't be parsed"),
         ("no question", "does not use `question`"),
         ("{{ question }} {{ user }}", "uses user;"),
+        ("Be brief.{# {{ question }} #}", "does not use `question`"),
+        ("{% if question %}Hello.{% endif %}", "drops the question: given no chunks it renders 'Hello.'"),
+        ("{% if chunks %}{{ question }}{% endif %}!", "drops the question: given no chunks it renders '!'"),
+        ("{% if chunks | length < 3 %}{{ question }}{% endif %}", "drops the question: given 3 chunks"),
+        ("{{ question[:100] }}", "drops the question"),
+        ("{{ question | upper }}", "drops the question"),
     ],
 )
 def test_a_template_that_can_not_work_is_refused(template: str, said: str) -> None:

@@ -1,1 +1,1 @@
-"""Prompts as versions in the MLflow prompt registry: list, compare, try, and search for a better one (Optuna)."""
+"""Prompts: their versions, and a study that looks for a better one on development questions."""
