@@ -3,11 +3,12 @@
 from datetime import timedelta
 
 from airflow.sdk import DAG, AssetAlias, Param, task
+from airflow.timetables.assets import AssetOrTimeSchedule
 from airflow.timetables.trigger import CronTriggerTimetable
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import HEAVY, asset, defaults, run_name
+from millrace_airflow import HEAVY, asset, defaults, late_after, run_name
 
 BELATED = timedelta(minutes=10)
 """How long after its time the very first run may still start; a parse in between would else skip a week."""
@@ -20,7 +21,8 @@ merges it into the base model and registers the result as a candidate release. T
 By hand: trigger with `max_examples` to train on fewer than `[training]` declares.
 
 ### Healthy
-Green once a week. A set and configuration that were trained before are not trained again: the same version results.
+Green once a week, and after a breach whose action is retrain. A set and configuration that were trained before are
+not trained again: the same version results.
 
 ### When it fails
 *build_set*: too few examples (the message counts what was left out and why), no index build, or an evaluation question
@@ -35,9 +37,13 @@ def finetune(application: Application) -> DAG:
     with DAG(
         dag_id=f"{application.name}.finetune",
         # Not a data interval: a weekly one is due the moment it is unpaused, on documents that are not there yet.
-        schedule=CronTriggerTimetable(application.schedules.finetune, timezone="UTC", run_immediately=BELATED),
+        schedule=AssetOrTimeSchedule(
+            timetable=CronTriggerTimetable(application.schedules.finetune, timezone="UTC", run_immediately=BELATED),
+            assets=[asset(application.name, "breaches/retrain")],
+        ),
         catchup=False,
         max_active_runs=1,
+        deadline=late_after(application.deadlines.finetune),
         default_args=defaults(application.owner),
         params={"max_examples": Param(None, type=["null", "integer"], minimum=8, description="Empty: as declared")},
         doc_md=RUNBOOK,

@@ -1,17 +1,20 @@
 """`<application>.refresh_embeddings`: changed chunks → vectors → an index build, published after its canaries."""
 
-from airflow.sdk import DAG, AssetAlias, task
+from airflow.sdk import DAG, AssetAlias, Param, task
 from pendulum import datetime
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import HEAVY, asset, defaults, run_name
+from millrace_airflow import HEAVY, asset, defaults, late_after, run_name
 
 RUNBOOK = """
 ### What it does
-Started by the chunks asset. Embeds the chunks that changed since the last run into `silver/embeddings`, makes an
+Started by the chunks. Embeds the chunks that changed since the last run into `silver/embeddings`, makes an
 index build of that state (an unchanged state is the same build) and asks it the canary questions. If it finds no less
 than the published build, it is published: the gateway uses it from the next request on.
+A breach whose action is reembed starts it too (by hand: `distrust`). The same text has the same vector, so instead of
+embedding it again nothing is trusted: all chunks are compared with all vectors, and a sample, embedded anew, must be
+what was kept. What the documents don't hold, only documents bring, or a new embedding model: a candidate release.
 
 ### Healthy
 A run for every change of the documents; seconds when little changed. The index asset is updated only when another
@@ -20,28 +23,34 @@ build was published.
 ### When it fails
 *embed*, *build*: the message says what is missing; clear the task, nothing is done twice. *publish* with CanaryError:
 the new build finds less than the published one, which stays. Look at what changed in the documents and correct the
-source; the next run tries again. The way back to the build before: `millrace.retrieval.index.publish` of the
-`previous` that `current.json` names.
+source; the next run tries again. The way back: `millrace index back -a <app>` (`millrace index list` shows both); the
+next run publishes again what the documents give, so correct them first. A Qdrant server (`MILLRACE_QDRANT_URL`) that
+goes away: nothing of the build counts, the next try completes it. After switching to or from one: trigger one run.
 """
 
 
 def refresh_embeddings(application: Application) -> DAG:
     with DAG(
         dag_id=f"{application.name}.refresh_embeddings",
-        schedule=[asset(application.name, "silver/chunks")],
+        schedule=(asset(application.name, "silver/chunks") | asset(application.name, "breaches/reembed")),
         start_date=datetime(2026, 1, 1, tz="UTC"),
         catchup=False,
         max_active_runs=1,
+        deadline=late_after(application.deadlines.refresh_embeddings),
         default_args=defaults(application.owner),
+        params={"distrust": Param(False, type="boolean", description="Compare all that was embedded with the chunks")},
         doc_md=RUNBOOK,
         tags=[application.name, "documents"],
     ) as dag:
 
         @task(pool=HEAVY)
-        def embed() -> dict:
+        def embed(*, params: dict, triggering_asset_events) -> dict:
             from millrace.retrieval.embed import refresh_embeddings
+            from millrace.retrieval.reembed import reembed
 
-            return refresh_embeddings(read_settings(), application, run=run_name())
+            breached = triggering_asset_events.get(asset(application.name, "breaches/reembed"))
+            stage = reembed if breached or params["distrust"] else refresh_embeddings
+            return stage(read_settings(), application, run=run_name())
 
         @task
         def build() -> dict:

@@ -7,13 +7,13 @@ from pendulum import datetime
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import asset, defaults, run_name
+from millrace_airflow import asset, defaults, late_after, run_name
 
 RUNBOOK = """
 ### What it does
 One tick of the controller: starts the candidate that has waited longest, compares challenger and champion by users'
 first exposures, and advances, holds, promotes or rolls back, one decision a tick, each a row of `ops/decisions`
-with its evidence. Runs every few minutes, and as soon as feedback or a verdict of the gate arrives.
+with its evidence. Runs every few minutes, and as soon as feedback, a verdict of the gate or a breach arrives.
 
 ### Healthy
 Green; `millrace status` shows champion, challenger and the last decision. A rollout that holds for days is healthy
@@ -22,7 +22,8 @@ where everybody has been met already nothing more can be learnt: skip or roll ba
 
 ### When it alerts
 *rolled back*: the challenger was worse; the reason names what, by how much, on how many users. It does not start
-again unless a person admits it.
+again unless a person admits it. Decided by `monitor`: the release breached a bound whose action is rollback; without
+a challenger the champion before is back.
 *frozen*, users are not assigned as declared: exchanges of one arm get lost on the way; look at the gateway's log.
 *frozen*, who rates differs between the arms: the reason gives bounds; nothing else can be known from ratings.
 *frozen*, moved by hand: somebody changed the tag or the alias `champion`; nothing was undone.
@@ -39,11 +40,16 @@ def rollout(application: Application) -> DAG:
         dag_id=f"{application.name}.rollout",
         schedule=AssetOrTimeSchedule(
             timetable=CronTriggerTimetable(application.schedules.rollout, timezone="UTC"),
-            assets=(asset(application.name, "silver/feedback") | asset(application.name, "promotions")),
+            assets=(
+                asset(application.name, "silver/feedback")
+                | asset(application.name, "promotions")
+                | asset(application.name, "breaches/rollback")
+            ),
         ),
         start_date=datetime(2026, 1, 1, tz="UTC"),
         catchup=False,
         max_active_runs=1,
+        deadline=late_after(application.deadlines.rollout),
         default_args=defaults(application.owner),
         doc_md=RUNBOOK,
         tags=[application.name, "rollout"],

@@ -105,8 +105,10 @@ class Deadlines(Declared):
     declare_release: float = Field(30, gt=0)
     ingest_feedback: float = Field(60, gt=0)
     finetune: float = Field(1440, gt=0)
+    optimize_prompt: float = Field(240, gt=0)
     evaluate_candidate: float = Field(240, gt=0)
     rollout: float = Field(15, gt=0)
+    monitor: float = Field(60, gt=0)
 
 
 class Training(Declared):
@@ -205,7 +207,7 @@ class Prices(Declared):
     """With the next one: of every generator, unless `models` names generators and these two are not declared."""
     completion_million_tokens: float = Field(0.06, ge=0)
     models: dict[str, TokenPrice] = {}
-    """By how a generator's name begins, so that a model's fine-tunes cost what it does; the longest that fits counts."""
+    """By how a generator's name begins, so that fine-tunes cost what their base does; the longest that fits counts."""
     embedding_hour: float = Field(0.10, ge=0)
     """Of a machine; this one and those below."""
     training_hour: float = Field(0.10, ge=0)

@@ -201,7 +201,11 @@ def test_runs_in_any_order_beside_ingestion_and_repeated_leave_equal_tables(
     asked = [exchange(NOON + HOUR * random.random() * HOURS) for _ in range(4)]
     said = [rating(one, one["occurred_at"] + HOUR * random.random() * HOURS, random.random()) for one in asked[:2]]
     ingestions = [([one], []) for one in asked] + [([], [one]) for one in said]
-    everything = [*ingestions, *((NOON + n * HOUR) for n in range(HOURS)), NOON + data.draw(st.integers(0, HOURS - 1)) * HOUR]
+    everything = [
+        *ingestions,
+        *((NOON + n * HOUR) for n in range(HOURS)),
+        NOON + data.draw(st.integers(0, HOURS - 1)) * HOUR,
+    ]
     shuffled = data.draw(st.permutations(everything))
 
     tables = []

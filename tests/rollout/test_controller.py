@@ -15,7 +15,7 @@ import pytest
 from millrace.applications import Application
 from millrace.errors import ReleaseError
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import OPS_EVALUATIONS
+from millrace.lakehouse.tables import OPS_BREACHES, OPS_EVALUATIONS
 from millrace.releases import registry
 from millrace.releases.split import Split
 from millrace.rollout import people
@@ -313,3 +313,99 @@ def test_the_journal_is_readable_as_plain_rows(ticks: Tick, lake: Lake) -> None:
     row = deltalake.DeltaTable(f"{lake.root}/{lake.environment}/{lake.application}/ops/decisions").to_pyarrow_table()
     assert row["kind"].to_pylist() == ["bootstrap"]
     assert json.loads(row["evidence"][0].as_py()) == {}
+
+
+def breach(
+    lake: Lake, version: str, start: Any, *, action: str = "rollback", after: float = 0, length: float = 3600
+) -> str:
+    """A row as the monitor writes it, of a window that began `after` seconds after `start`."""
+    began = start + timedelta(seconds=after)
+    row = {
+        "date": began.date(),
+        "breach_id": f"{version}-{began.isoformat()}-{action}",
+        "interval_start": began,
+        "interval_end": began + timedelta(seconds=length),
+        "release_id": f"rel-{version}",
+        "release_version": version,
+        "metric": "failed_share",
+        "bound": "failed_share above 0.2",
+        "value": 0.8,
+        "action": action,
+        "reason": "failed_share was 0.8 on 100 exchanges",
+        "simulated": True,
+        "at": began + timedelta(seconds=length),
+    }
+    lake.merge(OPS_BREACHES, pa.Table.from_pylist([row], schema=OPS_BREACHES.rows_schema), run="test")
+    return row["breach_id"]
+
+
+def test_a_breach_of_the_challenger_makes_one_rollback_decision(
+    ticks: Tick, lake: Lake, published: Callable[[], Split | None], caplog: pytest.LogCaptureFixture
+) -> None:
+    pass_gate(lake, "2")
+    ticks()
+    ticks()
+    now = read_journal(lake)[-1].decided_at
+    breach(lake, "2", now, action="alert")
+    breach(lake, "1", now)
+    breach(lake, "2", now, after=-3700)
+    assert ticks()["decision"] == "hold", "of another release, of a time before the rollout, with another action"
+    breach_id = breach(lake, "2", now, after=-600)
+    with caplog.at_level(logging.ERROR, "millrace.alerts"):
+        assert ticks()["decision"] == "rollback"
+    assert "rollout of version 2 rolled back" in caplog.text
+    decided = read_journal(lake)[-1]
+    assert (decided.actor, decided.challenger, decided.champion, decided.share) == ("monitor", "2", "1", 0.0)
+    assert decided.reason == "version 2 is beyond a bound of the policy: failed_share was 0.8 on 100 exchanges"
+    assert decided.evidence["breach_id"] == breach_id
+    assert decided.simulated
+    assert published() == Split(sequence=decided.sequence, champion="1")
+
+
+def test_a_breach_of_the_champion_brings_the_previous_one_back_once(
+    ticks: Tick,
+    lake: Lake,
+    published: Callable[[], Split | None],
+    tracked: Settings,
+    application: Application,
+) -> None:
+    pass_gate(lake, "2")
+    ticks()
+    ticks()
+    people.skip(tracked, application, actor="ann", reason="in a hurry")
+    now = read_journal(lake)[-1].decided_at
+    breach(lake, "2", now)
+    assert ticks()["decision"] == "rollback"
+    split = published()
+    assert split is not None
+    assert (split.champion, split.challenger) == ("1", None)
+    assert registry.read_aliases(tracked, application.name)["champion"] == "1"
+    breach(lake, "1", now, length=7200)
+    assert ticks()["decision"] is None, "there is nothing further back"
+    assert kinds(lake).count("rollback") == 1
+
+
+def test_a_breach_waits_for_a_person_who_froze_and_is_answered_after(
+    ticks: Tick, lake: Lake, tracked: Settings, application: Application
+) -> None:
+    pass_gate(lake, "2")
+    ticks()
+    ticks()
+    people.freeze(tracked, application, actor="ann", reason="looking into it")
+    breach(lake, "2", read_journal(lake)[-1].decided_at)
+    assert ticks()["decision"] is None
+    people.resume(tracked, application, actor="ann", reason="seen enough")
+    assert ticks()["decision"] == "rollback"
+
+
+def test_a_release_that_is_admitted_again_is_not_charged_with_what_was_answered(
+    ticks: Tick, lake: Lake, tracked: Settings, application: Application
+) -> None:
+    pass_gate(lake, "2")
+    ticks()
+    ticks()
+    breach(lake, "2", read_journal(lake)[-1].decided_at)
+    assert ticks()["decision"] == "rollback"
+    people.admit(tracked, application, "2", actor="ann", reason="fixed upstream")
+    assert ticks()["decision"] == "start"
+    assert ticks()["decision"] == "hold"

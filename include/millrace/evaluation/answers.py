@@ -98,9 +98,7 @@ def _answer(arm: Arm, example: Example, prices: Prices) -> Scored:
         token_f1(answer.text, example.answer),
         recall_at_k(found, [example.document_id], len(found)),
         answer.seconds,
-        prices.answer(
-            arm.pipeline.manifest.generator.name, answer.usage.prompt_tokens, answer.usage.completion_tokens
-        ),
+        prices.answer(arm.pipeline.manifest.generator.name, answer.usage.prompt_tokens, answer.usage.completion_tokens),
         tokens=answer.usage.prompt_tokens + answer.usage.completion_tokens,
     )
 

@@ -7,6 +7,7 @@ application's (`Prices`), and what exchanges cost is theirs (`silver/exchanges`)
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -61,8 +62,8 @@ def attribute_cost(lake: Lake, known_id: str, release_id: str, *, run: str) -> b
     return _write(lake, spent, rows[0]["at"], run)
 
 
-def _read(lake: Lake, known_id: str) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = lake.read(OPS_COSTS, where=pc.field("cost_id") == known_id).to_pylist()
+def _read(lake: Lake, known_id: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = lake.read(OPS_COSTS, where=pc.field("cost_id") == known_id).to_pylist()
     return rows
 
 

@@ -47,3 +47,14 @@ def move_cursor(lake: Lake, reader: str, table: Table, version: int, *, run: str
             raise refusal(OPS_CURSORS, uri, error) from error
 
     retried(once)
+
+
+def forget_cursor(lake: Lake, reader: str, table: Table, *, run: str) -> None:
+    """Let `reader` start from the whole of `table` again."""
+    if lake.exists(OPS_CURSORS):
+        lake.merge(
+            OPS_CURSORS,
+            OPS_CURSORS.rows_schema.empty_table(),
+            run=run,
+            delete_unmatched=f"target.reader = '{reader}' AND target.table = '{table.path}'",
+        )

@@ -9,7 +9,7 @@ is no drift, however certain. The reference is a bounded, deterministic sample o
 first. Nothing here says whether what drifted is bad: bounds on quality do.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -49,15 +49,18 @@ class Compared:
 
 
 def measure_drift(
-    settings: Settings, application: Application, windows: Sequence[Sequence[str]], *, run: str, now: datetime
+    settings: Settings, application: Application, measured: Mapping[str, Any], *, run: str, now: datetime
 ) -> dict[str, Any]:
-    """Compare every window of `windows` (as `measure` returns them) that is over with the week before it.
+    """Compare every window that is over with the week before it.
+
+    Args:
+        measured: as `measure` returns it.
 
     Returns: `rows` written or removed, `drifted` (how many comparisons), `changed`.
     """
     lake = Lake.of(settings, application.name)
     changed = drifted = 0
-    over = [window for window in from_text(windows) if window.end <= now]
+    over = [window for window in from_text(measured["windows"]) if window.end <= now]
     for those in by_date(over).values():
         rows = [row for window in those for row in _window(lake, window, application.monitor)]
         drifted += sum(row["verdict"] == DRIFTED for row in rows)

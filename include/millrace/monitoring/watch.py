@@ -29,24 +29,23 @@ STARTED = ("retrain", "reembed", "rollback")
 def check(
     settings: Settings,
     application: Application,
-    windows: Sequence[Sequence[str]],
-    seen: Mapping[str, int],
+    measured: Mapping[str, Any],
     *,
     run: str,
     now: datetime,
 ) -> dict[str, Any]:
-    """Hold every window of `windows` that is over against the bounds; alert of new breaches, write them down, and
-    record that silver was looked at up to `seen`.
+    """Hold every window that is over against the bounds; alert of new breaches, write them down, and record that silver
+    was looked at.
 
     A breach is told before it is written: a run that is killed in between tells it again, and none is lost.
 
     Args:
-        windows: with `seen`, as `measure` returns them.
+        measured: as `measure` returns it.
 
     Returns: `breaches` found for the first time, `actions` that this run, repeated or not, must start.
     """
     lake = Lake.of(settings, application.name)
-    over = [window for window in from_text(windows) if window.end <= now]
+    over = [window for window in from_text(measured["windows"]) if window.end <= now]
     known = _known(lake, over, application)
     new = [breach for breach in _found(lake, application, over) if breach.breach_id not in known]
     for breach in new:
@@ -56,7 +55,7 @@ def check(
     if rows:
         lake.merge(OPS_BREACHES, pa.Table.from_pylist(rows, schema=OPS_BREACHES.rows_schema), run=run)
         known = _known(lake, over, application)
-    move_on(lake, seen, run=run)
+    move_on(lake, measured["seen"], run=run)
     ours = [row for row in known.values() if row["written_by"] == run and row["interval_start"] in _starts(over)]
     quiet = timedelta(hours=application.monitor.quiet_hours)
     actions = {row["action"] for row in ours if _acts(row, known.values(), quiet, now)}

@@ -16,6 +16,7 @@ from millrace.errors import ConflictError
 from millrace.lakehouse.lake import Lake
 from millrace.releases import registry
 from millrace.releases.split import Split
+from millrace.rollout.breaches import MONITOR, unanswered
 from millrace.rollout.decisions import Decision, State, append, decide, fold, read_journal, splits_of
 from millrace.rollout.evidence import collect_evidence
 from millrace.rollout.judgement import judge
@@ -123,6 +124,26 @@ def bootstrap(view: View) -> Decision | None:
     return _decide(view, "bootstrap", "the first registered release", champion=versions[0])
 
 
+def answer_breach(view: View) -> Decision | None:
+    """Take back the release whose breach asks for it: the challenger, or, without one, the champion."""
+    breach = unanswered(view.lake, view.journal, view.state)
+    if breach is None:
+        return None
+    told = {"breach_id": breach.breach_id, "bound": breach.bound, "value": breach.value}
+    window = [breach.interval_start.isoformat(), breach.interval_end.isoformat()]
+    back = {"champion": view.state.previous, "challenger": breach.version} if not view.state.challenger else {}
+    return decide(
+        view.state,
+        "rollback",
+        actor=MONITOR,
+        reason=f"version {breach.version} is beyond a bound of the policy: {breach.reason}",
+        share=0.0,
+        evidence={"cause": "breach", "window": window, **told},
+        simulated=breach.simulated,
+        **back,
+    )
+
+
 def start(view: View) -> Decision | None:
     """Begin with the release that has waited longest."""
     if view.state.champion is None or view.state.challenger is not None:
@@ -173,7 +194,7 @@ def reconcile(view: View) -> Decision | None:
     return _decide(view, "hold", judgement.reason, **about)
 
 
-STEPS: tuple[Callable[[View], Decision | None], ...] = (bootstrap, start, reconcile)
+STEPS: tuple[Callable[[View], Decision | None], ...] = (bootstrap, answer_breach, start, reconcile)
 
 
 def _champions_around(published: Split | None, splits: list[Split]) -> set[str | None]:

@@ -1,0 +1,79 @@
+"""`<application>.monitor`: metrics of each window → drift → bounds; a breach alerts and starts what the policy asks."""
+
+from datetime import UTC, datetime
+
+from airflow.sdk import DAG, AssetAlias, task
+from airflow.sdk.exceptions import AirflowFailException
+from airflow.timetables.interval import CronDataIntervalTimetable
+
+from millrace.applications import Application, load_applications
+from millrace.settings import read_settings
+from millrace_airflow import asset, defaults, late_after, run_name
+
+RUNBOOK = """
+### What it does
+Measures every window (an hour, `[monitor] minutes`) that the run's interval touches, and every one in which something
+arrived late, into `gold/metrics_hourly`, per release and index build; compares users' questions and releases' answers
+with the week before (`gold/drift_hourly`); holds windows that are over against `[monitor] bounds`. A breach is a row
+of `ops/breaches`: it alerts once, and starts `finetune` (retrain), `refresh_embeddings` (reembed) or `rollout`
+(rollback) by an asset. What a backfill finds in windows older than a day is only written down.
+
+### Healthy
+Green for every interval, within seconds, whatever the history; no new breaches. *too few* users is no finding.
+
+### When it alerts
+*rollback*: the next tick of `rollout` takes the release back, unless it is frozen. *drift* says that users or answers
+differ, not that anything is worse: look at the ratings. A bound that is always breached is wrong: correct it.
+
+### When it fails
+Nothing is lost: late windows stay due until the last task is green. Clear it any time; tables come out the same.
+### Backfill
+`airflow backfill create --dag-id <application>.monitor --from-date … --to-date … --max-active-runs 2
+--reprocess-behavior completed`, after that of `ingest_feedback`, beside the schedule.
+"""
+
+
+def monitor(application: Application) -> DAG:
+    breaches = AssetAlias(f"{application.name}/breaches")
+    with DAG(
+        dag_id=f"{application.name}.monitor",
+        schedule=CronDataIntervalTimetable(application.schedules.monitor, timezone="UTC"),
+        start_date=datetime(2026, 1, 1, tzinfo=UTC),
+        catchup=False,
+        max_active_runs=1,
+        deadline=late_after(application.deadlines.monitor),
+        default_args=defaults(application.owner),
+        doc_md=RUNBOOK,
+        tags=[application.name, "monitoring"],
+    ) as dag:
+
+        @task
+        def metrics(data_interval_start=None, data_interval_end=None) -> dict:
+            from millrace.monitoring.metrics import measure
+
+            if data_interval_start is None or data_interval_end is None:
+                raise AirflowFailException("this run has no data interval; trigger it with a logical date")
+            return measure(read_settings(), application, data_interval_start, data_interval_end, run=run_name())
+
+        @task
+        def drift(measured: dict) -> dict:
+            from millrace.monitoring.drift import measure_drift
+
+            return measure_drift(read_settings(), application, measured, run=run_name(), now=datetime.now(UTC))
+
+        @task(outlets=[breaches])
+        def bounds(measured: dict, *, outlet_events) -> dict:
+            from millrace.monitoring.watch import check
+
+            checked = check(read_settings(), application, measured, run=run_name(), now=datetime.now(UTC))
+            for action in checked["actions"]:
+                outlet_events[breaches].add(asset(application.name, f"breaches/{action}"), extra=checked)
+            return checked
+
+        measured = metrics()
+        drift(measured) >> bounds(measured)
+    return dag
+
+
+for declared in load_applications(read_settings()):
+    globals()[f"{declared.name}_monitor"] = monitor(declared)
