@@ -12,8 +12,9 @@ from millrace.evaluation.canaries import choose_canaries, publish_build
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import SILVER_CHUNKS, SILVER_EMBEDDINGS
 from millrace.retrieval.chunk import refresh_chunks
-from millrace.retrieval.embed import refresh_embeddings
-from millrace.retrieval.index import build_index, builds_folder, current_build
+from millrace.retrieval.builds import current
+from millrace.retrieval.embed import lineage_id, refresh_embeddings
+from millrace.retrieval.index import build_index, declared_builds
 from millrace.settings import Settings
 from millrace.sources.ingest import land_documents, refine_documents
 from millrace.sources.questions import Question
@@ -64,7 +65,7 @@ def test_a_first_build_that_finds_its_canaries_is_published_and_only_once(settin
     assert outcome["canaries"] > 20
     assert outcome["recall"] >= 0.9
     assert outcome["recall_before"] is None
-    assert current_build(builds_folder(settings, application)) == made
+    assert current(declared_builds(settings, application)) == made
     assert not publish_build(settings, application, made, run="test")["changed"]
 
 
@@ -76,7 +77,7 @@ def test_a_first_build_that_finds_next_to_nothing_is_refused(settings: Settings,
     made = remade(settings, application)
     with pytest.raises(CanaryError, match=r"of \d+ canaries, 0\.500 is needed"):
         publish_build(settings, application, made, run="test")
-    assert current_build(builds_folder(settings, application)) is None
+    assert current(declared_builds(settings, application)) is None
 
 
 @pytest.mark.model
@@ -96,13 +97,13 @@ def test_a_build_that_finds_less_than_the_published_one_is_refused_and_that_one_
     bad = remade(settings, application)
     with pytest.raises(CanaryError, match=f"published build {good} stays"):
         publish_build(settings, application, bad, run="test")
-    assert current_build(builds_folder(settings, application)) == good
+    assert current(declared_builds(settings, application)) == good
 
 
 def remade(settings: Settings, application: Application) -> str:
     """The build of the state of now, made from the vectors of now."""
     made = build_index(settings, application, run="test")["build"]
-    shutil.rmtree(builds_folder(settings, application) / made)
+    shutil.rmtree(settings.index_builds(application.name) / lineage_id(application) / made)
     return build_index(settings, application, run="test")["build"]
 
 

@@ -13,7 +13,8 @@ import pytest
 from millrace.applications import Application
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import PROVENANCE, TABLES
-from millrace.retrieval.index import builds_folder, current_build
+from millrace.retrieval.builds import current
+from millrace.retrieval.index import declared_builds
 from millrace.settings import Settings
 from millrace.sources.completion_id import issue
 from millrace.sources.event_log import Accepted, Completed, EventLog, Feedback
@@ -52,7 +53,7 @@ def test_every_stage_killed_after_each_write_and_run_again_leaves_equal_tables(
         for path in TABLES:
             assert rows(settings, path) == rows(undisturbed, path), f"{path} after {kills} kills of {name}"
 
-    builds = [current_build(builds_folder(s, qa)) for s in (settings, undisturbed)]
+    builds = [current(declared_builds(s, qa)) for s in (settings, undisturbed)]
     assert builds[0] is not None
     assert builds[0] == builds[1]
 
@@ -77,9 +78,8 @@ def run_until_done(name: str, settings: Settings, application: Application) -> i
 def lasting(settings: Settings, application: Application) -> object:
     """What a killed run has left for good: table versions, and which builds there are and which is published."""
     lake = Lake.of(settings, application.name)
-    folder = builds_folder(settings, application)
-    builds = sorted(path.name for path in folder.glob("[!.]*")) if folder.exists() else []
-    return {path: lake.version(table) for path, table in TABLES.items()}, builds, current_build(folder)
+    builds = declared_builds(settings, application)
+    return {path: lake.version(table) for path, table in TABLES.items()}, builds.manifests(), current(builds)
 
 
 def rows(settings: Settings, path: str) -> list[dict[str, object]]:

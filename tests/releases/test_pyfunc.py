@@ -4,9 +4,14 @@ import pytest
 
 from millrace.errors import ReleaseError
 from millrace.releases.loader import ReleaseLoader
+from millrace.retrieval.embed import Embedder
+from millrace.retrieval.index import build_index, declared_builds
+from millrace.retrieval.search import Retriever
+from millrace.settings import Settings
 from tests.releases.conftest import Answering
+from tests.retrieval.stand_in import StandIn
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.filterwarnings("ignore:.*ocal (mode|Qdrant)")]
 
 QUESTIONS = ["How many task instances may run at the same time?", "What is the DAG folder?"]
 
@@ -35,6 +40,26 @@ def test_plain_mlflow_loads_a_release_and_gets_the_same_answers(answering: Answe
             expected.usage.completion_tokens,
         )
     loader.close()
+
+
+def test_plain_mlflow_answers_from_a_qdrant_server_what_the_folder_holds_too(
+    answering: Answering, model_uri: str
+) -> None:
+    stand_in = StandIn(keys={"reader": "r", "writer": "m"})
+    changes = {"qdrant_url": stand_in.url, "qdrant_api_key": "writer"}
+    settings = Settings.model_validate(answering.settings.model_dump() | changes)
+    assert build_index(settings, answering.application, run="test")["build"] == answering.build
+    declared_builds(settings, answering.application).publish(answering.build)
+    config = {"qdrant_url": stand_in.url, "qdrant_api_key": "reader", "environment": "dev", "threads": 2}
+    model = mlflow.pyfunc.load_model(model_uri, model_config=config)
+    (row,) = model.predict(pd.DataFrame({"question": QUESTIONS[:1]})).itertuples()
+    embedder = Embedder(answering.application.retrieval.embedding_model, settings.cache, threads=2)
+    found = Retriever(declared_builds(answering.settings, answering.application), embedder)
+    hits = found.search(QUESTIONS[0], answering.application.retrieval.chunks)
+    assert row.answer
+    assert list(row.citations) == [hit.chunk_id for hit in hits][: len(row.citations)]
+    assert len(row.citations) > 0
+    stand_in.stop()
 
 
 def test_a_release_without_an_index_says_what_it_needs(model_uri: str) -> None:

@@ -12,7 +12,7 @@ from millrace.errors import RetrievalError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import SILVER_CHUNKS
 from millrace.retrieval.builds import PAYLOAD, current
-from millrace.retrieval.index import build_index
+from millrace.retrieval.index import build_index, publish_previous
 from millrace.retrieval.search import Retriever
 from millrace.settings import Settings
 from tests.retrieval.conftest import chunked, vector_of, vectors_without_a_model
@@ -99,6 +99,22 @@ def test_publishing_moves_the_pointer_once_and_remembers_the_way_back(kept: Kept
     assert (pointer.build, pointer.previous) == (second, first)
     assert builds.publish(first)
     assert current(builds) == first
+
+
+def test_the_way_back_publishes_the_build_before_and_a_second_time_leads_forward_again(kept: Kept, notes: Path) -> None:
+    with pytest.raises(RetrievalError, match=r"nothing is published in .*, so there is no way back"):
+        publish_previous(kept.settings, kept.application)
+    first = built(kept)
+    kept.builds.publish(first)
+    with pytest.raises(RetrievalError, match=f"only {first} was ever published"):
+        publish_previous(kept.settings, kept.application)
+    write_note(notes, "Bread falls when the oven opens.")
+    second = built(kept)
+    kept.builds.publish(second)
+    for there, before in ((first, second), (second, first)):
+        moved = publish_previous(kept.settings, kept.application)
+        assert (moved.build, moved.previous) == (there, before)
+        assert current(kept.builds) == there
 
 
 def test_a_build_that_is_not_there_is_neither_published_nor_opened(kept: Kept) -> None:

@@ -7,7 +7,7 @@ import pytest
 from millrace.applications import Application
 from millrace.errors import LakehouseError, RetrievalError
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import OPS_CURSORS, SILVER_CHUNKS, SILVER_EMBEDDINGS
+from millrace.lakehouse.tables import OPS_COSTS, OPS_CURSORS, SILVER_CHUNKS, SILVER_EMBEDDINGS
 from millrace.retrieval import embed
 from millrace.retrieval.embed import Embedder, lineage_id, refresh_embeddings
 from millrace.retrieval.embedding_model import model_folder
@@ -98,6 +98,23 @@ def test_a_second_run_embeds_nothing_and_writes_no_version(
     again = embedded(settings, application)
     assert (again["embedded"], again["deleted"], again["changed"]) == (0, 0, False)
     assert [lake.version(table) for table in (SILVER_CHUNKS, SILVER_EMBEDDINGS, OPS_CURSORS)] == versions
+
+
+@pytest.mark.model
+def test_an_embedding_run_costs_what_it_took_and_one_that_finds_nothing_new_costs_nothing(
+    settings: Settings, application: Application, lake: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunked(settings, application)
+    with monkeypatch.context() as patched:
+        patched.setattr(embed, "COMMIT_CHUNKS", 2)
+        embedded(settings, application)
+    embedded(settings, application)
+    costs = lake.read(OPS_COSTS).to_pylist()
+    assert len(costs) == 2
+    assert {(cost["stage"], cost["subject"]) for cost in costs} == {("embedding", lineage_id(application))}
+    for cost in costs:
+        assert cost["cost_usd"] == pytest.approx(cost["seconds"] / 3600 * application.prices.embedding_hour)
+        assert cost["tokens"] > 15
 
 
 @pytest.mark.model

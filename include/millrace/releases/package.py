@@ -17,7 +17,10 @@ MANIFEST = "manifest.json"
 DATA = "release"
 
 LOAD_CONFIG: dict[str, Any] = {
-    "index_builds": "",  # folder with a folder of builds per lineage; required
+    "index_builds": "",  # folder with a folder of builds per lineage; this or the next is required
+    "qdrant_url": "",  # Qdrant server that keeps the builds
+    "qdrant_api_key": "",  # its API key or a JWT; empty: it asks for none
+    "environment": "",  # whose builds on that server: dev, staging or prod
     "index_build": "",  # answer from this build; empty: from the published one
     "cache": "~/.cache/millrace",  # for the converted embedding model
     "threads": 0,  # 0: as many as there are processors

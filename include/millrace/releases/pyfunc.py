@@ -1,8 +1,9 @@
 """How MLflow loads a release: `mlflow.pyfunc.load_model(uri, model_config={"index_builds": folder})`.
 
-Needs the installed package and a folder of index builds (`<home>/indexes/<environment>/<application>`), but no
-Millrace server: a release holds no documents, and an answer without them would not be the release's. The other
-settings that `model_config` takes are in `package.LOAD_CONFIG`.
+Needs the installed package and index builds, but no Millrace server: a release holds no documents, and an answer
+without them would not be the release's. Builds are in a folder (`<home>/indexes/<environment>/<application>`) or on a
+Qdrant server: `{"qdrant_url": …, "environment": …}`. The other settings that `model_config` takes are in
+`package.LOAD_CONFIG`.
 """
 
 import os
@@ -13,10 +14,15 @@ import pandas as pd
 
 from millrace.engines.openvino import OpenVinoEngine
 from millrace.errors import ReleaseError
+from millrace.releases.manifest import Manifest
 from millrace.releases.package import LOAD_CONFIG, read_release
 from millrace.releases.pipeline import AnswerPipeline
+from millrace.retrieval.builds import Builds
 from millrace.retrieval.embed import Embedder
+from millrace.retrieval.library import LibraryBuilds
 from millrace.retrieval.search import Retriever
+from millrace.retrieval.server import connect
+from millrace.retrieval.service import ServiceBuilds, collection_name
 
 
 def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> "PyfuncRelease":
@@ -26,21 +32,30 @@ def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> "Pyfu
         ReleaseError: no index builds were named, or the model's files are not whole.
     """
     config = {**LOAD_CONFIG, **(model_config or {})}
-    if not config["index_builds"]:
-        raise ReleaseError(
-            'a release answers from an index: load it with model_config={"index_builds": "<home>/indexes/<environment>/'
-            '<application>"}'
-        )
     manifest, weights = read_release(Path(path))
+    builds = _builds(config, manifest)
     threads = config["threads"] or os.cpu_count() or 1
     embedder = Embedder(manifest.retrieval.embedding_model, Path(config["cache"]).expanduser(), threads)
     return PyfuncRelease(
         AnswerPipeline(
             manifest,
             OpenVinoEngine(weights, cache_gb=config["cache_gb"], threads=threads),
-            Retriever(Path(config["index_builds"]) / manifest.retrieval.lineage, embedder),
+            Retriever(builds, embedder),
         ),
         config["index_build"] or None,
+    )
+
+
+def _builds(config: dict[str, Any], manifest: Manifest) -> Builds:
+    lineage = manifest.retrieval.lineage
+    if config["qdrant_url"] and config["environment"]:
+        collection = collection_name(config["environment"], manifest.application, lineage)
+        return ServiceBuilds(connect(config["qdrant_url"], config["qdrant_api_key"]), collection)
+    if config["index_builds"]:
+        return LibraryBuilds(Path(config["index_builds"]) / lineage)
+    raise ReleaseError(
+        'a release answers from an index: load it with model_config={"index_builds": "<home>/indexes/<environment>/'
+        '<application>"}, or {"qdrant_url": "https://<host>:<port>", "environment": "<environment>"}'
     )
 
 

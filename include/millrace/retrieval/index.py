@@ -18,7 +18,7 @@ from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.cursors import read_cursor
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import SILVER_CHUNKS, SILVER_EMBEDDINGS
-from millrace.retrieval.builds import FORMAT, BuildManifest, Builds
+from millrace.retrieval.builds import FORMAT, BuildManifest, Builds, Published
 from millrace.retrieval.embed import cursor_name, lineage_id
 from millrace.retrieval.library import LibraryBuilds
 from millrace.retrieval.server import connect
@@ -78,6 +78,25 @@ def build_index(settings: Settings, application: Application, *, run: str) -> di
     changed = builds.make(manifest, points)
     builds.collect(keep=build)
     return {"build": build, "lineage": lineage, "chunks": points.num_rows, "changed": changed}
+
+
+def publish_previous(settings: Settings, application: Application) -> Published:
+    """Publish the build before the published one again: the way back. Returns the pointer as it is now.
+
+    The next run of refresh_embeddings publishes again what the documents of then give.
+
+    Raises:
+        RetrievalError: there is none, or it was removed.
+    """
+    builds = declared_builds(settings, application)
+    pointer = builds.published()
+    if pointer is None or pointer.previous is None:
+        found = f"only {pointer.build} was ever" if pointer else "nothing is"
+        raise RetrievalError(f"{application.name}: {found} published in {builds.where}, so there is no way back")
+    builds.publish(pointer.previous)
+    moved = builds.published()
+    assert moved is not None
+    return moved
 
 
 def publish(folder: Path, build: str) -> bool:
