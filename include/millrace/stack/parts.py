@@ -211,7 +211,7 @@ def _airflow_variables(settings: Settings, secrets: Secrets, postgres: Postgres)
             "simple_auth_manager_passwords_file": password_file(settings.home),
             "execution_api_server_url": f"{settings.airflow_url}/execution/",
         },
-        "database": {"sql_alchemy_conn": postgres.url("airflow"), "load_default_connections": False},
+        "database": {"sql_alchemy_conn": postgres.url("airflow")},
         "api": {
             "host": settings.listens_on,
             "port": settings.airflow_port,
@@ -228,7 +228,6 @@ def _airflow_variables(settings: Settings, secrets: Secrets, postgres: Postgres)
             "task_instance_heartbeat_timeout": 120,
         },
         "logging": {"base_log_folder": settings.home / "logs" / "tasks"},
-        "usage_data_collection": {"enabled": False},
     }
     variables = {"AIRFLOW_HOME": str(home)}
     for section, values in options.items():

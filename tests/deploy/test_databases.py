@@ -1,0 +1,65 @@
+"""The script that the container of Postgres runs once, against a real PostgreSQL with the same variables."""
+
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg2
+import pytest
+
+from millrace.settings import PROJECT
+from millrace.stack.postgres import Postgres
+
+SCRIPT = PROJECT / "deploy" / "compose" / "postgres" / "databases.sh"
+PASSWORDS = {"airflow": 'it\'s "a" $(password)', "mlflow": "another"}
+
+
+@pytest.fixture
+def server(open_folder: Path) -> Iterator[Postgres]:
+    postgres = Postgres(Path(tempfile.mkdtemp(dir=open_folder)) / "postgres")
+    postgres.prepare()
+    # Over its socket, every role but the first shows its password, as over the network of the containers.
+    rules = postgres.data / "pg_hba.conf"
+    rules.write_text("local all postgres trust\nlocal all all scram-sha-256\n")
+    process = subprocess.Popen(
+        postgres.command(), user=postgres.system_user, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 30
+        while not postgres.answers():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        yield postgres
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_each_who_needs_a_database_has_its_own_and_no_way_into_the_others(server: Postgres) -> None:
+    programs = Path(server.command()[0]).parent
+    variables = {
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "PGHOST": str(server.socket_folder),
+        "POSTGRES_USER": "postgres",
+        "AIRFLOW_DATABASE_PASSWORD": PASSWORDS["airflow"],
+        "MLFLOW_DATABASE_PASSWORD": PASSWORDS["mlflow"],
+    }
+    subprocess.run(["sh", str(SCRIPT)], env=variables, check=True, stdout=subprocess.DEVNULL)
+    for role, other in (("airflow", "mlflow"), ("mlflow", "airflow")):
+        with connected(server, role, role) as connection, connection.cursor() as cursor:
+            cursor.execute("create table its_own (id int)")
+        connection.close()
+        with pytest.raises(psycopg2.OperationalError, match="password authentication failed"):
+            connected(server, role, role, password="a guess")
+        with pytest.raises(psycopg2.OperationalError, match="permission denied for database"):
+            connected(server, role, other)
+
+
+def connected(server: Postgres, role: str, database: str, password: str = "") -> "psycopg2.extensions.connection":
+    return psycopg2.connect(
+        host=str(server.socket_folder), user=role, dbname=database, password=password or PASSWORDS[role]
+    )
