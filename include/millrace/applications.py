@@ -203,9 +203,9 @@ Stage = Literal["embedding", "training", "evaluation", "optimisation", "batch"]
 class Prices(Declared):
     """What the cost criterion and the cost tables count with, in US dollars."""
 
-    prompt_million_tokens: float = Field(0.02, ge=0)
-    """With the next one: of every generator, unless `models` names generators and these two are not declared."""
-    completion_million_tokens: float = Field(0.06, ge=0)
+    prompt_million_tokens: float | None = Field(0.02, ge=0)
+    """With the next one: of every generator that `models` does not name. Where it names any, there is no default."""
+    completion_million_tokens: float | None = Field(0.06, ge=0)
     models: dict[str, TokenPrice] = {}
     """By how a generator's name begins, so that fine-tunes cost what their base does; the longest that fits counts."""
     embedding_hour: float = Field(0.10, ge=0)
@@ -215,6 +215,13 @@ class Prices(Declared):
     """Beside the tokens of its answers, as the next two: for machines that are rented for it."""
     optimisation_hour: float = Field(0.0, ge=0)
     batch_hour: float = Field(0.0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_ones_leave_no_default(cls, declared: Any) -> Any:
+        if isinstance(declared, dict) and declared.get("models"):
+            return {"prompt_million_tokens": None, "completion_million_tokens": None} | declared
+        return declared
 
     def answer(self, model: str, prompt_tokens: int, completion_tokens: int) -> float:
         """What one answer of the generator called `model` costs, in US dollars.
@@ -236,13 +243,14 @@ class Prices(Declared):
         fitting = max((name for name in self.models if model.startswith(name)), key=len, default=None)
         if fitting is not None:
             return self.models[fitting]
-        general = ("prompt_million_tokens", "completion_million_tokens")
-        if self.models and not self.model_fields_set.issuperset(general):
+        if self.prompt_million_tokens is None or self.completion_million_tokens is None:
             raise SettingsError(
                 f"generator {model!r} has no price: [prices.models] names {', '.join(sorted(self.models))}; add one "
-                f"that it begins with, or {' and '.join(general)} to [prices] for all others"
+                "that it begins with, or prompt_million_tokens and completion_million_tokens to [prices] for all others"
             )
-        return TokenPrice(**{name: getattr(self, name) for name in general})
+        return TokenPrice(
+            prompt_million_tokens=self.prompt_million_tokens, completion_million_tokens=self.completion_million_tokens
+        )
 
     def machine(self, stage: Stage, seconds: float) -> float:
         """What `seconds` of a machine cost in a stage, in US dollars."""

@@ -4,6 +4,9 @@ import getpass
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -19,8 +22,12 @@ from millrace.stack.parts import ADMIN, password_file
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 release_app = typer.Typer(no_args_is_help=True, help="Releases: list, and let one past the gate.")
 rollout_app = typer.Typer(no_args_is_help=True, help="Rollouts: what people decide by hand, with a reason.")
+index_app = typer.Typer(no_args_is_help=True, help="Index builds: list, and publish the one before again.")
 app.add_typer(release_app, name="release")
 app.add_typer(rollout_app, name="rollout")
+prompt_app = typer.Typer(no_args_is_help=True, help="Prompts: versions, what changed, try one, look for a better one.")
+app.add_typer(prompt_app, name="prompt")
+app.add_typer(index_app, name="index")
 console = Console(highlight=False)
 
 ApplicationName = Annotated[str, typer.Option("--application", "-a", help="Which application.")]
@@ -120,6 +127,33 @@ def ask_command(
     console.print(f"  {answer.about}", markup=False, style="dim", soft_wrap=True)
 
 
+@app.command("cost")
+def cost_command(
+    application: ApplicationName = "qa",
+    since: Annotated[datetime | None, typer.Option(help="Only from this moment on, UTC; empty: ever.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """What an application cost at its declared prices, by stage and by release; both add up to the total."""
+    from millrace.applications import load_application
+    from millrace.monitoring.cost import costs
+
+    with _one_sentence():
+        settings = read_settings()
+        found = costs(settings, load_application(settings, application), since)
+    if as_json:
+        print(json.dumps(asdict(found), indent=1, default=str))
+        return
+    for title, lines in (("stage", found.by_stage), ("release", found.by_release)):
+        table = Table(title, "version", "uses", "tokens", "machine", "cost", box=None, pad_edge=False)
+        for line in lines:
+            used = (f"{line.uses:,}", f"{line.tokens:,}", f"{line.seconds / 60:.1f} min", f"${line.cost_usd:.6f}")
+            table.add_row(line.name, line.version, *used)
+        console.print(table)
+    answers = next((line for line in found.by_stage if line.name == "serving"), None)
+    told = f"; {answers.simulated:,} of {answers.uses:,} answers to simulated users" if answers else ""
+    console.print(f"${found.total_usd:.6f} in all{told}", markup=False)
+
+
 @release_app.command("list")
 def release_list(application: ApplicationName = "qa") -> None:
     """Every registered release with its tags."""
@@ -137,6 +171,111 @@ def release_list(application: ApplicationName = "qa") -> None:
 def release_admit(version: str, reason: Reason, application: ApplicationName = "qa") -> None:
     """Let a registered release roll out whatever the gate says; recorded with your name."""
     _decide("admit", application, reason, version=version)
+
+
+@index_app.command("list")
+def index_list(application: ApplicationName = "qa") -> None:
+    """The index builds of the declared lineage, newest last, and which is published."""
+    from millrace.applications import load_application
+    from millrace.retrieval.index import declared_builds
+
+    with _one_sentence():
+        settings = read_settings()
+        builds = declared_builds(settings, load_application(settings, application))
+        pointer = builds.published()
+        marks = {pointer.build: "published", pointer.previous: "previous"} if pointer else {}
+        for manifest in builds.manifests():
+            console.print(
+                f"{manifest.build}  {manifest.built_at:%Y-%m-%d %H:%M} UTC  {manifest.chunks} chunks of "
+                f"{manifest.documents} documents  {marks.get(manifest.build, '')}",
+                markup=False,
+                soft_wrap=True,
+            )
+        console.print(f"in {builds.where}", markup=False, style="dim", soft_wrap=True)
+
+
+@index_app.command("back")
+def index_back(application: ApplicationName = "qa") -> None:
+    """Publish the index build before the published one again; a second time, and that one is back."""
+    from millrace.applications import load_application
+    from millrace.retrieval.index import publish_previous
+
+    with _one_sentence():
+        settings = read_settings()
+        moved = publish_previous(settings, load_application(settings, application))
+        console.print(f"Published {moved.build} of {application}; before it was {moved.previous}.", markup=False)
+
+
+@prompt_app.command("list")
+def prompt_list(application: ApplicationName = "qa") -> None:
+    """Every version in the prompt registry, and how many exchanges met it."""
+    from millrace.applications import load_application
+    from millrace.prompts.versions import list_versions
+
+    with _one_sentence():
+        settings = read_settings()
+        for one in list_versions(settings, load_application(settings, application)):
+            told = f"{one.created_at:%Y-%m-%d %H:%M} UTC  {one.exchanges} exchanges  registered by {one.registered_by}"
+            console.print(f"{one.version:>4}  {told}", markup=False, soft_wrap=True)
+
+
+@prompt_app.command("diff")
+def prompt_diff(before: int, after: int, application: ApplicationName = "qa") -> None:
+    """What changed from one version to another, line by line."""
+    from millrace.applications import load_application
+    from millrace.prompts.versions import diff
+
+    with _one_sentence():
+        settings = read_settings()
+        changed = diff(settings, load_application(settings, application), before, after)
+        console.print(changed or f"Versions {before} and {after} are the same.", markup=False, soft_wrap=True)
+
+
+@prompt_app.command("try")
+def prompt_try(
+    question: str,
+    version: Annotated[int | None, typer.Option(help="Which version; empty: the champion's.")] = None,
+    template: Annotated[Path | None, typer.Option(help="A file with a template that is not registered.")] = None,
+    answer: Annotated[bool, typer.Option("--answer", help="Let the champion's generator answer.")] = False,
+    application: ApplicationName = "qa",
+) -> None:
+    """Render a prompt on a question, with chunks from the published index build."""
+    from millrace.applications import load_application
+    from millrace.prompts.versions import read_template, template_of, try_template
+
+    with _one_sentence():
+        settings = read_settings()
+        declared = load_application(settings, application)
+        text = read_template(template) if template else template_of(settings, declared, version)
+        tried = try_template(settings, declared, text, question, answer=answer)
+    console.print(tried.message, markup=False, soft_wrap=True)
+    for hit in tried.hits:
+        console.print(f"  {hit.score:.3f}  {hit.title}  {hit.chunk_id}", markup=False, style="dim", soft_wrap=True)
+    if tried.answer:
+        usage = tried.answer.usage
+        told = f"  {usage.prompt_tokens} + {usage.completion_tokens} tokens, {tried.answer.seconds:.1f} s"
+        console.print(f"\n{tried.answer.text}\n{told}", markup=False, soft_wrap=True)
+
+
+@prompt_app.command("optimize")
+def prompt_optimize(
+    trials: Annotated[int | None, typer.Option(min=1, help="Prompts to try; empty: as declared.")] = None,
+    token_budget: Annotated[int | None, typer.Option(min=1000, help="Tokens to spend; empty: as declared.")] = None,
+    application: ApplicationName = "qa",
+) -> None:
+    """Look for a better prompt in this process, as the DAG does; register it if it is better."""
+    from millrace.applications import load_application
+    from millrace.prompts.optimize import optimize_prompt, release_best
+
+    with _one_sentence():
+        settings = read_settings()
+        declared, run = load_application(settings, application), f"millrace prompt optimize by {getpass.getuser()}"
+        result = optimize_prompt(settings, declared, run=run, trials=trials, token_budget=token_budget)
+        console.print(result["why"], markup=False, soft_wrap=True)
+        released = release_best(settings, declared, result=result, run=run)
+        if released["version"]:
+            made = f"{released['version']} ({released['release_id']}), with prompt version {released['prompt_version']}"
+            console.print(f"Candidate {made}; {application}.evaluate_candidate is next.", markup=False, soft_wrap=True)
 
 
 @rollout_app.command("freeze")
