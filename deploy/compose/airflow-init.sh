@@ -1,16 +1,26 @@
 #!/bin/sh
-# Before Airflow's services start, and safe to repeat: the home, Airflow's one user, its database, the pool.
+# Before whoever writes to the home starts, and safe to repeat: the home, brought to this version's format (as `millrace
+# up` does it, so end an older version first: `docker compose down`), Airflow's one user, its database, the pool.
 set -eu
 umask 077
 python - <<'PYTHON'
 import os
+import sys
 
+from millrace.errors import MillraceError
 from millrace.settings import read_settings
-from millrace.stack.home import prepare_home, write_json
+from millrace.stack.home import HomeLock, bring_up_to_date, prepare_home, write_json
 from millrace.stack.parts import ADMIN, password_file
 
-settings = read_settings()
-prepare_home(settings)
+try:
+    settings = read_settings()
+    prepare_home(settings)
+    lock = HomeLock(settings.home)
+    if not lock.acquire():
+        sys.exit(f"somebody else prepares {settings.home}; wait for them")
+    bring_up_to_date(settings.home)
+except MillraceError as error:
+    sys.exit(str(error))
 password_file(settings.home).parent.mkdir(exist_ok=True, mode=0o700)
 write_json(password_file(settings.home), {ADMIN: os.environ["AIRFLOW_ADMIN_PASSWORD"]})
 PYTHON

@@ -155,10 +155,9 @@ def test_images_are_of_the_versions_that_the_lock_has(compose: Compose) -> None:
     version = re.search(r'^version = "(.+)"', (PROJECT / "pyproject.toml").read_text(), re.MULTILINE)
     assert version is not None
     assert {one.definition["image"] for one in compose.ours} == {f"millrace:{version[1]}"}
-    assert millrace.__name__ == "millrace"
 
 
-def test_the_first_start_makes_the_home_the_password_and_the_pool_and_a_second_changes_nothing(
+def test_the_first_start_makes_the_home_the_password_and_the_pool_and_a_later_one_only_brings_the_home_up_to_date(
     compose: Compose, tmp_path: Path
 ) -> None:
     """The script itself, with a program in Airflow's place that writes down its calls (which Airflow's parser takes:
@@ -176,12 +175,20 @@ def test_the_first_start_makes_the_home_the_password_and_the_pool_and_a_second_c
     script = FOLDER / "airflow-init.sh"
     for _ in range(2):
         subprocess.run(["sh", str(script)], env=given, check=True)
+        assert json.loads((home / "format.json").read_text()) == {"format": millrace.FORMAT_VERSION}
+        (home / "format.json").write_text('{"format": 1}')
         (tmp_path / "pool").touch()
     assert json.loads((home / "airflow" / "password.json").read_text()) == {
         "admin": service.environment["AIRFLOW_ADMIN_PASSWORD"]
     }
     assert (home / "airflow" / "password.json").stat().st_mode & 0o077 == 0
-    assert (home / "format.json").exists()
+    newer = '{"format": 1000}'
+    (home / "format.json").write_text(newer)
+    refused = subprocess.run(["sh", str(script)], env=given, capture_output=True, text=True)
+    assert refused.returncode != 0
+    assert "written by a newer Millrace" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert (home / "format.json").read_text() == newer
     assert [call.split()[:3] for call in calls.read_text().splitlines()] == [
         ["db", "migrate"], ["pools", "get", "heavy"], ["pools", "set", "heavy"], ["db", "migrate"],
         ["pools", "get", "heavy"],

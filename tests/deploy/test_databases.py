@@ -1,6 +1,7 @@
 """The script that the container of Postgres runs once, against a real PostgreSQL with the same variables."""
 
 import os
+import signal
 import subprocess
 import tempfile
 import time
@@ -24,8 +25,9 @@ def server(open_folder: Path) -> Iterator[Postgres]:
     # Over its socket, every role but the first shows its password, as over the network of the containers.
     rules = postgres.data / "pg_hba.conf"
     rules.write_text("local all postgres trust\nlocal all all scram-sha-256\n")
+    user = postgres.system_user
     process = subprocess.Popen(
-        postgres.command(), user=postgres.system_user, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        postgres.command(), user=user, group=user, extra_groups=[] if user else None, stderr=subprocess.DEVNULL
     )
     try:
         deadline = time.monotonic() + 30
@@ -35,7 +37,7 @@ def server(open_folder: Path) -> Iterator[Postgres]:
             time.sleep(0.05)
         yield postgres
     finally:
-        process.terminate()
+        process.send_signal(signal.SIGINT)
         process.wait(30)
 
 
