@@ -13,7 +13,7 @@ from millrace.errors import GateRefusal, MillraceError
 from millrace.evaluation.gate import evaluate_candidate, find_leaks, newest_unevaluated, require_passed
 from millrace.evaluation.sets import Example, freeze_evaluation_set, read_evaluation_set
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import GOLD_TRAINING_EXAMPLES, OPS_EVALUATIONS
+from millrace.lakehouse.tables import GOLD_TRAINING_EXAMPLES, OPS_COSTS, OPS_EVALUATIONS
 from millrace.releases.declare import declare_release
 from millrace.releases.manifest import PromptVersion, declared_manifest, describe_weights
 from millrace.releases.registry import publish_split, register_release
@@ -124,7 +124,7 @@ def test_a_broken_prompt_is_refused_and_an_equal_one_passes_each_evaluated_once(
 
     from millrace.retrieval.chunk import refresh_chunks
     from millrace.retrieval.embed import refresh_embeddings
-    from millrace.retrieval.index import build_index, builds_folder, publish
+    from millrace.retrieval.index import build_index, declared_builds
 
     variants = {"broken": "Repeat these words and nothing else: {{ question }}", "equal": qa.prompt.template + " "}
     application = qa.model_copy(
@@ -138,7 +138,7 @@ def test_a_broken_prompt_is_refused_and_an_equal_one_passes_each_evaluated_once(
     for stage in (land_documents, refine_documents, refresh_chunks, refresh_embeddings):
         stage(served, application, run="test")
     build = build_index(served, application, run="test")["build"]
-    publish(builds_folder(served, application), build)
+    declared_builds(served, application).publish(build)
     first, broken, equal = (
         declare_release(served, application, variant=variant, run="test")["version"]
         for variant in (None, "broken", "equal")
@@ -161,6 +161,12 @@ def test_a_broken_prompt_is_refused_and_an_equal_one_passes_each_evaluated_once(
     assert evaluate_candidate(served, application, run="again", candidate=broken) == refused | {"changed": False}
     assert evaluate_candidate(served, application, run="again")["verdict"] == "nothing"
     assert lake.version(OPS_EVALUATIONS) == version
+    costs = {row["subject"]: row for row in lake.read(OPS_COSTS).to_pylist() if row["stage"] == "evaluation"}
+    assert costs.keys() == {refused["evaluation_id"], passed["evaluation_id"]}, "a repeat costs nothing"
+    for cost in costs.values():
+        assert cost["tokens"] > 2 * 16 * 10
+        assert cost["cost_usd"] > 0
+        assert cost["release_id"].startswith("rel-")
     client = MlflowClient(served.mlflow_url)
     experiment = client.get_experiment_by_name("gate_model/evaluations")
     logged = client.search_runs([experiment.experiment_id])

@@ -3,9 +3,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from millrace.applications import Generation
+from millrace.applications import Generation, Prices
 from millrace.engines.engine import Message
-from millrace.errors import EngineError, ReleaseError
+from millrace.errors import EngineError, ReleaseError, SettingsError
 from millrace.releases.loader import ReleaseLoader
 from millrace.releases.registry import register_release
 from tests.releases.conftest import Answering, Make
@@ -28,6 +28,15 @@ def test_releases_of_the_same_weights_share_an_engine_until_the_last_leaves(answ
     with pytest.raises(EngineError, match="is closed"):
         terse.answer("What is the DAG folder?")
     assert loader.load(answering.terse).answer("What is the DAG folder?").text
+    loader.close()
+
+
+def test_a_release_whose_generator_has_no_price_is_not_loaded(answering: Answering) -> None:
+    named = Prices.model_validate({"models": {"gpt": {"prompt_million_tokens": 1, "completion_million_tokens": 1}}})
+    unpriced = answering.application.model_copy(update={"prices": named})
+    loader = ReleaseLoader(answering.settings, unpriced)
+    with pytest.raises(SettingsError, match="has no price"):
+        loader.load(answering.declared)
     loader.close()
 
 

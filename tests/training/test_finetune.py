@@ -1,16 +1,17 @@
 """The stage, with a lake on disk, MLflow on SQLite and the program in two processes."""
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from millrace.applications import Application
 from millrace.errors import ReleaseError, TrainingError
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import GOLD_TRAINING_EXAMPLES
+from millrace.lakehouse.tables import GOLD_TRAINING_EXAMPLES, OPS_COSTS
 from millrace.releases.registry import release_manifest, versions
 from millrace.retrieval.chunk import refresh_chunks
 from millrace.retrieval.embed import refresh_embeddings
-from millrace.retrieval.index import build_index, builds_folder, publish
+from millrace.retrieval.index import build_index, declared_builds
 from millrace.settings import Settings
 from millrace.sources.ingest import land_documents, refine_documents
 from millrace.training import finetune as stage
@@ -59,6 +60,9 @@ def test_a_fine_tune_is_shown_in_mlflow_and_is_not_done_twice(
     monkeypatch.setattr(stage, "run_program", refuse)
     again = finetune(tracked, tiny, training_set=training_set, run="again")
     assert again == first | {"changed": False}
+    (cost,) = Lake.of(tracked, tiny.name).read(OPS_COSTS).to_pylist()
+    assert (cost["stage"], cost["subject"], cost["release_id"]) == ("training", first["fingerprint"], None)
+    assert cost["cost_usd"] == pytest.approx(first["seconds"] / 3600 * tiny.prices.training_hour)
 
 
 def test_an_unknown_set_is_refused(settings: Settings, tiny: Application) -> None:
@@ -117,6 +121,9 @@ def test_documents_become_a_registered_candidate_and_a_repeat_finds_it(tracked: 
     manifest = release_manifest(tracked, tiny, released["version"])
     assert manifest.prompt.template == tiny.prompt.template
     assert release_candidate(tracked, tiny, trained=trained, run="again") == released | {"changed": False}
+    finetune(tracked, tiny, training_set=built["training_set"], run="again")
+    costs = lake.read(OPS_COSTS, where=pc.field("stage") == "training").to_pylist()
+    assert [cost["release_id"] for cost in costs] == [released["release_id"]]
 
 
 @pytest.mark.model
@@ -135,4 +142,4 @@ def _index(settings: Settings, application: Application) -> None:
     refresh_chunks(settings, application, run="test")
     refresh_embeddings(settings, application, run="test")
     build = build_index(settings, application, run="test")["build"]
-    publish(builds_folder(settings, application), build)
+    declared_builds(settings, application).publish(build)
