@@ -15,7 +15,7 @@ from millrace.releases.manifest import Manifest, describe_weights
 from millrace.releases.registry import find_version, read_split, register_release, release_manifest
 from millrace.settings import Settings
 from millrace.training.export import verify_answers, write_merged
-from millrace.training.finetune import training_cost_id
+from millrace.training.spec import training_cost_id
 
 
 def starting_manifest(settings: Settings, application: Application, *, run: str) -> Manifest:

@@ -16,14 +16,14 @@ from pydantic import ValidationError
 from millrace.applications import Application
 from millrace.engines.base_model import base_model_path
 from millrace.errors import ReleaseError, TrainingError
-from millrace.lakehouse.costs import Cost, cost_id, record_cost
+from millrace.lakehouse.costs import Cost, record_cost
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import GOLD_TRAINING_EXAMPLES
 from millrace.releases.manifest import file_sha256
 from millrace.settings import Settings
 from millrace.training.launch import run_program
 from millrace.training.sets import Example, read_training_set
-from millrace.training.spec import Spec, fingerprint, told
+from millrace.training.spec import Spec, fingerprint, told, training_cost_id
 from millrace.training.tracking import TrackedRun
 
 log = logging.getLogger("millrace.training")
@@ -109,14 +109,6 @@ def finetune(settings: Settings, application: Application, *, training_set: str,
         **{key: result[key] for key in ("steps", "examples", "left_out", "held_out")},
         **measured,
     }
-
-
-def training_cost_id(fingerprint: str, seconds: float) -> str:
-    """The id of what a finished fine-tune cost, in `ops/costs`: trained again, it takes other `seconds`.
-
-    They are of all its steps, also of those that a killed attempt left in a checkpoint.
-    """
-    return cost_id("training", fingerprint, repr(seconds))
 
 
 def _train(settings: Settings, spec: Spec, examples: list[Example], tracked: TrackedRun) -> int:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from millrace.applications import Training
 from millrace.errors import TrainingError
 from millrace.lakehouse.content import content_hash
+from millrace.lakehouse.costs import cost_id
 
 PROGRAM = 1
 """Raise when the training program changes what it learns from the same spec: earlier results are not reused then."""
@@ -185,3 +186,11 @@ def _merged(base: dict[str, object], over: dict[str, object]) -> dict[str, objec
         below = merged.get(key)
         merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return merged
+
+
+def training_cost_id(fingerprint: str, seconds: float) -> str:
+    """The id of what a finished fine-tune cost, in `ops/costs`: trained again, it takes other `seconds`.
+
+    They are of all its steps, also of those that a killed attempt left in a checkpoint.
+    """
+    return cost_id("training", fingerprint, repr(seconds))
