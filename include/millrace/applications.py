@@ -109,6 +109,7 @@ class Deadlines(Declared):
     evaluate_candidate: float = Field(240, gt=0)
     rollout: float = Field(15, gt=0)
     monitor: float = Field(60, gt=0)
+    batch_inference: float = Field(1440, gt=0)
 
 
 class Training(Declared):

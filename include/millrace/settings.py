@@ -53,8 +53,12 @@ class Settings(BaseSettings):
     qdrant_api_key: SecretStr = SecretStr("")
     """Its API key, or a JWT; empty: it asks for none."""
 
-    spark_tables: frozenset[str] = frozenset({"silver/chunks"})
+    spark_tables: frozenset[str] = frozenset({"silver/chunks", "gold/answers"})
     """Tables that Spark commits to in this deployment, as a JSON list; delta-rs commits to all others."""
+    batch_workers: int = Field(1, ge=1)
+    """Spark tasks that answer a table of questions at once, each with a generator of its own in memory."""
+    batch_slice: int = Field(200, ge=1)
+    """Questions between commits of their answers: what a killed run has to ask again."""
 
     answer_cache: bool = True
     """Answer an identical request to the same release and index build from memory."""
@@ -64,6 +68,9 @@ class Settings(BaseSettings):
     """Exchanges that one gateway works on at once; its engines compute them together."""
     gateway_queue: int = Field(64, ge=0)
     """Exchanges that may wait for a worker; beyond that a caller is told to come back (429)."""
+    trace_exchanges: bool = False
+    """In dev, send each exchange to MLflow as a trace, question and answer in it (experiment `<application>/traces`).
+    Elsewhere nothing is traced: `silver/exchanges` holds the same."""
     threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
     """Threads that one part of the stack may compute with."""
 

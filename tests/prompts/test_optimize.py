@@ -9,7 +9,7 @@ from millrace.applications import Application, Optimize
 from millrace.errors import PromptError
 from millrace.evaluation.canaries import publish_build
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import OPS_PROMPT_TRIALS
+from millrace.lakehouse.tables import OPS_COSTS, OPS_PROMPT_TRIALS
 from millrace.prompts.optimize import optimize_prompt, release_best
 from millrace.prompts.space import Point
 from millrace.prompts.study import Trial
@@ -38,7 +38,7 @@ def test_the_best_becomes_a_candidate_with_the_champions_weights_and_is_register
 ) -> None:
     version, manifest = champion
     lake = Lake.of(registry, application.name)
-    trial = Trial(4, POINT, "complete", {"q": 1.0}, 1, 1.0, "")
+    trial = Trial(4, POINT, "complete", {"q": 1.0}, 1, 1, 1.0, "")
     about = {"champion_release_id": manifest.release_id, "index_build": "build"}
     keep_trial(lake, "study-1", "search", trial, template=TEMPLATE, about=about, run="test")
 
@@ -83,7 +83,7 @@ def test_without_a_champion_there_is_nothing_to_optimise(registry: Settings, app
 def test_without_an_index_build_it_is_said_what_to_run(
     registry: Settings, application: Application, champion: tuple[str, Manifest]
 ) -> None:
-    with pytest.raises(PromptError, match=rf"has no index build; run {application.name}\.refresh_embeddings"):
+    with pytest.raises(PromptError, match=rf"has no index build in .*; run {application.name}\.refresh_embeddings"):
         optimize_prompt(registry, application, run="test")
 
 
@@ -112,7 +112,9 @@ def test_a_real_study_is_held_once_and_says_with_an_interval_whether_its_best_is
     lake = Lake.of(registry, application.name)
     rows = lake.read(OPS_PROMPT_TRIALS).to_pylist()
     assert result["trials"] == 3
-    assert result["tokens"] == sum(row["tokens"] for row in rows) <= 60_000
+    assert result["tokens"] == sum(row["prompt_tokens"] + row["completion_tokens"] for row in rows) <= 60_000
+    costs = [row for row in lake.read(OPS_COSTS).to_pylist() if row["stage"] == "optimisation"]
+    assert sum(row["tokens"] for row in costs) == result["tokens"]
     assert {row["part"] for row in rows} == {"search", "held_out"}
     assert {row["index_build"] for row in rows} == {build}
     assert result["estimate"] == pytest.approx(result["best_token_f1"] - result["start_token_f1"])

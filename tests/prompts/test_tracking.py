@@ -9,7 +9,7 @@ from millrace.scoring.bootstrap import Interval
 from millrace.settings import Settings
 from tests.prompts.test_trials import TRIALS
 
-BEST = Trial(3, TRIALS[0].point, "complete", {"q9": 1.0, "q1": 1.0, "q5": 1.0}, 200, 2.0, "")
+BEST = Trial(3, TRIALS[0].point, "complete", {"q9": 1.0, "q1": 1.0, "q5": 1.0}, 150, 50, 2.0, "")
 OUTCOME = Outcome((*TRIALS, BEST), BEST, TRIALS[0], BEST, Interval(0.4, 0.1, 0.7), True, "trial 3 is better")
 
 

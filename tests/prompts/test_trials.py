@@ -9,9 +9,9 @@ from millrace.prompts.trials import keep_trial, read_template, read_trials
 POINT = Point("copy", chunks=2, few_shot=1, max_new_tokens=48, temperature=0.0)
 ABOUT = {"champion_release_id": "rel-1", "index_build": "build"}
 TRIALS = [
-    Trial(0, POINT, "complete", {"q9": 0.5, "q1": 1.0, "q5": 1 / 3}, 123, 4.5, ""),
-    Trial(1, POINT, "failed", {}, 0, 0.1, "it can't be rendered"),
-    Trial(2, POINT, "pruned", {"q9": 0.0}, 40, 1.0, "losing"),
+    Trial(0, POINT, "complete", {"q9": 0.5, "q1": 1.0, "q5": 1 / 3}, 100, 23, 4.5, ""),
+    Trial(1, POINT, "failed", {}, 0, 0, 0.1, "it can't be rendered"),
+    Trial(2, POINT, "pruned", {"q9": 0.0}, 30, 10, 1.0, "losing"),
 ]
 
 

@@ -107,6 +107,20 @@ BRONZE_EVENTS = Table(
     partition_by=("date",),
 )
 
+BRONZE_QUESTIONS = Table(
+    "bronze",
+    "questions",
+    (
+        text("question_id"),
+        text("question"),
+        text("batch"),  # name under which it was submitted
+        flag("simulated"),  # made up by a program
+        time("asked_at"),
+    ),
+    key=("question_id",),
+    retention_days=365,
+)
+
 SILVER_DOCUMENTS = Table(
     "silver",
     "documents",
@@ -249,6 +263,30 @@ GOLD_EVALUATION_EXAMPLES = Table(
     key=("evaluation_set", "example_id"),
 )
 
+GOLD_ANSWERS = Table(
+    "gold",
+    "answers",
+    (
+        text("question_id"),
+        text("release_id"),
+        text("release_version"),
+        text("index_build"),
+        text("question"),
+        text("answer", nullable=True),  # null: there is none, see error
+        pa.field("citations", pa.list_(pa.string()), nullable=False),  # chunk ids, best first
+        text("finish_reason", nullable=True),
+        count("prompt_tokens"),
+        count("completion_tokens"),
+        number("seconds"),  # others were answered at the same time
+        number("cost_usd"),  # of its tokens
+        text("error", nullable=True),
+        text("mode"),  # batch, stream
+    ),
+    key=("question_id", "release_id"),
+    partition_by=("release_id",),
+    retention_days=365,
+)
+
 OPS_DECISIONS = Table(
     "ops",
     "decisions",
@@ -302,7 +340,8 @@ OPS_PROMPT_TRIALS = Table(
         text("state"),  # complete, pruned, failed
         count("questions"),  # answered
         number("token_f1", nullable=True),  # mean over them; null: none was answered
-        count("tokens"),  # prompt and completion
+        count("prompt_tokens"),
+        count("completion_tokens"),
         number("seconds"),
         text("scores"),  # JSON: question id → token-F1
         text("why"),
@@ -454,6 +493,7 @@ TABLES: dict[str, Table] = {
     for table in (
         BRONZE_DOCUMENTS,
         BRONZE_EVENTS,
+        BRONZE_QUESTIONS,
         SILVER_DOCUMENTS,
         SILVER_CHUNKS,
         SILVER_EMBEDDINGS,
@@ -461,6 +501,7 @@ TABLES: dict[str, Table] = {
         SILVER_FEEDBACK,
         GOLD_TRAINING_EXAMPLES,
         GOLD_EVALUATION_EXAMPLES,
+        GOLD_ANSWERS,
         OPS_DECISIONS,
         OPS_EVALUATIONS,
         OPS_PROMPT_TRIALS,

@@ -6,6 +6,7 @@ it is finished, is read: nothing is answered twice, and the same best is the sam
 
 import json
 import logging
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version as code_version
@@ -16,6 +17,7 @@ import pyarrow.compute as pc
 from millrace.applications import Application, Optimize
 from millrace.errors import PromptError
 from millrace.lakehouse.content import content_hash
+from millrace.lakehouse.costs import Cost, cost_id, record_cost
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import GOLD_TRAINING_EXAMPLES, SILVER_DOCUMENTS
 from millrace.prompts.development import Development, choose_development
@@ -35,7 +37,8 @@ from millrace.releases.registry import (
     release_manifest,
     versions,
 )
-from millrace.retrieval.index import current_build
+from millrace.retrieval.builds import current
+from millrace.retrieval.index import builds_of
 from millrace.settings import Settings
 from millrace.sources.questions import derive_questions
 
@@ -151,10 +154,11 @@ def _plan(settings: Settings, application: Application, trials: int | None, toke
     changes = {"trials": trials, "token_budget": token_budget}
     optimize = application.optimize.model_copy(update={k: v for k, v in changes.items() if v is not None})
     manifest = release_manifest(settings, application, split.champion)
-    build = current_build(settings.index_builds(application.name) / manifest.retrieval.lineage)
+    builds = builds_of(settings, application.name, manifest.retrieval.lineage)
+    build = current(builds)
     if build is None:
         raise PromptError(
-            f"lineage {manifest.retrieval.lineage} of champion {split.champion} has no index build; "
+            f"lineage {manifest.retrieval.lineage} of champion {split.champion} has no index build in {builds.where}; "
             f"run {application.name}.refresh_embeddings"
         )
     tags = versions(settings, application).get(split.champion, {})
@@ -194,6 +198,7 @@ def _hold(settings: Settings, application: Application, plan: _Plan, run: str) -
     def keeper(part: Part) -> Callable[[Trial], None]:
         def keep(trial: Trial) -> None:
             template = plan.space.template(trial.point)
+            record_cost(lake, _cost(application, plan, part, trial), run=run)
             keep_trial(lake, plan.study, part, trial, template=template, about=plan.about, run=run)
             log.info(
                 "%s, trial %d (%s): %s, token-F1 %.3f on %d questions, %d tokens%s",
@@ -227,6 +232,20 @@ def _hold(settings: Settings, application: Application, plan: _Plan, run: str) -
             keeper("held_out"),
             seed=int(plan.study[-8:], 16),
         )
+
+
+def _cost(application: Application, plan: _Plan, part: Part, trial: Trial) -> Cost:
+    """What a trial cost, its answers and the machine: on no release, since most trials become none."""
+    model = plan.space.champion.generator.name
+    answers = application.prices.answer(model, trial.prompt_tokens, trial.completion_tokens)
+    return Cost(
+        cost_id("optimisation", plan.study, part, str(trial.number), uuid.uuid4().hex),
+        "optimisation",
+        plan.study,
+        seconds=trial.seconds,
+        tokens=trial.tokens,
+        cost_usd=answers + application.prices.machine("optimisation", trial.seconds),
+    )
 
 
 class _Answering:

@@ -47,10 +47,16 @@ class Trial:
     state: State
     scores: Mapping[str, float]
     """Question id → token-F1, in the order of asking."""
-    tokens: int
+    prompt_tokens: int
+    completion_tokens: int
     seconds: float
     why: str
     """Why it ended; empty if it answered all."""
+
+    @property
+    def tokens(self) -> int:
+        """What it takes of the budget."""
+        return self.prompt_tokens + self.completion_tokens
 
     @property
     def mean(self) -> float:
@@ -271,10 +277,10 @@ def _try(
     """Let `point` answer, wave by wave, until the questions or the room for tokens are used up or it is losing."""
     started = time.perf_counter()
     scores: dict[str, float] = {}
-    tokens = 0
+    read = written = 0
 
     def ended(state: State, why: str = "") -> Trial:
-        return Trial(number, point, state, scores, tokens, time.perf_counter() - started, why)
+        return Trial(number, point, state, scores, read, written, time.perf_counter() - started, why)
 
     try:
         ask = prepare(point)
@@ -282,7 +288,7 @@ def _try(
         return ended("failed", str(error))
     with ThreadPoolExecutor(AT_ONCE, "trial") as pool:
         for start in range(0, len(questions), AT_ONCE):
-            if start and room is not None and tokens >= room:
+            if start and room is not None and read + written >= room:
                 return ended("pruned", f"the token budget ran out after {start} of {len(questions)} questions")
             if start and losing is not None and losing(list(scores.values())):
                 return ended("pruned", f"losing to the best trial after {start} of {len(questions)} questions")
@@ -296,7 +302,8 @@ def _try(
                     failure = failure or f"{question.question!r}: {error}"
                     continue
                 scores[question.question_id] = token_f1(answer.text, question.answer)
-                tokens += answer.usage.prompt_tokens + answer.usage.completion_tokens
+                read += answer.usage.prompt_tokens
+                written += answer.usage.completion_tokens
             if failure:
                 return ended("failed", failure)
     return ended("complete")

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from difflib import unified_diff
+from pathlib import Path
 
 from millrace.applications import Application
 from millrace.errors import PromptError
@@ -21,6 +22,7 @@ from millrace.releases.pipeline import Answer, AnswerPipeline, checked_question
 from millrace.releases.prompt import check_template, render
 from millrace.releases.registry import RUN_TAG, read_split, release_manifest
 from millrace.retrieval.embed import Embedder, lineage_id
+from millrace.retrieval.index import builds_of
 from millrace.retrieval.search import Hit, Retriever
 from millrace.settings import Settings
 
@@ -88,6 +90,33 @@ def find_version(settings: Settings, application: Application, version: int) -> 
     return found[version]
 
 
+def template_of(settings: Settings, application: Application, version: int | None) -> str:
+    """The template of a version; None: the champion's, or before the first champion the declared one.
+
+    Raises:
+        PromptError: there is no such version.
+        ReleaseError: MLflow doesn't answer.
+    """
+    if version is not None:
+        return find_version(settings, application, version).template
+    split = read_split(settings, application.name)
+    if split is None or split.champion is None:
+        return application.prompt.template
+    return release_manifest(settings, application, split.champion).prompt.template
+
+
+def read_template(path: Path) -> str:
+    """The template in a file.
+
+    Raises:
+        PromptError: it can't be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"{path} can't be read as a template ({error}); name a text file") from None
+
+
 def diff(settings: Settings, application: Application, before: int, after: int) -> str:
     """What changed from version `before` to version `after`, as a unified diff with whole templates as context; empty:
     nothing did.
@@ -136,7 +165,7 @@ def try_template(
         model, lineage, chunks = retrieval.embedding_model, retrieval.lineage, retrieval.chunks
     if champion is None or not answer:
         embedder = Embedder(model, settings.cache, settings.threads)
-        hits = Retriever(settings.index_builds(application.name) / lineage, embedder).search(question, chunks)
+        hits = Retriever(builds_of(settings, application.name, lineage), embedder).search(question, chunks)
         return Tried(render(template, question, hits), tuple(hits), None)
     loader = ReleaseLoader(settings, application)
     try:

@@ -20,6 +20,7 @@ from millrace.serving.answer_cache import AnswerCache
 from millrace.serving.asked import Asked
 from millrace.serving.metrics import Metrics
 from millrace.serving.refusal import Refusal, unavailable
+from millrace.serving.traces import ExchangeTraces
 from millrace.serving.traffic import Route, Traffic
 from millrace.sources.completion_id import issue
 from millrace.sources.event_log import CLIENT_LEFT, Accepted, Completed, EventLog, Failed
@@ -66,6 +67,7 @@ class Desk:
     events: EventLog
     cache: AnswerCache | None
     metrics: Metrics
+    traces: ExchangeTraces
     completion_key: bytes
 
 
@@ -142,7 +144,9 @@ class _Exchange:
     def _answer(self, pipeline: AnswerPipeline, build: str) -> tuple[Answer, bool]:
         """The answer, told piece by piece, and whether it came from the cache."""
         key = (pipeline.release_id, build, self.asked.question)
-        known = self.desk.cache.get(key) if self.desk.cache else None
+        # Without a build nobody knows what an answer is of: the index came back, or went away, meanwhile.
+        cache = self.desk.cache if build else None
+        known = cache.get(key) if cache else None
         if known is not None:
             self._say(known.text)
             return replace(known, seconds=time.perf_counter() - self.asked.started), True
@@ -153,8 +157,8 @@ class _Exchange:
         finally:
             stream.close()
         answer = stream.answer
-        if self.desk.cache and answer.finish_reason != "cancelled":
-            self.desk.cache.put(key, answer)
+        if cache and answer.finish_reason != "cancelled":
+            cache.put(key, answer)
         return answer, False
 
     def _until_left(self, stream: AnswerStream) -> Iterator[str]:
@@ -246,6 +250,8 @@ class _Exchange:
             self.desk.events.append(event)
         except SourceError as error:
             raise unavailable(str(error), code="not_recorded") from None
+        if not isinstance(event, Accepted):
+            self.desk.traces.offer(event)
 
 
 class _ClientLeft(Exception):

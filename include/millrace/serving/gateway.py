@@ -24,6 +24,7 @@ from millrace.serving.asked import MAX_BODY, Asked, read_asked, read_said
 from millrace.serving.exchange import Answered, Begun, Desk, Piece, Told, hold
 from millrace.serving.metrics import Metrics
 from millrace.serving.refusal import Refusal, unavailable
+from millrace.serving.traces import ExchangeTraces
 from millrace.serving.traffic import RegisteredReleases, Releases, Traffic
 from millrace.settings import Settings
 from millrace.sources.completion_id import verify
@@ -55,6 +56,7 @@ def create_app(
             events=EventLog(settings.event_log(application.name)),
             cache=AnswerCache(CACHED_ANSWERS) if settings.answer_cache else None,
             metrics=metrics,
+            traces=ExchangeTraces(settings, application.name, metrics),
             completion_key=completion_key,
         )
         for application in applications
@@ -65,6 +67,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         for desk in desks.values():
             desk.traffic.start()
+            desk.traces.start()
         yield
         await asyncio.to_thread(_close, workers, list(desks.values()))
 
@@ -292,4 +295,5 @@ def _close(workers: _Workers, desks: Sequence[Desk]) -> None:
     workers.close()
     for desk in desks:
         desk.events.close()
+        desk.traces.stop()
         desk.traffic.stop()

@@ -28,6 +28,12 @@ class Metrics:
         self.fallbacks = Counter(
             "millrace_fallbacks", "Answers of the champion for a failed challenger", _RELEASE, registry=self.registry
         )
+        self.traces = Counter(
+            "millrace_traces",
+            "Exchanges offered to MLflow as traces: sent, dropped (no room, or no MLflow)",
+            ("application", "outcome"),
+            registry=self.registry,
+        )
         self.feedback = Counter("millrace_feedback", "Feedback taken", ("application",), registry=self.registry)
         self.refusals = Counter("millrace_refusals", "Requests refused, by status", ("status",), registry=self.registry)
         self.at_work = Gauge("millrace_exchanges_at_work", "Exchanges running or waiting", registry=self.registry)
