@@ -42,9 +42,7 @@ def test_plain_mlflow_loads_a_release_and_gets_the_same_answers(answering: Answe
     loader.close()
 
 
-def test_plain_mlflow_answers_from_a_qdrant_server_what_the_folder_holds_too(
-    answering: Answering, model_uri: str
-) -> None:
+def test_plain_mlflow_answers_from_a_qdrant_server_too(answering: Answering, model_uri: str) -> None:
     stand_in = StandIn(keys={"reader": "r", "writer": "m"})
     changes = {"qdrant_url": stand_in.url, "qdrant_api_key": "writer"}
     settings = Settings.model_validate(answering.settings.model_dump() | changes)

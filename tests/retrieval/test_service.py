@@ -15,7 +15,7 @@ from millrace.applications import Application
 from millrace.errors import RetrievalError, SettingsError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import SILVER_CHUNKS
-from millrace.retrieval import server, service
+from millrace.retrieval import points, server, service
 from millrace.retrieval.builds import BuildManifest, Published, current
 from millrace.retrieval.index import build_index
 from millrace.retrieval.service import ServiceBuilds
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*ocal (mode|Qdrant)")
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "WAITS", (0.01, 0.02))
-    monkeypatch.setattr(service, "UPSERT_POINTS", 1)
+    monkeypatch.setattr(points, "UPSERT_POINTS", 1)
 
 
 @pytest.fixture
@@ -305,12 +305,12 @@ def test_a_builder_that_is_overtaken_gives_up_and_the_other_build_is_untouched(
     slow = ServiceBuilds._upload
     made: list[str] = []
 
-    def overtaken(self: ServiceBuilds, points: object, serial: int) -> None:
+    def overtaken(self: ServiceBuilds, new: object, serial: int) -> None:
         monkeypatch.setattr(ServiceBuilds, "_upload", slow)
         write_note(notes, "Bread falls when the oven opens.")
         embed(kept)
         made.append(build(kept))
-        slow(self, points, serial)  # type: ignore[arg-type]
+        slow(self, new, serial)  # type: ignore[arg-type]
 
     monkeypatch.setattr(ServiceBuilds, "_upload", overtaken)
     with pytest.raises(RetrievalError, match="run test began another build meanwhile; this one gave up"):

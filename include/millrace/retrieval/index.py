@@ -6,7 +6,6 @@ with `MILLRACE_QDRANT_URL`, a Qdrant server (`service.py`).
 """
 
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -37,11 +36,6 @@ def builds_of(settings: Settings, application: str, lineage: str) -> Builds:
 def declared_builds(settings: Settings, application: Application) -> Builds:
     """The builds of the lineage that the application declares now: what `build_index` adds to."""
     return builds_of(settings, application.name, lineage_id(application))
-
-
-def builds_folder(settings: Settings, application: Application) -> Path:
-    """Folder of the builds of an application's lineage, where the library keeps them."""
-    return settings.index_builds(application.name) / lineage_id(application)
 
 
 def build_index(settings: Settings, application: Application, *, run: str) -> dict[str, Any]:
@@ -97,15 +91,6 @@ def publish_previous(settings: Settings, application: Application) -> Published:
     moved = builds.published()
     assert moved is not None
     return moved
-
-
-def publish(folder: Path, build: str) -> bool:
-    return LibraryBuilds(folder).publish(build)
-
-
-def current_build(folder: Path) -> str | None:
-    pointer = LibraryBuilds(folder).published()
-    return pointer.build if pointer else None
 
 
 def _points(lake: Lake, lineage: str, chunks_version: int, embeddings_version: int) -> pa.Table:

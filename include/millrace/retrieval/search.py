@@ -3,12 +3,10 @@
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
-from pathlib import Path
 
 from millrace.errors import RetrievalError
 from millrace.retrieval.builds import Builds, OpenBuild
 from millrace.retrieval.embed import Embedder
-from millrace.retrieval.library import LibraryBuilds
 
 OPEN_BUILDS = 2
 """Builds kept open: the published one, and one that a caller asks for by name."""
@@ -33,8 +31,8 @@ class Retriever:
     A build that is published while this runs is used from the next search on; on a Qdrant server, within a second.
     """
 
-    def __init__(self, builds: Builds | Path, embedder: Embedder) -> None:
-        self._builds = LibraryBuilds(builds) if isinstance(builds, Path) else builds
+    def __init__(self, builds: Builds, embedder: Embedder) -> None:
+        self._builds = builds
         self._embedder = embedder
         self._lock = threading.Lock()
         self._opening = threading.Lock()

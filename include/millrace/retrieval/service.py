@@ -17,7 +17,6 @@ key that may manage the whole server may switch one, whereas this takes no more 
 
 import logging
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -28,33 +27,34 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from millrace.errors import RetrievalError
-from millrace.lakehouse.content import content_hash
 from millrace.retrieval.builds import FORMAT, PAYLOAD, BuildManifest, Published, superfluous
 from millrace.retrieval.embed import DIMENSIONS
 from millrace.retrieval.membership import OPEN, Member, Plan, gaps, next_serial, plan_build
+from millrace.retrieval.points import (
+    INDEXED,
+    VECTOR,
+    between_builds,
+    chunk_points,
+    delete_points,
+    in_build,
+    kept_point,
+    manifest_points,
+    point_id,
+    set_last,
+    since_build,
+    slices,
+    upsert,
+)
 from millrace.retrieval.server import SEARCH_TIMEOUT, SEARCH_WAITS, TIMEOUT, Missing, Server
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
-    from qdrant_client.models import Filter, PointStruct, Record
+    from qdrant_client.models import Filter, Record
 
 log = logging.getLogger("millrace.retrieval")
 
 T = TypeVar("T")
 
-_INDEXED: dict[str, Any] = {
-    "first": {"type": "integer", "lookup": False, "range": True},
-    "last": {"type": "integer", "lookup": False, "range": True},
-    "kind": "keyword",
-}
-"""Fields of the payload that are filtered by."""
-
-VECTOR = "text"
-"""Name of the vector: with a name, points that keep manifests need none."""
-UPSERT_POINTS = 256
-"""Points per request: about 3 MB of JSON."""
-CHANGE_POINTS = 5000
-"""Points whose numbers change in one request."""
 SCROLL_POINTS = 5000
 LOOK_SECONDS = 1.0
 """How long a searcher may take to see what another process published."""
@@ -85,7 +85,7 @@ class ServiceBuilds:
         self._have_collection()
         serials = self._serials()
         if manifest.build in serials:
-            if self.count(serials[manifest.build]) == manifest.chunks:
+            if self._count(serials[manifest.build]) == manifest.chunks:
                 return False
             log.warning("%s: build %s is not whole any more and is made again", self.where, manifest.build)
             self._delete([_build_id(manifest.build)])
@@ -98,7 +98,7 @@ class ServiceBuilds:
         plan = plan_build(rows.keys(), found, head, serial)
         self._upload(points.take(pa.array(sorted(rows[key] for key in plan.upload), pa.int64())), serial)
         self._renumber(plan, head, serial)
-        counted = self.count(serial)
+        counted = self._count(serial)
         if counted != manifest.chunks:
             raise RetrievalError(
                 f"{self.where} holds {counted} chunks of {manifest.chunks} after the upload of build "
@@ -115,9 +115,9 @@ class ServiceBuilds:
 
     def manifests(self) -> list[BuildManifest]:
         found = []
-        for build in self._serials():
+        for payload in self._build_payloads():
             with suppress(RetrievalError):
-                found.append(self.manifest(build))
+                found.append(self._parse(payload["build"], payload)[1])
         return sorted(found, key=lambda manifest: manifest.built_at)
 
     def publish(self, build: str) -> bool:
@@ -146,7 +146,7 @@ class ServiceBuilds:
 
     def open(self, build: str) -> "ServiceBuild":
         serial, manifest = self._read_build(build)
-        counted = self.count(serial, SEARCH_WAITS)
+        counted = self._count(serial, SEARCH_WAITS)
         if counted != manifest.chunks:
             raise RetrievalError(
                 f"index build {build} holds {counted} chunks of {manifest.chunks} in {self.where}; "
@@ -160,17 +160,17 @@ class ServiceBuilds:
             # The manifests first: a build that is there is whole.
             self._delete([_build_id(build) for build in gone])
             for earlier, later in gaps(self._serials().values()):
-                self._delete(_between(earlier, later))
+                self._delete(between_builds(earlier, later))
         return gone
 
     def ask(self, what: str, request: Callable[["QdrantClient"], T], waits: tuple[float, ...] | None = None) -> T:
         """One request about this collection; see `Server.ask`."""
         return self._server.ask(f"{what} collection {self.collection}", request, waits)
 
-    def count(self, serial: int, waits: tuple[float, ...] | None = None) -> int:
+    def _count(self, serial: int, waits: tuple[float, ...] | None = None) -> int:
         """How many chunks the build with this serial holds, exactly."""
-        chosen = _within(serial)
-        return self.ask("read", lambda client: client.count(self.collection, chosen, timeout=TIMEOUT), waits).count
+        chosen, timeout = in_build(serial), SEARCH_TIMEOUT if waits else TIMEOUT
+        return self.ask("read", lambda client: client.count(self.collection, chosen, timeout=timeout), waits).count
 
     def scroll(self, chosen: "Filter", payload: list[str]) -> Iterator["Record"]:
         """Every point that `chosen` matches, with these fields of its payload."""
@@ -202,26 +202,34 @@ class ServiceBuilds:
                     raise
         info = self.ask("see", lambda client: client.get_collection(name))
         found = info.config.params.vectors
-        if not isinstance(found, dict) or VECTOR not in found or found[VECTOR].size != DIMENSIONS:
-            raise RetrievalError(f"{self.where} has no vector {VECTOR!r} of {DIMENSIONS} dimensions; delete it")
-        for field in _INDEXED.keys() - info.payload_schema.keys():
+        params = found.get(VECTOR) if isinstance(found, dict) else None
+        if params is None or params.size != DIMENSIONS or params.distance != models.Distance.COSINE:
+            raise RetrievalError(
+                f"{self.where} has no vector {VECTOR!r} of {DIMENSIONS} dimensions compared by cosine; delete it"
+            )
+        for field in INDEXED.keys() - info.payload_schema.keys():
             self.ask("index", partial(self._index, field))
 
     def _index(self, field: str, client: "QdrantClient") -> None:
-        client.create_payload_index(self.collection, field, _INDEXED[field], wait=True)
+        client.create_payload_index(self.collection, field, INDEXED[field], wait=True)
 
     def _serials(self) -> dict[str, int]:
-        """Serial of every build that is there."""
+        """Serial of every build that is there, also of those that this code can't read."""
+        return {payload["build"]: payload["serial"] for payload in self._build_payloads()}
+
+    def _build_payloads(self) -> list[dict[str, Any]]:
         try:
-            payloads = [record.payload or {} for record in self.scroll(_builds(), ["build", "serial"])]
+            return [record.payload or {} for record in self.scroll(manifest_points(), ["build", "serial", "manifest"])]
         except Missing:
-            return {}
-        return {payload["build"]: payload["serial"] for payload in payloads}
+            return []
 
     def _read_build(self, build: str) -> tuple[int, BuildManifest]:
         payload = self._get(_build_id(build), SEARCH_WAITS)
         if payload is None:
             raise RetrievalError(f"there is no index build {build!r} in {self.where}; build the index again")
+        return self._parse(build, payload)
+
+    def _parse(self, build: str, payload: dict[str, Any]) -> tuple[int, BuildManifest]:
         try:
             manifest = BuildManifest.model_validate_json(payload["manifest"])
         except (ValidationError, KeyError) as error:
@@ -237,7 +245,7 @@ class ServiceBuilds:
         return payload["serial"], manifest
 
     def _members(self, head: int) -> Iterator[Member]:
-        for record in self.scroll(_since(head), ["chunk_id", "content_hash", "first", "last"]):
+        for record in self.scroll(since_build(head), ["chunk_id", "content_hash", "first", "last"]):
             payload = record.payload or {}
             key = (payload["chunk_id"], payload["content_hash"])
             yield Member(str(record.id), key, payload["first"], payload["last"])
@@ -263,25 +271,15 @@ class ServiceBuilds:
             )
 
     def _upload(self, points: pa.Table, serial: int) -> None:
-        from qdrant_client import models
-
-        for batch in points.to_batches(UPSERT_POINTS):
-            structs = [
-                models.PointStruct(
-                    id=_point_id(row["chunk_id"], row["content_hash"], serial),
-                    vector={VECTOR: row["vector"]},
-                    payload={name: row[name] for name in (*PAYLOAD, "content_hash")} | {"first": serial, "last": OPEN},
-                )
-                for row in batch.to_pylist()
-            ]
-            self._write(serial, partial(_upsert, self.collection, structs))
+        for batch in chunk_points(points, serial):
+            self._write(serial, partial(upsert, self.collection, batch))
 
     def _renumber(self, plan: Plan, head: int, serial: int) -> None:
         for ids, last in ((plan.close, head), (plan.reopen, OPEN)):
-            for some in _slices(ids):
-                self._write(serial, partial(_set_last, self.collection, some, last))
-        for some in _slices(plan.delete):
-            self._write(serial, partial(_delete, self.collection, some))
+            for some in slices(ids):
+                self._write(serial, partial(set_last, self.collection, some, last))
+        for some in slices(plan.delete):
+            self._write(serial, partial(delete_points, self.collection, some))
 
     def _write(self, serial: int, request: Callable[["QdrantClient"], Any]) -> None:
         """A write of the attempt `serial`; before each try it looks whether it still is the attempt."""
@@ -293,10 +291,7 @@ class ServiceBuilds:
         self.ask("write to", ours)
 
     def _put(self, point: str, payload: dict[str, Any]) -> None:
-        from qdrant_client import models
-
-        struct = models.PointStruct(id=point, vector={}, payload=payload)
-        self.ask("write to", partial(_upsert, self.collection, [struct]))
+        self.ask("write to", partial(upsert, self.collection, [kept_point(point, payload)]))
 
     def _get(self, point: str, waits: tuple[float, ...] | None = None) -> dict[str, Any] | None:
         """Payload of one point; None: it isn't there."""
@@ -309,7 +304,7 @@ class ServiceBuilds:
         return (found[0].payload or {}) if found else None
 
     def _delete(self, chosen: "list[str] | Filter") -> None:
-        self.ask("delete from", partial(_delete, self.collection, chosen))
+        self.ask("delete from", partial(delete_points, self.collection, chosen))
 
 
 class ServiceBuild:
@@ -335,7 +330,7 @@ class ServiceBuild:
                 self._builds.collection,
                 query=vector,
                 using=VECTOR,
-                query_filter=_within(self._serial),
+                query_filter=in_build(self._serial),
                 search_params=effort,
                 limit=k,
                 with_payload=list(PAYLOAD),
@@ -348,71 +343,13 @@ class ServiceBuild:
         return [(point.score, point.payload or {}) for point in found]
 
     def documents(self) -> set[str]:
-        records = self._builds.scroll(_within(self._serial), ["document_id"])
+        records = self._builds.scroll(in_build(self._serial), ["document_id"])
         return {(record.payload or {})["document_id"] for record in records}
 
 
-def _within(serial: int) -> "Filter":
-    """The points of the build with this serial."""
-    from qdrant_client.models import FieldCondition, Filter, Range
-
-    return Filter(
-        must=[
-            FieldCondition(key="first", range=Range(lte=serial)),
-            FieldCondition(key="last", range=Range(gte=serial)),
-        ]
-    )
-
-
-def _since(head: int) -> "Filter":
-    """The points of the build `head`, and of attempts after it."""
-    from qdrant_client.models import FieldCondition, Filter, Range
-
-    return Filter(must=[FieldCondition(key="last", range=Range(gte=head))])
-
-
-def _between(earlier: int, later: int) -> "Filter":
-    """Points in no build, if these are neighbours."""
-    from qdrant_client.models import FieldCondition, Filter, Range
-
-    return Filter(
-        must=[
-            FieldCondition(key="first", range=Range(gt=earlier)),
-            FieldCondition(key="last", range=Range(lt=later)),
-        ]
-    )
-
-
-def _builds() -> "Filter":
-    """The points that keep manifests."""
-    from qdrant_client.models import FieldCondition, Filter, MatchValue
-
-    return Filter(must=[FieldCondition(key="kind", match=MatchValue(value="build"))])
-
-
-def _upsert(collection: str, points: list["PointStruct"], client: "QdrantClient") -> None:
-    client.upsert(collection, points, wait=True)
-
-
-def _set_last(collection: str, points: list[str], last: int, client: "QdrantClient") -> None:
-    client.set_payload(collection, {"last": last}, points=list(points), wait=True)
-
-
-def _delete(collection: str, chosen: "list[str] | Filter", client: "QdrantClient") -> None:
-    client.delete(collection, list(chosen) if isinstance(chosen, list) else chosen, wait=True)
-
-
-def _slices(ids: list[str]) -> Iterator[list[str]]:
-    return (ids[start : start + CHANGE_POINTS] for start in range(0, len(ids), CHANGE_POINTS))
-
-
-def _point_id(*parts: str | int) -> str:
-    return str(uuid.UUID(content_hash(*parts)))
-
-
 def _build_id(build: str) -> str:
-    return _point_id("build", build)
+    return point_id("build", build)
 
 
-_PUBLISHED = _point_id("published")
-_ATTEMPT = _point_id("attempt")
+_PUBLISHED = point_id("published")
+_ATTEMPT = point_id("attempt")

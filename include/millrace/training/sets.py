@@ -24,6 +24,7 @@ from millrace.lakehouse.tables import (
 )
 from millrace.releases.pipeline import MAX_QUESTION
 from millrace.releases.prompt import render
+from millrace.retrieval.index import builds_of
 from millrace.retrieval.search import Retriever
 from millrace.scoring.duplicates import near_duplicates
 from millrace.scoring.overlap import normalised_words
@@ -104,7 +105,7 @@ def build_training_set(
         ),
     ]
     embedder = Embedder(manifest.retrieval.embedding_model, settings.cache, settings.threads)
-    retriever = Retriever(settings.index_builds(application.name) / manifest.retrieval.lineage, embedder)
+    retriever = Retriever(builds_of(settings, application.name, manifest.retrieval.lineage), embedder)
     build = retriever.build
 
     def prompted(asked: Asked) -> Example | None:
