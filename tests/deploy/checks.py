@@ -45,6 +45,8 @@ OF_THE_PLACE = frozenset(
     }
 )  # fmt: skip
 """Variables whose values are addresses, folders and secrets, which differ between a process and a container."""
+_NOT_NEEDED = {("gateway", "spark_token")}
+"""Serving never asks Spark."""
 _ELSEWHERE = ("_uri", "_url", "_urls", "_remote")
 _SECRET = re.compile(r"(PASSWORD|SECRET|TOKEN|KEY|CONN|BACKEND_STORE_URI)$")
 _NOT_SECRET = {"AWS_ACCESS_KEY_ID", "ROOT_ACCESS_KEY"}
@@ -74,14 +76,12 @@ def settings(compose: Compose) -> Iterator[str]:
         for name in ("mlflow_uri", "spark_remote", "qdrant_url"):
             if not getattr(read, name):
                 yield f"{service.name} would look for an embedded part: it has no MILLRACE_{name.upper()}"
-    tasks = compose.services["airflow-scheduler"].environment
     for name, field in Settings.model_fields.items():
-        variable = f"MILLRACE_{name.upper()}"
-        if (field.annotation is SecretStr or name.endswith(_ELSEWHERE)) and variable not in tasks:
-            yield f"airflow-scheduler runs the tasks and has no {variable}"
-    for name in ("completion_key", "pseudonym_key", "qdrant_api_key"):
-        if f"MILLRACE_{name.upper()}" not in compose.services["gateway"].environment:
-            yield f"gateway has no MILLRACE_{name.upper()}"
+        if field.annotation is SecretStr or name.endswith(_ELSEWHERE):
+            for service in ("airflow-scheduler", "gateway"):
+                variable = f"MILLRACE_{name.upper()}"
+                if variable not in compose.services[service].environment and (service, name) not in _NOT_NEEDED:
+                    yield f"{service} has no {variable}"
     for server in ("gateway", "spark"):
         if settings_of(compose.services[server]).listens_on != "0.0.0.0":
             yield f"{server} listens where no other container reaches it"
@@ -142,13 +142,18 @@ def airflow_options(compose: Compose) -> Iterator[str]:
 @cache
 def known_airflow_options() -> frozenset[str]:
     """As Airflow's own reference lists them."""
-    spec = importlib.util.find_spec("airflow")
-    assert spec is not None
-    assert spec.origin is not None
-    reference = yaml.safe_load((Path(spec.origin).parent / "config_templates" / "config.yml").read_text())
+    reference = yaml.safe_load((airflow_package() / "config_templates" / "config.yml").read_text())
     return frozenset(
         f"AIRFLOW__{section}__{option}".upper() for section, body in reference.items() for option in body["options"]
     )
+
+
+def airflow_package() -> Path:
+    """Its folder, found without importing it."""
+    spec = importlib.util.find_spec("airflow")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
 
 
 def commands(compose: Compose) -> Iterator[str]:
@@ -262,6 +267,8 @@ def addresses(compose: Compose) -> Iterator[str]:
         "vllm": _option(compose.services["vllm"], "--port"),
         "postgres": "5432",
         "otel-collector": "4318",
+        "prometheus": "9090",
+        "grafana": "3000",
     }
     for service in compose.services.values():
         for variable, value in service.environment.items():
@@ -273,6 +280,9 @@ def addresses(compose: Compose) -> Iterator[str]:
                 yield f"{service.name}: {variable} names {address.hostname}, which is no service"
             elif str(address.port or "5432") != expected:
                 yield f"{service.name}: {variable} asks {address.hostname} at {address.port}, it listens at {expected}"
+        for host, port in re.findall(r"http://([\w.-]+):(\d+)", " ".join(service.probe)):
+            if port != ports.get(service.name if host == "127.0.0.1" else host):
+                yield f"{service.name}: its health check asks {host} at {port}"
         for _, _, inside in service.ports if service.name in ports else ():
             if inside != ports[service.name]:
                 yield f"{service.name} publishes {inside} and listens at {ports[service.name]}"

@@ -7,6 +7,8 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -90,6 +92,7 @@ def test_the_file_and_the_code_agree(check, compose: Compose) -> None:
         (checks.addresses, "sc://spark:15002", "sc://spark:15003", "asks spark at 15003"),
         (checks.addresses, "@postgres/mlflow", "@database/mlflow", "database, which is no service"),
         (checks.addresses, "SERVICE__API_KEY: ${QDRANT", "SERVICE__API_KEY: ${VLLM", "differ"),
+        (checks.addresses, "127.0.0.1:8000/healthz", "127.0.0.1:8080/healthz", "gateway: its health check asks"),
         (checks.exposure, "127.0.0.1:${GATEWAY_P", "${GATEWAY_P", "gateway publishes"),
         (checks.exposure, "qdrant/qdrant:v1.20.0", "qdrant/qdrant:latest", "names no version"),
         (checks.exposure, f"{{QDRANT_API_KEY:?{SEE}}}", "{QDRANT_API_KEY:-s3cret}", "in the file"),
@@ -193,6 +196,55 @@ def test_the_first_start_makes_the_home_the_password_and_the_pool_and_a_later_on
         ["db", "migrate"], ["pools", "get", "heavy"], ["pools", "set", "heavy"], ["db", "migrate"],
         ["pools", "get", "heavy"],
     ]  # fmt: skip
+
+
+def test_a_health_check_tells_a_server_that_works_from_one_that_does_not(compose: Compose) -> None:
+    """Each that is a program of Python, run against a server that says one and then the other."""
+    beats = {"scheduler", "dag_processor", "triggerer"}
+    assert beats <= known_components()
+    probes = {name: one.probe for name, one in compose.services.items() if one.probe[:1] == ["python"]}
+    programs = {name: probe for name, probe in probes.items() if probe[1] == "-c"}
+    assert {probe[3] for probe in programs.values() if len(probe) > 3} == beats
+    assert len(programs) == 6
+    with Answering() as server:
+        for service, (_, flag, program, *arguments) in programs.items():
+            here = re.sub(r"http://[\w.-]+:\d+", f"http://127.0.0.1:{server.server_port}", program)
+            command = [sys.executable, flag, here, *arguments]
+            said = []
+            for status, state in ((200, "healthy"), (503, "healthy"), (200, "unhealthy")):
+                server.answer = status, json.dumps({name: {"status": state} for name in beats}).encode()
+                said.append(subprocess.run(command, stderr=subprocess.DEVNULL).returncode)
+            assert said == [0, 1, 1 if arguments else 0], service
+
+
+def known_components() -> set[str]:
+    """Whose health Airflow's API tells."""
+    model = checks.airflow_package() / "api_fastapi" / "core_api" / "datamodels" / "monitor.py"
+    return set(re.findall(r"^    (\w+): \w+InfoResponse", model.read_text(), re.MULTILINE))
+
+
+class Answering(ThreadingHTTPServer):
+    """Answers every request with `answer`, a status and a body."""
+
+    def __init__(self) -> None:
+        self.answer = 200, b""
+        super().__init__(("127.0.0.1", 0), _Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        status, body = self.server.answer  # type: ignore[attr-defined]
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 def test_prometheus_asks_services_that_answer_and_the_dashboard_shows_metrics_that_exist(compose: Compose) -> None:
