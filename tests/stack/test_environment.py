@@ -7,6 +7,8 @@ from pydantic import SecretStr
 
 from millrace.settings import Settings
 from millrace.stack.environment import part_environment, settings_variables
+from millrace.stack.home import obtain_secrets, prepare_home
+from millrace.stack.parts import all_parts
 
 READ_BACK = """
 from millrace.settings import read_settings
@@ -75,3 +77,18 @@ def test_a_login_for_mlflow_is_passed_on_only_to_a_server_elsewhere(
     elsewhere = settings.model_copy(update={"mlflow_uri": "https://mlflow.example"})
     assert part_environment(elsewhere, threads=1, keys=False)["MLFLOW_TRACKING_TOKEN"] == "token"
     assert "MLFLOW_TRACKING_TOKEN" not in part_environment(settings, threads=1, keys=False)
+
+
+def test_servers_listen_where_they_are_told_and_are_reached_where_they_are(settings: Settings) -> None:
+    prepare_home(settings)
+    in_a_container = settings.model_copy(update={"bind": "0.0.0.0"})
+    parts = {part.name: part for part in all_parts(in_a_container, obtain_secrets(settings.home))}
+    listening = parts["mlflow"].command
+    assert listening[listening.index("--host") + 1] == "0.0.0.0"
+    assert parts["airflow"].environment["AIRFLOW__API__HOST"] == "0.0.0.0"
+    assert "spark.connect.grpc.binding.address=0.0.0.0" in parts["spark"].command
+    assert "spark.driver.host=127.0.0.1" in parts["spark"].command
+    assert parts["gateway"].environment["MILLRACE_BIND"] == "0.0.0.0"
+    for name in ("mlflow", "airflow", "gateway", "spark"):
+        assert "//127.0.0.1:" in parts[name].url
+    assert not [part for part in all_parts(settings, obtain_secrets(settings.home)) if "0.0.0.0" in part.command]
