@@ -73,10 +73,25 @@ def stage(name: str, settings: Any, application: Any) -> None:
         ),
         "land events": lambda: land_events(settings, application, **interval, run="killed"),
         "refine feedback": lambda: refine_feedback(settings, application, **interval, run="killed"),
+        "monitor": lambda: watch(settings, application, **interval),
         "training set": lambda: build_training_set(settings, application, run="killed"),
         "evaluation set": lambda: freeze_evaluation_set(settings, application, run="killed"),
     }
     stages[name]()
+
+
+def watch(settings: Any, application: Any, start: datetime, end: datetime) -> None:
+    """One run of the monitor, by a policy that the exchanges of the test breach."""
+    from millrace.applications import Bound, Monitor
+    from millrace.monitoring.drift import measure_drift
+    from millrace.monitoring.metrics import measure
+    from millrace.monitoring.watch import check
+
+    policy = Monitor(bounds=(Bound(metric="cost_per_exchange", above=0.0001, minimum=2),))
+    application = application.model_copy(update={"monitor": policy})
+    measured = measure(settings, application, start, end, run="killed")
+    measure_drift(settings, application, measured, run="killed", now=end)
+    check(settings, application, measured, run="killed", now=end)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import pendulum
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
@@ -237,6 +238,9 @@ def test_an_interval_of_any_length_touches_the_windows_that_it_shares_a_moment_w
     assert late == [Window(NOON, NOON + HOUR), Window(NOON + HOUR, NOON + 2 * HOUR)]
     assert len(touched(NOON, NOON + timedelta(minutes=1), 60)) == 1
     assert len(touched(NOON, NOON + 2 * timedelta(days=1), 60)) == 48
+    airflows = pendulum.instance(NOON)
+    assert touched(airflows, airflows.add(hours=1), 60) == [Window(NOON, NOON + HOUR)]
+    assert type(window_at(airflows, 60).start) is datetime
 
 
 def test_no_interval_and_no_key_are_one_sentence_each(settings: Settings, qa: Application) -> None:

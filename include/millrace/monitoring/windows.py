@@ -40,10 +40,10 @@ class Window:
 def window_at(moment: datetime, minutes: int) -> Window:
     """The window of `minutes` that `moment` lies in."""
     moment = moment.astimezone(UTC)
-    midnight = moment.replace(hour=0, minute=0, second=0, microsecond=0)
-    length = timedelta(minutes=minutes)
-    start = midnight + (moment - midnight) // length * length
-    return Window(start, start + length)
+    # Plain times, whatever `moment` is: Airflow's, subtracted, don't divide.
+    midnight = datetime(moment.year, moment.month, moment.day, tzinfo=UTC)
+    start = midnight + timedelta(minutes=(moment.hour * 60 + moment.minute) // minutes * minutes)
+    return Window(start, start + timedelta(minutes=minutes))
 
 
 def touched(start: datetime, end: datetime, minutes: int) -> list[Window]:
