@@ -69,8 +69,8 @@ class Settings(BaseSettings):
     gateway_queue: int = Field(64, ge=0)
     """Exchanges that may wait for a worker; beyond that a caller is told to come back (429)."""
     trace_exchanges: bool = False
-    """In dev, send each exchange to MLflow as a trace, question and answer in it (experiment `<application>/traces`).
-    Elsewhere nothing is traced: `silver/exchanges` holds the same."""
+    """In dev, send exchanges to MLflow as traces, question and answer in them (experiment `<application>/traces`), at
+    most ten a second. Elsewhere nothing is traced: `silver/exchanges` holds the same, of every exchange."""
     threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
     """Threads that one part of the stack may compute with."""
 

@@ -1,5 +1,6 @@
 """Exchanges as traces in a real MLflow: what they say, and that they are never in the way of an exchange."""
 
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -91,13 +92,21 @@ def test_nothing_is_traced_unless_it_is_asked_for_and_never_outside_of_dev(
     assert counted(gateway, "qa", "dropped") == counted(gateway, "qa", "sent") == 0
 
 
+def test_an_ending_gateway_sends_what_waits(traced: Settings, own: Application) -> None:
+    with listening(traced, own, a_shelf(), Drawer()) as gateway:
+        gateway.wait_until(gateway.ready)
+        for n in range(12):
+            gateway.ask(f"why is {n}?", model=own.name)
+    assert len(_traces(traced, own)) == 12
+
+
 def test_what_finds_no_room_is_dropped_and_counted_at_once(settings: Settings, gateway: Gateway) -> None:
     gateway.ask()
     (event,) = [event for event in gateway.events() if event.kind == "completed"]
     metrics = Metrics()
-    # An MLflow that takes connections and says nothing would hold the sender: here nothing is started at all.
+    # A sender that is held up for ever: one that never started.
     traces = ExchangeTraces(settings.model_copy(update={"trace_exchanges": True}), "qa", metrics)
-    traces._thread = object()  # type: ignore[assignment]
+    traces._thread = threading.Thread()
     for _ in range(WAITING + 7):
         traces.offer(event)
     assert metrics.traces.labels("qa", "dropped")._value.get() == 7

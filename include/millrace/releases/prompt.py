@@ -55,7 +55,8 @@ def check_template(template: str) -> None:
     try:
         used = meta.find_undeclared_variables(_JINJA.parse(template))
     except TemplateError as error:
-        raise ReleaseError(f"the prompt template can't be parsed: {error}; correct the template") from None
+        said = str(error).rstrip(".")
+        raise ReleaseError(f"the prompt template can't be parsed: {said}; correct the template") from None
     if "question" not in used:
         raise ReleaseError("the prompt template does not use `question`; every user would get the same answer")
     if unknown := sorted(used - _GIVEN):
