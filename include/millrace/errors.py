@@ -13,6 +13,7 @@ MillraceError
 ├── ServingError           a request can't be answered as asked
 ├── TrainingError          a training set or a fine-tune is unusable
 ├── PromptError            a prompt version isn't there, or a study of prompts can't be held
+├── BatchError             a table of questions can't be used, or can't be answered
 ├── GateRefusal            a candidate did not pass; the message names the criterion
 └── ApprovalError          who answered may not decide this
 """
@@ -68,6 +69,10 @@ class TrainingError(MillraceError):
 
 class PromptError(MillraceError):
     """A prompt version isn't there, or a study of prompts can't be held."""
+
+
+class BatchError(MillraceError):
+    """A table of questions can't be used, or can't be answered."""
 
 
 class GateRefusal(MillraceError):

@@ -7,7 +7,7 @@ when it commits; what would change nothing is found out before, because Spark co
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TypeVar
 from uuid import uuid4
@@ -67,7 +67,7 @@ class SparkEngine:
 
         def once(session: SparkSession) -> Written:
             # The types are given: none can be inferred from a table without rows.
-            with _view(session, session.createDataFrame(source, _columns(table))) as view:
+            with _view(session, session.createDataFrame(source, _columns(table.schema))) as view:
                 return _merge(session, uri, table, view, delete_unmatched)
 
         return self._commit(uri, table, once)
@@ -84,7 +84,7 @@ class SparkEngine:
         def once(session: SparkSession) -> Written:
             source = session.read.format("delta").load(source_uri).select(*map(_quoted, columns))
             # Kept, so that the function runs once, though its result is read twice.
-            produced = source.mapInArrow(produce, _columns(table)).persist()
+            produced = source.mapInArrow(produce, _columns(table.schema)).persist()
             try:
                 with _view(session, produced) as view:
                     if not _differs(session, uri, table, view):
@@ -93,6 +93,20 @@ class SparkEngine:
             finally:
                 with suppress(PySparkException):
                     produced.unpersist()
+
+        return self._commit(uri, table, once)
+
+    def tidy(self, uri: str, table: Table, kept: timedelta) -> int:
+        hours = int(kept.total_seconds() // 3600)
+
+        def once(session: SparkSession) -> int:
+            session.sql(f"OPTIMIZE {_path(uri)}").collect()
+            listed = session.sql(f"VACUUM {_path(uri)} RETAIN {hours} HOURS DRY RUN").toArrow()["path"].to_pylist()
+            # With nothing to remove it lists the table itself.
+            doomed = [path for path in listed if path.endswith(".parquet")]
+            if doomed:
+                session.sql(f"VACUUM {_path(uri)} RETAIN {hours} HOURS").collect()
+            return len(doomed)
 
         return self._commit(uri, table, once)
 
@@ -106,6 +120,11 @@ class SparkEngine:
                 raise described(table, uri, str(refused)) from refused
 
         return retried(attempt)
+
+
+def mapped(rows: DataFrame, function: BatchFunction, table: Table) -> DataFrame:
+    """What `function`, which runs on the workers, makes of `rows`: rows of `table`, without provenance, unchecked."""
+    return rows.mapInArrow(function, _columns(table.rows_schema))
 
 
 def _add_constraint(statement: str, session: SparkSession) -> None:
@@ -175,9 +194,9 @@ def _view(session: SparkSession, rows: DataFrame) -> Iterator[str]:
             session.catalog.dropTempView(name)
 
 
-def _columns(table: Table) -> str:
-    """The table's columns and types in SQL, all nullable."""
-    return ", ".join(f"{_quoted(field.name)} {_sql_type(field.type)}" for field in table.schema)
+def _columns(schema: pa.Schema) -> str:
+    """Columns and types in SQL, all nullable."""
+    return ", ".join(f"{_quoted(field.name)} {_sql_type(field.type)}" for field in schema)
 
 
 def _sql_type(kind: pa.DataType) -> str:

@@ -69,6 +69,12 @@ def on_server(url: str, work: Callable[[SparkSession], T]) -> T:
         raise _translated(url, error) from error
 
 
+def adopt(url: str, session: SparkSession) -> None:
+    """Let this process use `session` for the server at `url`: inside a streaming batch, which runs beside the server,
+    the server hands one out, and another can't be opened where it was started with a token."""
+    _sessions[(os.getpid(), url)] = session
+
+
 def _session(url: str) -> SparkSession:
     # A forked child must not use its parent's connection.
     key = (os.getpid(), url)

@@ -23,27 +23,43 @@ from millrace.retrieval.library import LibraryBuilds
 from millrace.retrieval.search import Retriever
 from millrace.retrieval.server import connect
 from millrace.retrieval.service import ServiceBuilds, collection_name
+from millrace.settings import Settings
 
 
 def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> "PyfuncRelease":
-    """Called by MLflow.
+    """Called by MLflow. Raises as `open_pipeline`."""
+    config = {**LOAD_CONFIG, **(model_config or {})}
+    return PyfuncRelease(open_pipeline(Path(path), config), config["index_build"] or None)
+
+
+def open_pipeline(folder: Path, config: dict[str, Any]) -> AnswerPipeline:
+    """The release in a local folder, loaded, with nothing but `config` (all keys of `LOAD_CONFIG`).
 
     Raises:
         ReleaseError: no index builds were named, or the model's files are not whole.
+        EngineError: the weights can't be loaded.
+        RetrievalError: the embedding model can't be loaded.
     """
-    config = {**LOAD_CONFIG, **(model_config or {})}
-    manifest, weights = read_release(Path(path))
+    manifest, weights = read_release(folder)
     builds = _builds(config, manifest)
     threads = config["threads"] or os.cpu_count() or 1
     embedder = Embedder(manifest.retrieval.embedding_model, Path(config["cache"]).expanduser(), threads)
-    return PyfuncRelease(
-        AnswerPipeline(
-            manifest,
-            OpenVinoEngine(weights, cache_gb=config["cache_gb"], threads=threads),
-            Retriever(builds, embedder),
-        ),
-        config["index_build"] or None,
-    )
+    engine = OpenVinoEngine(weights, cache_gb=config["cache_gb"], threads=threads)
+    return AnswerPipeline(manifest, engine, Retriever(builds, embedder))
+
+
+def load_config(settings: Settings, application: str, index_build: str) -> dict[str, Any]:
+    """What `model_config` is in this deployment, to answer from `index_build`."""
+    return LOAD_CONFIG | {
+        "index_builds": str(settings.index_builds(application)),
+        "qdrant_url": settings.qdrant_url,
+        "qdrant_api_key": settings.qdrant_api_key.get_secret_value(),
+        "environment": settings.environment,
+        "index_build": index_build,
+        "cache": str(settings.cache),
+        "threads": settings.threads,
+        "cache_gb": settings.engine_cache_gb,
+    }
 
 
 def _builds(config: dict[str, Any], manifest: Manifest) -> Builds:

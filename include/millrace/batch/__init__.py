@@ -1,0 +1,1 @@
+"""A release over a table of questions: in batches and as a stream, on Spark."""
