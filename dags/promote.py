@@ -38,7 +38,7 @@ def promote(application: Application) -> DAG:
         schedule=[asset(application.name, "evaluations")],
         start_date=datetime(2026, 1, 1, tz="UTC"),
         max_active_runs=1,
-        deadline=late_after(policy.remind_hours * 60) if asks else None,
+        deadline=late_after(application.deadlines.promote),
         default_args=defaults(application.owner),
         doc_md=RUNBOOK,
         tags=[application.name, "releases"],

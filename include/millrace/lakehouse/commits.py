@@ -55,8 +55,8 @@ def open_table(uri: str, table: Table, version: int | None = None) -> DeltaTable
     written = opened.metadata().configuration.get(FORMAT_PROPERTY, "1")
     if int(written) > FORMAT_VERSION:
         raise LakehouseError(
-            f"{table.path}: the table in {uri} has format {written}, written by a newer Millrace, and this one knows up "
-            f"to {FORMAT_VERSION}; upgrade Millrace"
+            f"{table.path}: the table in {uri} has format {written}, written by a newer Millrace, and this one knows "
+            f"up to {FORMAT_VERSION}; upgrade Millrace"
         )
     undeclared = features(opened) - table.features
     if undeclared:

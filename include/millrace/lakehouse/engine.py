@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Protocol
 
 import pyarrow as pa
@@ -39,3 +40,8 @@ class Engine(Protocol):
         self, source_uri: str, columns: list[str], function: BatchFunction, uri: str, table: Table, *, run: str
     ) -> Written:
         """See `Lake.transform`."""
+
+    def tidy(self, uri: str, table: Table, kept: timedelta) -> int:
+        """Make few files of many, and remove those that only versions older than `kept` ago need; how many went.
+        The content stays as it is, and so does the change feed of that time."""
+        ...

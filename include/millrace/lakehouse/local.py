@@ -5,8 +5,9 @@ writer's commit in between makes it a conflict, and it is decided anew.
 """
 
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import chain
+from pathlib import Path
 
 import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
@@ -100,6 +101,10 @@ class LocalEngine:
             ) from error
         return net_changes(table, feed)
 
+    def tidy(self, uri: str, table: Table, kept: timedelta) -> int:
+        retried(lambda: _compact(uri, table))
+        return _vacuum(uri, table, kept) + _forget_changes(uri, datetime.now(UTC) - kept)
+
     def _create_once(self, uri: str, table: Table) -> None:
         opened = create_empty(uri, table)
         try:
@@ -141,6 +146,37 @@ def missing_constraints(opened: DeltaTable, table: Table) -> dict[str, str]:
     """Declared constraints that the table at hand doesn't have (yet)."""
     there = opened.metadata().configuration
     return {name: sql for name, sql in table.constraints.items() if f"delta.constraints.{name}" not in there}
+
+
+def _compact(uri: str, table: Table) -> None:
+    try:
+        open_table(uri, table).optimize.compact(commit_properties=CommitProperties(max_commit_retries=0))
+    except (DeltaError, OSError) as error:
+        raise refusal(table, uri, error) from error
+
+
+def _vacuum(uri: str, table: Table, kept: timedelta) -> int:
+    hours = int(kept.total_seconds() // 3600)
+    opened = open_table(uri, table)
+    try:
+        doomed = opened.vacuum(retention_hours=hours, dry_run=True, enforce_retention_duration=False)
+        # delta-rs lists what went long ago too, and would commit for it every time.
+        there = [name for name in doomed if (Path(uri) / name).exists()]
+        if there:
+            opened.vacuum(retention_hours=hours, dry_run=False, enforce_retention_duration=False)
+    except (DeltaError, OSError) as error:
+        raise refusal(table, uri, error) from error
+    return len(there)
+
+
+def _forget_changes(uri: str, before: datetime) -> int:
+    """Remove the change feed's files from before `before`: delta-rs's vacuum leaves them for ever."""
+    gone = [
+        path for path in (Path(uri) / "_change_data").rglob("*.parquet") if path.stat().st_mtime < before.timestamp()
+    ]
+    for path in gone:
+        path.unlink(missing_ok=True)
+    return len(gone)
 
 
 def _commit(

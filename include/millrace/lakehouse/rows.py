@@ -12,7 +12,6 @@ from millrace import FORMAT_VERSION
 from millrace.errors import LakehouseError
 from millrace.lakehouse.tables import PROVENANCE, Table
 
-
 FORMAT_PROPERTY = "millrace.format"
 """Delta table property: the format version of the table's rows."""
 

@@ -5,6 +5,7 @@ commits a release is the creation of its version, after all bytes are there: kil
 the next attempt cleans up; killed after, the next attempt finds it. The gateway acts on one tag, `millrace.split`.
 """
 
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -66,7 +67,7 @@ def register_release(
             params=_params(manifest),
             model_type="millrace.release",
         )
-        with tempfile.TemporaryDirectory(prefix=".upload-", dir=_folder(settings)) as scratch:
+        with tempfile.TemporaryDirectory(prefix=".upload-", dir=local_releases(settings)) as scratch:
             client.log_model_artifacts(model.model_id, str(write_model(manifest, weights, Path(scratch))))
         client.finalize_logged_model(model.model_id, "READY")
         mine = client.create_model_version(
@@ -114,7 +115,7 @@ def fetch_release(settings: Settings, application: Application, version: str) ->
     purpose = f"fetch release {application.name}@{version}"
     with mlflow_client(settings, purpose) as client:
         release_id = _release_id(client, application.name, version)
-        folder = _folder(settings) / release_id
+        folder = local_releases(settings) / release_id
         if not folder.is_dir():
             from mlflow.artifacts import download_artifacts
 
@@ -130,6 +131,7 @@ def fetch_release(settings: Settings, application: Application, version: str) ->
                 )
                 install(model / "release", folder, release_id)
     read_release(folder)
+    os.utime(folder)  # used now: upkeep removes copies that nobody has used for long
     return folder
 
 
@@ -206,7 +208,8 @@ def _builder(run: str) -> dict[str, str]:
     return {BUILDER_TAG: person} if person else {}
 
 
-def _folder(settings: Settings) -> Path:
+def local_releases(settings: Settings) -> Path:
+    """Folder of the local copies of releases, by release id."""
     folder = settings.home / "releases"
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -289,7 +289,7 @@ def read_events(folder: Path, start: datetime, end: datetime) -> Iterator[Line]:
         SourceError: a segment can't be read.
     """
     for path in sorted(folder.glob("*.jsonl")):
-        hour = _hour(path)
+        hour = segment_hour(path)
         if hour is None or hour >= end or hour + HOUR <= start:
             continue
         try:
@@ -324,7 +324,8 @@ def _line(segment: str, offset: int, raw: bytes, before: datetime, hour: datetim
     return Line(segment, offset, text, event.occurred_at, event, None)
 
 
-def _hour(path: Path) -> datetime | None:
+def segment_hour(path: Path) -> datetime | None:
+    """The hour whose events a segment holds; None: the file is no segment."""
     try:
         return datetime.strptime(path.name[:13], "%Y-%m-%dT%H").replace(tzinfo=UTC)
     except ValueError:

@@ -1,0 +1,60 @@
+"""`<application>.maintain_lakehouse`: tables compacted and vacuumed; files that nothing needs any more removed."""
+
+from airflow.sdk import DAG, task
+from airflow.timetables.trigger import CronTriggerTimetable
+from pendulum import datetime
+
+from millrace.applications import Application, load_applications
+from millrace.settings import read_settings
+from millrace_airflow import HEAVY, defaults, late_after
+
+RUNBOOK = """
+### What it does
+*tidy*: OPTIMIZE and VACUUM of every table. The past stays readable for the table's declared retention, and as far
+back as a reader of its change feed or an index build needs. *remove*: lineages of index builds that no release with an
+alias searches, local copies of other releases that nobody used for a while (the registry keeps them), event segments
+whose lines are all in the tables, old task logs (`[retention]` of the declaration).
+
+### Healthy
+Green every night. `kept_hours` in the result of *tidy* far above a table's retention: a reader lags behind; see
+`ops/cursors` for which.
+
+### When it fails
+*tidy*: the message names the table and why; the others were done. *remove*: MLflow doesn't answer, and nothing was
+removed. Clear either any time: what is done is not done again. A full disk: free some space first, a compaction writes
+before it removes. Airflow's own history: `airflow db clean`.
+"""
+
+
+def maintain_lakehouse(application: Application) -> DAG:
+    with DAG(
+        dag_id=f"{application.name}.maintain_lakehouse",
+        schedule=CronTriggerTimetable(application.schedules.maintain_lakehouse, timezone="UTC"),
+        start_date=datetime(2026, 1, 1, tz="UTC"),
+        catchup=False,
+        max_active_runs=1,
+        deadline=late_after(application.deadlines.maintain_lakehouse),
+        default_args=defaults(application.owner),
+        doc_md=RUNBOOK,
+        tags=[application.name, "upkeep"],
+    ) as dag:
+
+        @task(pool=HEAVY)
+        def tidy() -> dict:
+            from millrace.upkeep import tidy_tables
+
+            return tidy_tables(read_settings(), application)
+
+        @task
+        def remove() -> dict:
+            from millrace.upkeep import remove_unused
+
+            return remove_unused(read_settings(), application)
+
+        tidy()
+        remove()
+    return dag
+
+
+for declared in load_applications(read_settings()):
+    globals()[f"{declared.name}_maintain_lakehouse"] = maintain_lakehouse(declared)

@@ -1,0 +1,132 @@
+"""What keeps an application's disk bounded: its tables tidied, and files that nothing needs any more removed.
+
+Live are the releases that users can meet: those with an alias in the registry. What goes can be made or fetched
+again; what can't be, an event that is in no table yet, never goes.
+"""
+
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+
+from millrace.applications import Application
+from millrace.errors import LakehouseError
+from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.tables import BRONZE_EVENTS, QUARANTINE_FEEDBACK, SILVER_CHUNKS, SILVER_EMBEDDINGS, TABLES
+from millrace.lakehouse.upkeep import keep_up
+from millrace.releases.manifest import Manifest
+from millrace.releases.registry import RELEASE_TAG, local_releases, read_aliases, release_manifest, versions
+from millrace.retrieval.embed import lineage_id
+from millrace.retrieval.index import builds_of
+from millrace.settings import Settings
+from millrace.sources.event_log import HOUR, segment_hour
+
+DAY = 86_400
+
+
+def tidy_tables(settings: Settings, application: Application) -> dict[str, Any]:
+    """Compact every table and remove what only old versions need; not what an index build was made from.
+
+    Returns: by table, the fields of `Kept`.
+
+    Raises:
+        LakehouseError: some tables could not be tidied, each with its reason; the others were.
+    """
+    lake = Lake.of(settings, application.name)
+    manifests = builds_of(settings, application.name, lineage_id(application)).manifests()
+    needed = {
+        SILVER_CHUNKS.path: min((build.chunks_version for build in manifests), default=None),
+        SILVER_EMBEDDINGS.path: min((build.embeddings_version for build in manifests), default=None),
+    }
+    told, problems = {}, []
+    for table in filter(lake.exists, TABLES.values()):
+        try:
+            told[table.path] = asdict(keep_up(lake, table, needed=needed.get(table.path)))
+        except LakehouseError as error:
+            problems.append(str(error))
+    if problems:
+        raise LakehouseError("; ".join(problems))
+    return told
+
+
+def remove_unused(settings: Settings, application: Application) -> dict[str, list[str]]:
+    """Remove lineages of index builds and local copies of releases that no live release needs and that nothing
+    touched for long, event segments that are in the tables, and old task logs.
+
+    Returns: what went: `lineages`, `releases`, `segments`, `logs`.
+
+    Raises:
+        ReleaseError: the registry does not answer; nothing was removed.
+    """
+    live = _live(settings, application)
+    return {
+        "lineages": _lineages(settings, application, live),
+        "releases": _releases(settings, application, live),
+        "segments": _segments(settings, application),
+        "logs": _logs(settings, application),
+    }
+
+
+def _live(settings: Settings, application: Application) -> list[Manifest]:
+    aliased = set(read_aliases(settings, application.name).values())
+    return [release_manifest(settings, application, version) for version in sorted(aliased)]
+
+
+def _lineages(settings: Settings, application: Application, live: list[Manifest]) -> list[str]:
+    """Folders only: on a Qdrant server a lineage is a collection, which its operator removes. What changed lately may
+    be a candidate's."""
+    needed = {lineage_id(application), *(manifest.retrieval.lineage for manifest in live)}
+    before = time.time() - application.retention.unused_releases * DAY
+    folders = (path for path in sorted(settings.index_builds(application.name).glob("*")) if path.is_dir())
+    doomed = [path for path in folders if path.name not in needed and path.stat().st_mtime < before]
+    for path in doomed:
+        shutil.rmtree(path)
+    return [path.name for path in doomed]
+
+
+def _releases(settings: Settings, application: Application, live: list[Manifest]) -> list[str]:
+    ours = {tags[RELEASE_TAG] for tags in versions(settings, application).values()}
+    unused = ours - {manifest.release_id for manifest in live}
+    before = time.time() - application.retention.unused_releases * DAY
+    folders = (local_releases(settings) / release_id for release_id in sorted(unused))
+    doomed = [folder for folder in folders if folder.is_dir() and folder.stat().st_mtime < before]
+    for folder in doomed:
+        shutil.rmtree(folder)
+    return [folder.name for folder in doomed]
+
+
+def _segments(settings: Settings, application: Application) -> list[str]:
+    """A segment goes if each of its lines is in bronze or in quarantine."""
+    lake = Lake.of(settings, application.name)
+    before = time.time() - application.retention.event_segments * DAY
+    gone = []
+    for path in sorted(settings.event_log(application.name).glob("*.jsonl")):
+        hour = segment_hour(path)
+        if hour is None or (hour + HOUR).timestamp() >= before:
+            continue
+        there = {
+            line
+            for table in (BRONZE_EVENTS, QUARANTINE_FEEDBACK)
+            for line in lake.read(table, ["payload"], where=pc.field("segment") == path.name)["payload"].to_pylist()
+        }
+        lines = path.read_bytes().decode(errors="backslashreplace").split("\n")
+        if there.issuperset(lines[:-1]):  # what follows the last newline was never acknowledged
+            path.unlink()
+            gone.append(path.name)
+    return gone
+
+
+def _logs(settings: Settings, application: Application) -> list[str]:
+    before = time.time() - application.retention.task_logs * DAY
+    folders = (settings.home / "logs" / "tasks").glob(f"dag_id={application.name}.*/run_id=*")
+    doomed = [folder for folder in folders if _newest(folder) < before]
+    for folder in doomed:
+        shutil.rmtree(folder)
+    return [f"{folder.parent.name}/{folder.name}" for folder in doomed]
+
+
+def _newest(folder: Path) -> float:
+    return max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))

@@ -1,0 +1,103 @@
+"""Upkeep removes what can be made or fetched again, and nothing else."""
+
+import os
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from millrace.applications import Application
+from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.tables import BRONZE_EVENTS
+from millrace.releases.manifest import PromptVersion, declared_manifest, describe_weights
+from millrace.releases.registry import fetch_release, publish_split, register_release
+from millrace.releases.split import Split
+from millrace.retrieval.embed import lineage_id
+from millrace.settings import Settings
+from millrace.sources.completion_id import issue
+from millrace.sources.event_log import EventLog, Feedback
+from millrace.sources.feedback import land_events
+from millrace.upkeep import remove_unused
+
+KEY = b"test completion key"
+LONG_AGO = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) - timedelta(days=100)
+
+
+@pytest.fixture
+def tracked(settings: Settings, mlflow_uri: str) -> Settings:
+    return settings.model_copy(update={"mlflow_uri": mlflow_uri})
+
+
+def age(path: Path, days: float) -> None:
+    for one in (*path.rglob("*"), path):
+        os.utime(one, (then := time.time() - days * 86_400, then))
+
+
+def feedback(tracked: Settings, at: datetime, count: int) -> Path:
+    """A segment with so many events of the hour `at`."""
+    folder = tracked.event_log("upkeep")
+    before = set(folder.glob("*.jsonl"))
+    log = EventLog(folder, clock=lambda: at)
+    for _ in range(count):
+        completion = issue(KEY, "upkeep", at)
+        log.append(Feedback(completion_id=completion, application="upkeep", simulated=True, user="a" * 32, rating=1.0))
+    log.close()
+    return (set(folder.glob("*.jsonl")) - before).pop()
+
+
+def test_event_segments_go_once_every_line_is_in_a_table_and_they_are_old(tracked: Settings, qa: Application) -> None:
+    application = qa.model_copy(update={"name": "upkeep"})
+    landed, waiting = feedback(tracked, LONG_AGO, 3), feedback(tracked, LONG_AGO + timedelta(hours=1), 3)
+    recent = feedback(tracked, datetime.now(UTC) - timedelta(days=1), 3)
+    landed.write_bytes(landed.read_bytes() + b"no event\n" + b'{"torn')
+    land_events(tracked, application, LONG_AGO, LONG_AGO + timedelta(hours=1), run="test")
+
+    assert remove_unused(tracked, application)["segments"] == [landed.name]
+    assert (landed.exists(), waiting.exists(), recent.exists()) == (False, True, True)
+    assert Lake.of(tracked, "upkeep").read(BRONZE_EVENTS).num_rows == 3
+    again = land_events(tracked, application, LONG_AGO, LONG_AGO + timedelta(hours=1), run="test")
+    assert not again["changed"]
+
+
+def test_lineages_and_copies_of_releases_that_users_cannot_meet_go(
+    tracked: Settings, qa: Application, tmp_path: Path
+) -> None:
+    application = qa.model_copy(update={"name": f"upkeep_{time.time_ns()}"})
+    folders = {}
+    for content in ("champion", "unused", "lately used"):
+        weights = tmp_path / "model.gguf"
+        weights.write_text(content)
+        prompt = PromptVersion(name="p", version="1", template="{{ question }}")
+        manifest = declared_manifest(application, describe_weights(weights), prompt, f"lineage of {content}")
+        version = register_release(tracked, application, manifest, weights, run="test", tags={})
+        folders[content] = fetch_release(tracked, application, version)
+        (tracked.index_builds(application.name) / manifest.retrieval.lineage).mkdir(parents=True)
+    (tracked.index_builds(application.name) / lineage_id(application)).mkdir()
+    publish_split(tracked, application.name, Split(sequence=0, champion="1"))
+    for content in ("champion", "unused"):
+        age(folders[content], 30)
+        age(tracked.index_builds(application.name) / f"lineage of {content}", 30)
+    age(tracked.index_builds(application.name) / lineage_id(application), 30)
+
+    gone = remove_unused(tracked, application)
+
+    assert gone["releases"] == [folders["unused"].name]
+    assert gone["lineages"] == ["lineage of unused"]
+    kept = {path.name for path in tracked.index_builds(application.name).iterdir()}
+    assert kept == {"lineage of champion", "lineage of lately used", lineage_id(application)}
+    assert fetch_release(tracked, application, "2").is_dir(), "the registry keeps what was removed here"
+
+
+def test_task_logs_go_when_they_are_old_and_only_this_applications(tracked: Settings, qa: Application) -> None:
+    application = qa.model_copy(update={"name": "upkeep"})
+    tasks = tracked.home / "logs" / "tasks"
+    for dag, days in (("upkeep.rollout", 40), ("upkeep.finetune", 1), ("other.rollout", 40)):
+        run = tasks / f"dag_id={dag}" / "run_id=one" / "task_id=a"
+        run.mkdir(parents=True)
+        (run / "attempt=1.log").write_text("said")
+        age(run.parent, days)
+
+    assert remove_unused(tracked, application)["logs"] == ["dag_id=upkeep.rollout/run_id=one"]
+    assert remove_unused(tracked, application)["logs"] == []
+    assert (tasks / "dag_id=other.rollout" / "run_id=one").exists()
