@@ -10,10 +10,14 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from millrace.errors import SettingsError
-from millrace.policies import Declared, Monitor, Prices
+from millrace.policies import Monitor, Prices
 from millrace.settings import Settings
 
 Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class Declared(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class AirflowConfigSource(Declared):
@@ -187,6 +191,16 @@ class Promotion(Declared):
     """Environments in which a person must approve, one who did not build it; elsewhere the gate's word is enough."""
     timeout_hours: float = Field(72, gt=0)
     """After this long without an answer the release does not roll out."""
+
+
+class Retention(Declared):
+    """How long files are kept that nothing else bounds, in days. Tables have theirs (`lakehouse/tables.py`)."""
+
+    event_segments: float = Field(90, gt=0)
+    """The gateway's event log, once it is in `bronze/events`."""
+    unused_releases: float = Field(7, gt=0)
+    """Local copies of releases that nobody is given (the registry keeps them), and lineages that only they search."""
+    task_logs: float = Field(30, gt=0)
 
 
 class Demo(Declared):

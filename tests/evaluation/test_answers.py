@@ -9,11 +9,12 @@ from collections.abc import Sequence
 
 import pytest
 
-from millrace.applications import Generation, Prices
+from millrace.applications import Generation
 from millrace.engines.engine import Generated, Message
 from millrace.errors import EngineError, MillraceError
 from millrace.evaluation.answers import AT_ONCE, WARM_UP, Arm, answer_both, as_scores
 from millrace.evaluation.sets import Example
+from millrace.policies import Prices
 from millrace.releases.manifest import Generator, Manifest, PromptVersion, RetrievalLineage
 from millrace.releases.pipeline import AnswerPipeline
 from millrace.retrieval.search import Hit

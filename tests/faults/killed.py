@@ -82,10 +82,10 @@ def stage(name: str, settings: Any, application: Any) -> None:
 
 def watch(settings: Any, application: Any, start: datetime, end: datetime) -> None:
     """One run of the monitor, by a policy that the exchanges of the test breach."""
-    from millrace.applications import Bound, Monitor
     from millrace.monitoring.drift import measure_drift
     from millrace.monitoring.metrics import measure
     from millrace.monitoring.watch import check
+    from millrace.policies import Bound, Monitor
 
     policy = Monitor(bounds=(Bound(metric="cost_per_exchange", above=0.0001, minimum=2),))
     application = application.model_copy(update={"monitor": policy})

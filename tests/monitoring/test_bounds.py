@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from millrace.applications import Application, Bound, Monitor
+from millrace.applications import Application
 from millrace.monitoring.bounds import bounds_of, breaches, estimate
 from millrace.monitoring.observed import Exchange
 from millrace.monitoring.windows import Window
+from millrace.policies import Bound, Monitor
 from millrace.sources.event_log import CLIENT_LEFT
 from tests.monitoring.silver import HOUR, NOON
 

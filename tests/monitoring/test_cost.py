@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from millrace.applications import Application, Prices
+from millrace.applications import Application
 from millrace.cli import app
 from millrace.errors import SettingsError
 from millrace.lakehouse.costs import Cost, attribute_cost, cost_id, record_cost
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import OPS_COSTS
 from millrace.monitoring.cost import NOBODY, SERVING, costs
+from millrace.policies import Prices
 from millrace.settings import Settings
 from tests.conftest import DECLARATIONS
 from tests.monitoring.silver import HOUR, NOON, exchange, write

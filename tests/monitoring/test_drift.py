@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from millrace.applications import Application, Monitor
+from millrace.applications import Application
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import GOLD_DRIFT_HOURLY
 from millrace.monitoring.drift import DRIFTED, QUESTIONS, SAME, TOO_FEW, Compared, compare_window, measure_drift
 from millrace.monitoring.observed import Exchange
 from millrace.monitoring.windows import Window, as_text
+from millrace.policies import Monitor
 from millrace.settings import Settings
 from tests.monitoring.silver import HOUR, NOON, exchange, write
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from millrace.applications import Application, Bound, Monitor
+from millrace.applications import Application
 from millrace.lakehouse.cursors import read_cursor
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import GOLD_DRIFT_HOURLY, GOLD_METRICS_HOURLY, OPS_BREACHES, SILVER_EXCHANGES
@@ -15,6 +15,7 @@ from millrace.monitoring.drift import measure_drift
 from millrace.monitoring.metrics import measure
 from millrace.monitoring.watch import check
 from millrace.monitoring.windows import READER
+from millrace.policies import Bound, Monitor
 from millrace.settings import Settings
 from tests.monitoring.silver import HOUR, NOON, exchange, rating, write
 

@@ -3,9 +3,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from millrace.applications import Generation, Prices
+from millrace.applications import Generation
 from millrace.engines.engine import Message
 from millrace.errors import EngineError, ReleaseError, SettingsError
+from millrace.policies import Prices
 from millrace.releases.loader import ReleaseLoader
 from millrace.releases.registry import register_release
 from tests.releases.conftest import Answering, Make

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from millrace.applications import Prices
 from millrace.errors import EngineError, MillraceError, ReleaseError
 from millrace.evaluation.comparison import Scores
 from millrace.evaluation.sets import Example
+from millrace.policies import Prices
 from millrace.releases.pipeline import AnswerPipeline
 from millrace.scoring.overlap import recall_at_k, token_f1
 

@@ -12,10 +12,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from millrace.applications import Stage
 from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import OPS_COSTS
+from millrace.policies import Stage
 
 
 @dataclass(frozen=True)

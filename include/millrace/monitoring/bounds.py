@@ -19,11 +19,12 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from millrace.applications import Application, Bound
+from millrace.applications import Application
 from millrace.lakehouse.content import content_hash
 from millrace.monitoring.drift import DRIFTED, QUESTIONS
 from millrace.monitoring.observed import Exchange
 from millrace.monitoring.windows import Window
+from millrace.policies import Bound
 
 Floats = npt.NDArray[np.float64]
 

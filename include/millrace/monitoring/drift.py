@@ -18,13 +18,14 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from millrace.applications import Application, Monitor
+from millrace.applications import Application
 from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import GOLD_DRIFT_HOURLY
 from millrace.monitoring.metrics import hashed, replace_windows
 from millrace.monitoring.observed import Exchange, read_exchanges
 from millrace.monitoring.windows import Window, by_date, from_text
+from millrace.policies import Monitor
 from millrace.settings import Settings
 
 Floats = npt.NDArray[np.float64]

@@ -1,0 +1,148 @@
+"""What an application declares of money and of what may not go wrong: prices, and bounds on what is watched.
+
+Parts of a declaration (`applications.py`), as data; prices know how to count. Nothing here knows a release or a table.
+"""
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from millrace.errors import SettingsError
+
+
+class Policy(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TokenPrice(Policy):
+    """Of one generator, in US dollars."""
+
+    prompt_million_tokens: float = Field(ge=0)
+    completion_million_tokens: float = Field(ge=0)
+
+
+Stage = Literal["embedding", "training", "evaluation", "optimisation", "batch"]
+"""What is paid for beside answers to users."""
+
+
+class Prices(Policy):
+    """What the cost criterion and the cost tables count with, in US dollars."""
+
+    prompt_million_tokens: float | None = Field(0.02, ge=0)
+    """With the next one: of every generator that `models` does not name. Where it names any, there is no default."""
+    completion_million_tokens: float | None = Field(0.06, ge=0)
+    models: dict[str, TokenPrice] = {}
+    """By how a generator's name begins, so that fine-tunes cost what their base does; the longest that fits counts."""
+    embedding_hour: float = Field(0.10, ge=0)
+    """Of a machine; this one and those below."""
+    training_hour: float = Field(0.10, ge=0)
+    evaluation_hour: float = Field(0.0, ge=0)
+    """Beside the tokens of its answers, as the next two: for machines that are rented for it."""
+    optimisation_hour: float = Field(0.0, ge=0)
+    batch_hour: float = Field(0.0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_ones_leave_no_default(cls, declared: Any) -> Any:
+        if isinstance(declared, dict) and declared.get("models"):
+            return {"prompt_million_tokens": None, "completion_million_tokens": None} | declared
+        return declared
+
+    def answer(self, model: str, prompt_tokens: int, completion_tokens: int) -> float:
+        """What one answer of the generator called `model` costs, in US dollars.
+
+        Raises:
+            SettingsError: it has no price.
+        """
+        price = self.of(model)
+        return (
+            prompt_tokens * price.prompt_million_tokens + completion_tokens * price.completion_million_tokens
+        ) / 1_000_000
+
+    def of(self, model: str) -> TokenPrice:
+        """The price of the generator called `model`.
+
+        Raises:
+            SettingsError: it has none. Nothing is free by omission.
+        """
+        fitting = max((name for name in self.models if model.startswith(name)), key=len, default=None)
+        if fitting is not None:
+            return self.models[fitting]
+        if self.prompt_million_tokens is None or self.completion_million_tokens is None:
+            raise SettingsError(
+                f"generator {model!r} has no price: [prices.models] names {', '.join(sorted(self.models))}; add one "
+                "that it begins with, or prompt_million_tokens and completion_million_tokens to [prices] for all others"
+            )
+        return TokenPrice(
+            prompt_million_tokens=self.prompt_million_tokens, completion_million_tokens=self.completion_million_tokens
+        )
+
+    def machine(self, stage: Stage, seconds: float) -> float:
+        """What `seconds` of a machine cost in a stage, in US dollars."""
+        hour: float = getattr(self, f"{stage}_hour")
+        return seconds / 3600 * hour
+
+
+Metric = Literal[
+    "failed_share",  # of exchanges that ended
+    "unfinished_share",  # of exchanges: accepted, and no end of them has arrived
+    "fell_back_share",  # of exchanges that the champion answered because the challenger failed
+    "feedback_rate",  # of answers
+    "rating_mean",  # over users who rated, 0 to 1
+    "seconds_p95",  # of answers
+    "cost_per_exchange",  # US dollars
+    "drift",  # columns that differ from the week before
+]
+Action = Literal["alert", "retrain", "reembed", "rollback"]
+
+
+class Bound(Policy):
+    """What a release's metric must not pass. It breaches when its confidence bound, not only its value, is beyond."""
+
+    metric: Metric
+    above: float | None = None
+    below: float | None = None
+    minimum: int = Field(30, ge=2)
+    """Observations (exchanges; of ratings, users) in the window below which nothing is said."""
+    action: Action = "alert"
+    """Beside the alert, which every breach gives."""
+
+    @model_validator(mode="after")
+    def _one_side(self) -> Self:
+        if (self.above is None) == (self.below is None):
+            raise ValueError(f"a bound on {self.metric} needs either `above` or `below`")
+        if self.metric == "drift" and self.below is not None:
+            raise ValueError("a bound on drift needs `above`: how many drifted columns are still fine")
+        return self
+
+    @property
+    def told(self) -> str:
+        side, value = ("above", self.above) if self.above is not None else ("below", self.below)
+        return f"{self.metric} {side} {value:g}"
+
+
+class Monitor(Policy):
+    """What is watched after the rollout, window by window."""
+
+    minutes: int = Field(60, ge=1, le=1440)
+    """Length of a window; windows begin at midnight UTC, so it must divide a day."""
+    bounds: tuple[Bound, ...] | None = None
+    """Replaces the default bounds (`monitoring/bounds.py`)."""
+    confidence: float = Field(0.999, gt=0.5, lt=1)
+    """Of a bound's one-sided interval: a metric exactly at its bound breaches one window in 1000."""
+    quiet_hours: float = Field(24, ge=0)
+    """A bound that a release breached so short before starts no second retraining or re-embedding."""
+    drift_error_rate: float = Field(0.001, gt=0, lt=0.5)
+    """Probability that a window without any drift is called drifted in any column."""
+    drift_size: float = Field(0.15, ge=0, lt=1)
+    """Smallest distance of two distributions (Kolmogorov-Smirnov) that matters, however certain it is."""
+    drift_minimum: int = Field(50, ge=5)
+    """Users in the window, and in the reference, below which nothing is said."""
+    drift_reference: int = Field(1000, ge=50)
+    """Users of the week before that a window is compared with."""
+
+    @model_validator(mode="after")
+    def _divides_a_day(self) -> Self:
+        if 1440 % self.minutes:
+            raise ValueError(f"minutes ({self.minutes}) must divide a day of 1440 minutes")
+        return self
