@@ -23,11 +23,13 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 release_app = typer.Typer(no_args_is_help=True, help="Releases: list, and let one past the gate.")
 rollout_app = typer.Typer(no_args_is_help=True, help="Rollouts: what people decide by hand, with a reason.")
 index_app = typer.Typer(no_args_is_help=True, help="Index builds: list, and publish the one before again.")
+batch_app = typer.Typer(no_args_is_help=True, help="Questions in a table, answered on Spark: submit, and how far.")
 app.add_typer(release_app, name="release")
 app.add_typer(rollout_app, name="rollout")
 prompt_app = typer.Typer(no_args_is_help=True, help="Prompts: versions, what changed, try one, look for a better one.")
 app.add_typer(prompt_app, name="prompt")
 app.add_typer(index_app, name="index")
+app.add_typer(batch_app, name="batch")
 console = Console(highlight=False)
 
 ApplicationName = Annotated[str, typer.Option("--application", "-a", help="Which application.")]
@@ -276,6 +278,43 @@ def prompt_optimize(
         if released["version"]:
             made = f"{released['version']} ({released['release_id']}), with prompt version {released['prompt_version']}"
             console.print(f"Candidate {made}; {application}.evaluate_candidate is next.", markup=False, soft_wrap=True)
+
+
+@batch_app.command("submit")
+def batch_submit(
+    path: Annotated[Path, typer.Argument(help=".jsonl or .csv: question, and optionally question_id and asked_at.")],
+    batch: Annotated[str | None, typer.Option(help="Name to find them by; empty: the file's.")] = None,
+    simulated: Annotated[bool, typer.Option("--simulated", help="A program made them up.")] = False,
+    start: Annotated[bool, typer.Option("--start", help="Have them answered now.")] = False,
+    application: ApplicationName = "qa",
+) -> None:
+    """Put a file of questions into bronze/questions, whole or not at all."""
+    from millrace.applications import load_application
+    from millrace.batch.questions import submit_questions
+
+    with _one_sentence():
+        settings = read_settings()
+        declared, run = load_application(settings, application), f"millrace batch submit by {getpass.getuser()}"
+        done = submit_questions(settings, declared, path, run=run, batch=batch, simulated=simulated)
+        console.print(f"{done['batch']}: {done['submitted']} new, {done['known']} known.", markup=False)
+        if start:
+            with airflow_of(settings) as airflow:
+                started = airflow.trigger(f"{application}.batch_inference")
+            console.print(f"Started {started.dag_id}, run {started.run_id}.", markup=False)
+
+
+@batch_app.command("status")
+def batch_status(application: ApplicationName = "qa") -> None:
+    """How far each release is with each batch of questions."""
+    from millrace.applications import load_application
+    from millrace.batch.questions import batch_progress
+
+    with _one_sentence():
+        settings = read_settings()
+        for one in batch_progress(settings, load_application(settings, application)):
+            release = f"version {one.release_version}" if one.release_version else "no release"
+            told = f"{one.answered} of {one.questions} answered, {one.errors} errors, {one.waiting} waiting"
+            console.print(f"{one.batch}  {release}: {told}", markup=False, soft_wrap=True)
 
 
 @rollout_app.command("freeze")

@@ -10,7 +10,6 @@ import pytest
 from millrace.applications import Application, Generation
 from millrace.batch.questions import submit_questions
 from millrace.evaluation.canaries import publish_build
-from millrace.lakehouse.lake import Lake
 from millrace.releases.declare import declare_release
 from millrace.releases.registry import publish_split
 from millrace.releases.split import Split
@@ -70,11 +69,6 @@ def served(prepared: Served, spark_url: str, tmp_path: Path) -> Served:
         }
     )
     return Served(settings, prepared.application, prepared.build, prepared.champion, prepared.other)
-
-
-@pytest.fixture
-def lake(served: Served) -> Lake:
-    return Lake.of(served.settings, served.application.name)
 
 
 @pytest.fixture

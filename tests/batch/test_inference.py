@@ -29,6 +29,11 @@ NOW = datetime(2026, 11, 25, tzinfo=UTC)
 pytestmark = [pytest.mark.spark, pytest.mark.model, pytest.mark.timeout(600)]
 
 
+@pytest.fixture
+def lake(served: Served) -> Lake:
+    return Lake.of(served.settings, served.application.name)
+
+
 def answered(lake: Lake, version: str) -> dict[str, dict[str, object]]:
     """Question → its row, for one release; fails if a question has two."""
     rows = [row for row in lake.read(GOLD_ANSWERS).to_pylist() if row["release_version"] == version]

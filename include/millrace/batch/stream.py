@@ -57,7 +57,8 @@ def answer_stream(job: Job, checkpoint: Path) -> None:
 
     for start in range(_STARTS):
         try:
-            return on_spark(job, follow)
+            on_spark(job, follow)
+            return
         except BatchError as error:
             if _STARTED_LATE in str(error) and start + 1 < _STARTS:
                 continue
