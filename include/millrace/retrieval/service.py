@@ -2,7 +2,7 @@
 
 The collection of a lineage holds each chunk once per run of builds that contain it, numbered as `membership.py` says;
 a build is a filter over it, and a point that keeps its manifest. So a refresh sends, and makes the server index, what
-changed. The two other ways were measured in the engine itself (docs/qdrant.md has the numbers): a collection per build
+changed. The two other ways were measured in the engine itself (`benchmarks/index_refresh.py`): a collection per build
 behind an alias sends and indexes everything again for each build; a list of builds in each point makes every build
 rewrite every point, which takes them all out of the vector index. An alias also names whole collections, and only a
 key that may manage the whole server may switch one, whereas this takes no more than a token for one collection:
