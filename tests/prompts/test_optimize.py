@@ -10,9 +10,10 @@ from millrace.errors import PromptError
 from millrace.evaluation.canaries import publish_build
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import OPS_COSTS, OPS_PROMPT_TRIALS
-from millrace.prompts.optimize import optimize_prompt, release_best
-from millrace.prompts.space import Point
-from millrace.prompts.study import Trial
+from millrace.prompts.development import Development
+from millrace.prompts.optimize import _Answering, _Plan, optimize_prompt, release_best
+from millrace.prompts.space import Point, space_of
+from millrace.prompts.study import Trial, search
 from millrace.prompts.trials import keep_trial
 from millrace.prompts.versions import list_versions
 from millrace.releases.declare import declare_release
@@ -24,6 +25,7 @@ from millrace.retrieval.embed import refresh_embeddings
 from millrace.retrieval.index import build_index
 from millrace.settings import Settings
 from millrace.sources.ingest import land_documents, refine_documents
+from tests.prompts.engine import SEARCH
 
 TEMPLATE = "Copy the answer.\n{% for chunk in chunks %}{{ chunk.text }}\n{% endfor %}{{ question }}"
 POINT = Point("copy", chunks=3, few_shot=2, max_new_tokens=20, temperature=0.0)
@@ -85,6 +87,18 @@ def test_without_an_index_build_it_is_said_what_to_run(
 ) -> None:
     with pytest.raises(PromptError, match=rf"has no index build in .*; run {application.name}\.refresh_embeddings"):
         optimize_prompt(registry, application, run="test")
+
+
+def test_a_champion_that_can_not_be_loaded_ends_the_study_and_fails_no_trial(
+    registry: Settings, application: Application, champion: tuple[str, Manifest]
+) -> None:
+    space = space_of(champion[1], application.prompt, Optimize(), ())
+    plan = _Plan("study-1", "99", space, Development((), (), (), 0), "build", Optimize())
+    with (
+        _Answering(registry, application, plan) as answering,
+        pytest.raises(PromptError, match=r"champion 99 can't be loaded: .* is not registered"),
+    ):
+        search(space, SEARCH, Optimize(), answering.prepare, [], lambda _: pytest.fail("a trial was kept"))
 
 
 @pytest.mark.model

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from millrace.applications import Application, Optimize
-from millrace.errors import PromptError
+from millrace.errors import PromptError, ReleaseError
 from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.costs import Cost, cost_id, record_cost
 from millrace.lakehouse.lake import Lake
@@ -262,7 +262,10 @@ class _Answering:
         self._loader.close()
 
     def prepare(self, point: Point) -> Ask:
-        champion = self._loader.load(self._plan.champion)
+        try:
+            champion = self._loader.load(self._plan.champion)
+        except ReleaseError as error:  # That is no prompt's fault, so no trial may fail of it and be kept.
+            raise PromptError(f"champion {self._plan.champion} can't be loaded: {error}") from error
         pipeline = AnswerPipeline(self._plan.space.manifest(point), champion.engine, champion.retriever)
         return lambda question: pipeline.answer(question, build=self._plan.build)
 

@@ -14,25 +14,24 @@ from millrace.releases.prompt import check_template
 
 CHAMPION = "champion"
 
+_PASSAGES = """\
+{% for chunk in chunks %}{{ chunk.title }}
+{{ chunk.text }}
+
+{% endfor %}"""
+
 BUILT_IN: Mapping[str, str] = {
-    # Says what to do first, so that a small model reads the passages for one thing.
-    "built_in.extract": """\
-Find the answer to the question in the text and copy it out: one value, one version or one sentence, nothing before it.
-
-{% for chunk in chunks %}{{ chunk.title }}
-{{ chunk.text }}
-
-{% endfor %}Question: {{ question }}
-Answer:""",
-    # Question before and after: what the passages are read for, and what was asked, both stand near.
-    "built_in.question_first": """\
-Question: {{ question }}
-
-{% for chunk in chunks %}{{ chunk.title }}
-{{ chunk.text }}
-
-{% endfor %}Using only the text above, answer in as few words as possible: {{ question }}""",
-    # Passages numbered and fenced off from the instruction; best for models that follow structure.
+    # No instruction and no labels: a small model goes on with whatever pattern it is shown ("Question: … Question: …").
+    "built_in.plain": _PASSAGES + "{{ question }}",
+    # An answer in the text's own words can be checked against it, and is short.
+    "built_in.quote": _PASSAGES + "{{ question }} Quote the words of the text that answer it, and nothing else.",
+    # Asked before and after: it is known what the passages are read for, and what was asked stands near the answer.
+    "built_in.question_first": (
+        "Question: {{ question }}\n\n"
+        + _PASSAGES
+        + "Using only the text above, answer in as few words as possible: {{ question }}"
+    ),
+    # Numbered and fenced off from the instruction, with a way out: for models that follow one.
     "built_in.passages": """\
 Answer from these passages only. If they do not hold the answer, say that you do not know.
 
@@ -41,13 +40,8 @@ Answer from these passages only. If they do not hold the answer, say that you do
 
 {% endfor %}Question: {{ question }}
 Short answer:""",
-    # No instruction at all: what a fine-tuned model, or one with worked examples, does best with.
-    "built_in.plain": """\
-{% for chunk in chunks %}{{ chunk.text }}
-
-{% endfor %}Q: {{ question }}
-A:""",
 }
+"""General ways to ask, by name; the order in which a study tries them."""
 
 
 @dataclass(frozen=True)
