@@ -192,7 +192,7 @@ def test_a_run_reads_no_file_of_another_day(lake: Lake, run: Run) -> None:
 HOURS = 3
 
 
-@hypothesis_settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_runs_in_any_order_beside_ingestion_and_repeated_leave_equal_tables(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory, settings: Settings, qa: Application
