@@ -138,7 +138,7 @@ class Optimize(Declared):
     """How far a study of prompts goes. What it tries are the choices below, and the champion's own values."""
 
     trials: int = Field(30, ge=1)
-    """Prompts and configurations tried: the champion's own, then each template once, then what promises most."""
+    """Ways to answer that are tried: the champion's own, it with each other template, then what promises most."""
     token_budget: int = Field(1_000_000, ge=1)
     """Prompt and completion tokens that a study may take, held-out answers included."""
     questions: int = Field(40, ge=4)

@@ -196,9 +196,9 @@ def _propose(space: Space, optimize: Optimize, trials: Sequence[Trial]) -> "tupl
                 return None
             study.enqueue_trial(asdict(left[_seed(optimize, trials, draw) % len(left)]))
         elif len(trials) < len(templates):
-            # The template decides most: each is tried once, with whatever else the sampler draws, before it chooses.
+            # The template decides most: each is tried once, all else as the champion has it; then the sampler chooses.
             others = [name for name in templates if name != space.start.template]
-            study.enqueue_trial({"template": others[len(trials) - 1]})
+            study.enqueue_trial(asdict(space.start) | {"template": others[len(trials) - 1]})
         asked = study.ask(distributions)
         point = Point(**asked.params)
         if point not in tried:
