@@ -1,0 +1,148 @@
+"""What Millrace itself did and decided, and what it refused: journals, evaluations, costs, cursors, quarantine."""
+
+import pyarrow as pa
+
+from millrace.lakehouse.tables.declared import Table, count, flag, number, text, time
+
+OPS_DECISIONS = Table(
+    "ops",
+    "decisions",
+    (
+        count("sequence"),  # 0, 1, 2 …, no gaps
+        time("decided_at"),
+        text("kind"),  # see rollout/decisions.py
+        text("actor"),
+        text("reason"),
+        text("rollout_id", nullable=True),
+        count("epoch", nullable=True),
+        text("champion", nullable=True),  # release version
+        text("challenger", nullable=True),
+        number("share"),  # of traffic that the challenger gets from now on
+        text("evidence"),  # JSON
+        flag("simulated"),  # rests on simulated users
+    ),
+    key=("sequence",),
+    retention_days=3650,
+)
+
+OPS_EVALUATIONS = Table(
+    "ops",
+    "evaluations",
+    (
+        text("evaluation_id"),  # hash of set, champion, candidate and index build
+        text("evaluation_set"),
+        text("champion"),
+        text("candidate"),
+        text("candidate_release_id"),
+        text("champion_release_id"),
+        text("index_build"),
+        flag("passed"),
+        text("criteria"),  # JSON: list of criterion, value, interval, bound, passed
+        text("examples"),  # JSON: per example scores of both, worst first
+        time("evaluated_at"),
+    ),
+    key=("evaluation_id",),
+    retention_days=3650,
+)
+
+OPS_PROMPT_TRIALS = Table(
+    "ops",
+    "prompt_trials",
+    (
+        text("study"),  # hash of champion, index build, questions, choices and budgets
+        text("part"),  # search; held_out: the start or the best, on questions that no trial was chosen by
+        count("trial"),  # 0: the champion's own prompt and configuration
+        text("parameters"),  # JSON
+        text("template"),  # whole, worked examples and all
+        text("state"),  # complete, pruned, failed
+        count("questions"),  # answered
+        number("token_f1", nullable=True),  # mean over them; null: none was answered
+        count("prompt_tokens"),
+        count("completion_tokens"),
+        number("seconds"),
+        text("scores"),  # JSON: question id → token-F1
+        text("why"),
+        text("champion_release_id"),
+        text("index_build"),
+        time("ended_at"),
+    ),
+    key=("study", "part", "trial"),
+)
+
+OPS_CURSORS = Table(
+    "ops",
+    "cursors",
+    (text("reader"), text("table"), count("version")),
+    key=("reader", "table"),
+)
+
+OPS_ALERTS = Table(
+    "ops",
+    "alerts",
+    (
+        text("title"),
+        text("content_hash"),
+        text("what"),  # as it was said last
+        text("source"),
+        text("runbook"),
+        time("since"),
+        time("last_at"),
+        count("count"),
+        time("sent_at", nullable=True),  # when it last reached somebody
+    ),
+    key=("title",),
+)
+
+OPS_BREACHES = Table(
+    "ops",
+    "breaches",
+    (
+        pa.field("date", pa.date32(), nullable=False),  # of the window
+        text("breach_id"),  # hash of window, release and bound
+        time("interval_start"),
+        time("interval_end"),
+        text("release_id"),  # -: users' questions
+        text("release_version"),
+        text("metric"),
+        text("bound"),
+        number("value"),
+        text("action"),  # alert, retrain, reembed, rollback
+        text("reason"),
+        flag("simulated"),  # rests on simulated users
+        time("at"),  # when it was found
+    ),
+    key=("date", "breach_id"),
+    partition_by=("date",),
+    retention_days=3650,
+)
+
+OPS_COSTS = Table(
+    "ops",
+    "costs",
+    (
+        text("cost_id"),
+        text("content_hash"),
+        text("stage"),  # embedding, training, evaluation, optimisation, batch
+        text("subject"),  # what it was spent on: lineage, fine-tune, evaluation, study, question table
+        text("release_id", nullable=True),
+        number("seconds"),  # of a machine
+        count("tokens"),
+        number("cost_usd"),
+        time("at"),
+    ),
+    key=("cost_id",),
+    retention_days=3650,
+)
+
+QUARANTINE_FEEDBACK = Table(
+    "quarantine",
+    "feedback",
+    (
+        text("item_id"),  # event id, or segment and offset of a line that can't be read
+        text("reason"),
+        text("payload"),  # the line as it was found, replayable
+        text("segment"),
+        time("found_in"),  # start of the data interval
+    ),
+    key=("item_id",),
+)
