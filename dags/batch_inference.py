@@ -1,11 +1,10 @@
 """`<application>.batch_inference`: the champion over the table of questions, on Spark."""
 
 from airflow.sdk import DAG, AssetAlias, Param, task
-from pendulum import datetime
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import HEAVY, asset, defaults, late_after, run_name
+from millrace_airflow import HEAVY, START, asset, run_name, stage
 
 RUNBOOK = """
 ### What it does
@@ -33,14 +32,13 @@ remove the folder that the message names.
 
 def batch_inference(application: Application) -> DAG:
     answers = AssetAlias(f"{application.name}/gold/answers")
-    with DAG(
-        dag_id=f"{application.name}.batch_inference",
+    with stage(
+        application,
+        "batch_inference",
+        RUNBOOK,
+        tag="batch",
         schedule=[asset(application.name, "bronze/questions")],
-        start_date=datetime(2026, 1, 1, tz="UTC"),
-        catchup=False,
-        max_active_runs=1,
-        deadline=late_after(application.deadlines.batch_inference),
-        default_args=defaults(application.owner),
+        start_date=START,
         params={
             "mode": Param("batch", enum=["batch", "stream"], description="The table as it is, or what is new"),
             "release": Param(None, type=["null", "string"], description="Release version; empty: the champion"),
@@ -48,8 +46,6 @@ def batch_inference(application: Application) -> DAG:
             "batch": Param(None, type=["null", "string"], description="Submitted under this name; empty: all"),
             "retry_errors": Param(False, type="boolean", description="Ask again what was answered by an error"),
         },
-        doc_md=RUNBOOK,
-        tags=[application.name, "batch"],
     ) as dag:
 
         @task(pool=HEAVY, outlets=[answers])

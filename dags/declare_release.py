@@ -4,7 +4,7 @@ from airflow.sdk import DAG, AssetAlias, Param, task
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import asset, defaults, late_after, run_name
+from millrace_airflow import asset, run_name, stage
 
 RUNBOOK = """
 ### What it does
@@ -23,19 +23,17 @@ the message says which. Nothing half-registered counts. Safe to clear any time.
 
 def declare_release(application: Application) -> DAG:
     releases = AssetAlias(f"{application.name}/releases")
-    with DAG(
-        dag_id=f"{application.name}.declare_release",
+    with stage(
+        application,
+        "declare_release",
+        RUNBOOK,
+        tag="releases",
         schedule=None,
-        max_active_runs=1,
-        deadline=late_after(application.deadlines.declare_release),
-        default_args=defaults(application.owner),
         params={
             "variant": Param(
                 "declared", enum=["declared", *application.prompt.variants], description="Which declared prompt"
             )
         },
-        doc_md=RUNBOOK,
-        tags=[application.name, "releases"],
     ) as dag:
 
         @task(outlets=[releases])

@@ -2,11 +2,10 @@
 
 from airflow.sdk import DAG, AssetAlias, Param, task
 from airflow.sdk.exceptions import AirflowFailException
-from pendulum import datetime
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import HEAVY, AlertNotifier, asset, defaults, late_after, run_name
+from millrace_airflow import HEAVY, START, AlertNotifier, asset, run_name, stage
 
 RUNBOOK = """
 ### What it does
@@ -28,16 +27,14 @@ is not done again. Latency is measured beside whatever else runs, for both relea
 
 def evaluate_candidate(application: Application) -> DAG:
     passed = AssetAlias(f"{application.name}/evaluations")
-    with DAG(
-        dag_id=f"{application.name}.evaluate_candidate",
+    with stage(
+        application,
+        "evaluate_candidate",
+        RUNBOOK,
+        tag="releases",
         schedule=[asset(application.name, "releases")],
-        start_date=datetime(2026, 1, 1, tz="UTC"),
-        max_active_runs=1,
-        deadline=late_after(application.deadlines.evaluate_candidate),
-        default_args=defaults(application.owner),
+        start_date=START,
         params={"candidate": Param(None, type=["null", "string"], description="Release version; empty: the newest")},
-        doc_md=RUNBOOK,
-        tags=[application.name, "releases"],
     ) as dag:
 
         @task

@@ -8,7 +8,7 @@ from airflow.timetables.trigger import CronTriggerTimetable
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import HEAVY, asset, defaults, late_after, run_name
+from millrace_airflow import HEAVY, asset, run_name, stage
 
 BELATED = timedelta(minutes=10)
 """How long after its time the very first run may still start; a parse in between would else skip a week."""
@@ -29,25 +29,25 @@ not trained again: the same version results.
 among them. *train*: the message names the process's reason; its logs and the last checkpoint are in
 `<home>/training`. Clear the task: it continues behind the checkpoint. *release*: the exported file doesn't answer like
 the trained model, or MLflow doesn't answer. Clear it: nothing is trained again. Safe to clear any time.
+
+### Backfill
+There is none: a training set is made of what is there now. Trigger it once.
 """
 
 
 def finetune(application: Application) -> DAG:
     releases = AssetAlias(f"{application.name}/releases")
-    with DAG(
-        dag_id=f"{application.name}.finetune",
+    with stage(
+        application,
+        "finetune",
+        RUNBOOK,
+        tag="releases",
         # Not a data interval: a weekly one is due the moment it is unpaused, on documents that are not there yet.
         schedule=AssetOrTimeSchedule(
             timetable=CronTriggerTimetable(application.schedules.finetune, timezone="UTC", run_immediately=BELATED),
             assets=[asset(application.name, "breaches/retrain")],
         ),
-        catchup=False,
-        max_active_runs=1,
-        deadline=late_after(application.deadlines.finetune),
-        default_args=defaults(application.owner),
         params={"max_examples": Param(None, type=["null", "integer"], minimum=8, description="Empty: as declared")},
-        doc_md=RUNBOOK,
-        tags=[application.name, "releases"],
     ) as dag:
 
         @task

@@ -2,11 +2,10 @@
 
 from airflow.sdk import DAG, AssetAlias, task
 from airflow.timetables.interval import CronDataIntervalTimetable
-from pendulum import datetime
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import asset, defaults, late_after, run_name
+from millrace_airflow import START, asset, run_name, stage
 
 RUNBOOK = """
 ### What it does
@@ -21,20 +20,20 @@ Green every night; the chunks asset is updated only when a document changed.
 after a complete read. *refine*: documents that aren't text are left out, not fatal: the log names them, the result
 counts them. *chunk*: the Spark Connect server doesn't answer; `millrace status`, then clear the task.
 Safe to clear any time.
+
+### Backfill
+A source says what is there now, so a backfill of any day reads today's documents: one run is as good.
 """
 
 
 def ingest_documents(application: Application) -> DAG:
-    with DAG(
-        dag_id=f"{application.name}.ingest_documents",
+    with stage(
+        application,
+        "ingest_documents",
+        RUNBOOK,
+        tag="documents",
         schedule=CronDataIntervalTimetable(application.schedules.ingest_documents, timezone="UTC"),
-        start_date=datetime(2026, 1, 1, tz="UTC"),
-        catchup=False,
-        max_active_runs=1,
-        deadline=late_after(application.deadlines.ingest_documents),
-        default_args=defaults(application.owner),
-        doc_md=RUNBOOK,
-        tags=[application.name, "documents"],
+        start_date=START,
     ) as dag:
 
         @task

@@ -3,11 +3,10 @@
 from airflow.sdk import DAG, AssetAlias, task
 from airflow.sdk.exceptions import AirflowFailException
 from airflow.timetables.interval import CronDataIntervalTimetable
-from pendulum import datetime
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import asset, defaults, late_after, run_name
+from millrace_airflow import START, asset, run_name, stage
 
 RUNBOOK = """
 ### What it does
@@ -30,16 +29,14 @@ schedule. Event segments are never deleted by this DAG, so any interval can be m
 
 
 def ingest_feedback(application: Application) -> DAG:
-    with DAG(
-        dag_id=f"{application.name}.ingest_feedback",
+    with stage(
+        application,
+        "ingest_feedback",
+        RUNBOOK,
+        tag="feedback",
         schedule=CronDataIntervalTimetable(application.schedules.ingest_feedback, timezone="UTC"),
-        start_date=datetime(2026, 1, 1, tz="UTC"),
-        catchup=False,
+        start_date=START,
         max_active_runs=4,
-        deadline=late_after(application.deadlines.ingest_feedback),
-        default_args=defaults(application.owner),
-        doc_md=RUNBOOK,
-        tags=[application.name, "feedback"],
     ) as dag:
 
         @task

@@ -2,11 +2,10 @@
 
 from airflow.sdk import DAG, task
 from airflow.timetables.trigger import CronTriggerTimetable
-from pendulum import datetime
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import HEAVY, defaults, late_after
+from millrace_airflow import HEAVY, START, stage
 
 RUNBOOK = """
 ### What it does
@@ -23,20 +22,20 @@ Green every night. `kept_hours` in the result of *tidy* far above a table's rete
 *tidy*: the message names the table and why; the others were done. *remove*: MLflow doesn't answer, and nothing was
 removed. Clear either any time: what is done is not done again. A full disk: free some space first, a compaction writes
 before it removes. Airflow's own history: `airflow db clean`.
+
+### Backfill
+There is none: it tidies what is there now.
 """
 
 
 def maintain_lakehouse(application: Application) -> DAG:
-    with DAG(
-        dag_id=f"{application.name}.maintain_lakehouse",
+    with stage(
+        application,
+        "maintain_lakehouse",
+        RUNBOOK,
+        tag="upkeep",
         schedule=CronTriggerTimetable(application.schedules.maintain_lakehouse, timezone="UTC"),
-        start_date=datetime(2026, 1, 1, tz="UTC"),
-        catchup=False,
-        max_active_runs=1,
-        deadline=late_after(application.deadlines.maintain_lakehouse),
-        default_args=defaults(application.owner),
-        doc_md=RUNBOOK,
-        tags=[application.name, "upkeep"],
+        start_date=START,
     ) as dag:
 
         @task(pool=HEAVY)

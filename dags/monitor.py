@@ -8,7 +8,7 @@ from airflow.timetables.interval import CronDataIntervalTimetable
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import asset, defaults, late_after, run_name
+from millrace_airflow import START, asset, run_name, stage
 
 RUNBOOK = """
 ### What it does
@@ -35,16 +35,13 @@ Nothing is lost: late windows stay due until the last task is green. Clear it an
 
 def monitor(application: Application) -> DAG:
     breaches = AssetAlias(f"{application.name}/breaches")
-    with DAG(
-        dag_id=f"{application.name}.monitor",
+    with stage(
+        application,
+        "monitor",
+        RUNBOOK,
+        tag="monitoring",
         schedule=CronDataIntervalTimetable(application.schedules.monitor, timezone="UTC"),
-        start_date=datetime(2026, 1, 1, tzinfo=UTC),
-        catchup=False,
-        max_active_runs=1,
-        deadline=late_after(application.deadlines.monitor),
-        default_args=defaults(application.owner),
-        doc_md=RUNBOOK,
-        tags=[application.name, "monitoring"],
+        start_date=START,
     ) as dag:
 
         @task

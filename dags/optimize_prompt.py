@@ -5,7 +5,7 @@ from airflow.timetables.trigger import CronTriggerTimetable
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import HEAVY, asset, defaults, late_after, run_name
+from millrace_airflow import HEAVY, asset, run_name, stage
 
 RUNBOOK = """
 ### What it does
@@ -24,19 +24,21 @@ better, or that champion, documents and index build are those of a study that wa
 *study*: too few development questions, a declared template that can't be used, a budget that doesn't cover the
 champion's own prompt, or every trial failed: the message names which, and the first reason. A generator or an MLflow
 that doesn't answer: clear the task, it continues behind its last trial. *release*: MLflow doesn't answer; clear it,
-nothing is answered again. Safe to clear any time. There is nothing to backfill: a study reads what is there now.
+nothing is answered again. Safe to clear any time.
+
+### Backfill
+There is none: a study reads what is there now.
 """
 
 
 def optimize_prompt(application: Application) -> DAG:
     releases = AssetAlias(f"{application.name}/releases")
-    with DAG(
-        dag_id=f"{application.name}.optimize_prompt",
+    with stage(
+        application,
+        "optimize_prompt",
+        RUNBOOK,
+        tag="releases",
         schedule=CronTriggerTimetable(application.schedules.optimize_prompt, timezone="UTC"),
-        catchup=False,
-        max_active_runs=1,
-        deadline=late_after(application.deadlines.optimize_prompt),
-        default_args=defaults(application.owner),
         params={
             "trials": Param(
                 None, type=["null", "integer"], minimum=1, maximum=500, description="Prompts to try; empty: as declared"
@@ -45,8 +47,6 @@ def optimize_prompt(application: Application) -> DAG:
                 None, type=["null", "integer"], minimum=1000, description="Tokens to spend; empty: as declared"
             ),
         },
-        doc_md=RUNBOOK,
-        tags=[application.name, "releases"],
     ) as dag:
 
         @task(pool=HEAVY)

@@ -5,11 +5,10 @@ from datetime import timedelta
 from airflow.providers.standard.operators.hitl import HITLOperator
 from airflow.sdk import DAG, Param, task
 from airflow.sdk.exceptions import AirflowSkipException
-from pendulum import datetime
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import AlertNotifier, asset, defaults, late_after
+from millrace_airflow import START, AlertNotifier, asset, stage
 
 CANDIDATE = "{{ ti.xcom_pull(task_ids='choose')['candidate'] }}"
 TOLD = "{{ ti.xcom_pull(task_ids='choose')['told'] }}"
@@ -33,15 +32,13 @@ def promote(application: Application) -> DAG:
     policy = application.promotion
     asks = read_settings().environment in policy.approval_in
     promotions = asset(application.name, "promotions")
-    with DAG(
-        dag_id=f"{application.name}.promote",
+    with stage(
+        application,
+        "promote",
+        RUNBOOK,
+        tag="releases",
         schedule=[asset(application.name, "evaluations")],
-        start_date=datetime(2026, 1, 1, tz="UTC"),
-        max_active_runs=1,
-        deadline=late_after(application.deadlines.promote),
-        default_args=defaults(application.owner),
-        doc_md=RUNBOOK,
-        tags=[application.name, "releases"],
+        start_date=START,
     ) as dag:
 
         @task(outlets=[] if asks else [promotions])

@@ -1,11 +1,10 @@
 """`<application>.refresh_embeddings`: changed chunks → vectors → an index build, published after its canaries."""
 
 from airflow.sdk import DAG, AssetAlias, Param, task
-from pendulum import datetime
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import HEAVY, asset, defaults, late_after, run_name
+from millrace_airflow import HEAVY, START, asset, run_name, stage
 
 RUNBOOK = """
 ### What it does
@@ -30,17 +29,14 @@ goes away: nothing of the build counts, the next try completes it. After switchi
 
 
 def refresh_embeddings(application: Application) -> DAG:
-    with DAG(
-        dag_id=f"{application.name}.refresh_embeddings",
+    with stage(
+        application,
+        "refresh_embeddings",
+        RUNBOOK,
+        tag="documents",
         schedule=(asset(application.name, "silver/chunks") | asset(application.name, "breaches/reembed")),
-        start_date=datetime(2026, 1, 1, tz="UTC"),
-        catchup=False,
-        max_active_runs=1,
-        deadline=late_after(application.deadlines.refresh_embeddings),
-        default_args=defaults(application.owner),
+        start_date=START,
         params={"distrust": Param(False, type="boolean", description="Compare all that was embedded with the chunks")},
-        doc_md=RUNBOOK,
-        tags=[application.name, "documents"],
     ) as dag:
 
         @task(pool=HEAVY)

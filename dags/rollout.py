@@ -3,11 +3,10 @@
 from airflow.sdk import DAG, task
 from airflow.timetables.assets import AssetOrTimeSchedule
 from airflow.timetables.trigger import CronTriggerTimetable
-from pendulum import datetime
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import asset, defaults, late_after, run_name
+from millrace_airflow import START, asset, run_name, stage
 
 RUNBOOK = """
 ### What it does
@@ -32,12 +31,18 @@ After a freeze: `millrace rollout resume`, `skip` or `back`, with a reason.
 ### When it fails
 The registry or the lake does not answer. Clear the task any time: what was decided stands in the journal, and the
 next tick publishes it.
+
+### Backfill
+There is none: a tick decides on what is known now.
 """
 
 
 def rollout(application: Application) -> DAG:
-    with DAG(
-        dag_id=f"{application.name}.rollout",
+    with stage(
+        application,
+        "rollout",
+        RUNBOOK,
+        tag="rollout",
         schedule=AssetOrTimeSchedule(
             timetable=CronTriggerTimetable(application.schedules.rollout, timezone="UTC"),
             assets=(
@@ -46,13 +51,7 @@ def rollout(application: Application) -> DAG:
                 | asset(application.name, "breaches/rollback")
             ),
         ),
-        start_date=datetime(2026, 1, 1, tz="UTC"),
-        catchup=False,
-        max_active_runs=1,
-        deadline=late_after(application.deadlines.rollout),
-        default_args=defaults(application.owner),
-        doc_md=RUNBOOK,
-        tags=[application.name, "rollout"],
+        start_date=START,
     ) as dag:
 
         @task

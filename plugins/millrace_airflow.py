@@ -1,4 +1,4 @@
-"""What every DAG file of Millrace shares: defaults, deadlines, assets by table, the name of a run, and alerts.
+"""What every DAG file of Millrace shares: the shape of a stage, assets by table, the name of a run, and alerts.
 
 Airflow puts the plugins folder on the import path, so DAG files import this module by its name.
 """
@@ -6,8 +6,13 @@ Airflow puts the plugins folder on the import path, so DAG files import this mod
 from datetime import timedelta
 from typing import Any
 
-from airflow.sdk import Asset, BaseNotifier, DeadlineAlert, DeadlineReference, SyncCallback, get_current_context
+from airflow.sdk import DAG, Asset, BaseNotifier, DeadlineAlert, DeadlineReference, SyncCallback, get_current_context
+from pendulum import datetime
 
+from millrace.applications import Application
+
+START = datetime(2026, 1, 1, tz="UTC")
+"""Of schedules: no interval before it is run, and none is caught up."""
 HEAVY = "heavy"
 """One-slot pool of the tasks that fill the machine: embedding, training, evaluation."""
 
@@ -64,13 +69,26 @@ def _alert(title: str, what: str, dag_id: str, run_id: str) -> None:
     send(Alert(title, what, f"{dag_id}/{run_id}", f"{settings.airflow_url}/dags/{dag_id}"), settings)
 
 
-def defaults(owner: str) -> dict[str, Any]:
-    """`default_args` of every DAG: two retries with growing waits, and an alert when they are used up."""
-    return {
-        "owner": owner,
-        "retries": 2,
-        "retry_delay": timedelta(seconds=15),
-        "retry_exponential_backoff": True,
-        "max_retry_delay": timedelta(minutes=10),
-        "on_failure_callback": [AlertNotifier()],
+def stage(application: Application, name: str, runbook: str, *, tag: str, **options: Any) -> DAG:
+    """The DAG `<application>.<name>`, with what all stages share: one run at a time, a deadline, two retries with
+    growing waits, and an alert when they are used up.
+
+    Args:
+        options: of `DAG`; they go before what is shared.
+    """
+    shared = {
+        "catchup": False,
+        "max_active_runs": 1,
+        "deadline": late_after(getattr(application.deadlines, name)),
+        "default_args": {
+            "owner": application.owner,
+            "retries": 2,
+            "retry_delay": timedelta(seconds=15),
+            "retry_exponential_backoff": True,
+            "max_retry_delay": timedelta(minutes=10),
+            "on_failure_callback": [AlertNotifier()],
+        },
+        "doc_md": runbook,
+        "tags": [application.name, tag],
     }
+    return DAG(dag_id=f"{application.name}.{name}", **(shared | options))

@@ -1,0 +1,79 @@
+"""The DAG files as Airflow reads them, without a scheduler: every stage is there, with its runbook."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[2]
+FILES = sorted((PROJECT / "dags").glob("*.py"))
+READ = """
+import json
+from airflow.dag_processing.dagbag import DagBag
+bag = DagBag("dags")
+print(json.dumps({
+    "errors": bag.import_errors,
+    "dags": {
+        dag.dag_id: {
+            "file": dag.fileloc,
+            "doc": dag.doc_md,
+            "late": bool(dag.deadline),
+            "timetable": type(dag.timetable).__name__,
+            "tasks": {task.task_id: [task.retries, len(task.on_failure_callback or ())] for task in dag.tasks},
+            "params": {
+                name: {"description": dag.params.get_param(name).description} | dag.params.get_param(name).schema
+                for name in dag.params
+            },
+        }
+        for dag in bag.dags.values()
+    },
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def read(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    home = tmp_path_factory.mktemp("airflow")
+    environment = os.environ | {
+        "AIRFLOW_HOME": str(home),
+        "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home}/airflow.db",
+        "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+        "PYTHONPATH": str(PROJECT / "plugins"),
+    }
+    ran = subprocess.run(
+        [sys.executable, "-c", READ], cwd=PROJECT, env=environment, capture_output=True, text=True, check=True
+    )
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def test_every_file_is_read_and_makes_one_dag_an_application(read: dict) -> None:
+    assert read["errors"] == {}
+    assert set(read["dags"]) == {f"qa.{path.stem}" for path in FILES}
+    assert {Path(dag["file"]).name for dag in read["dags"].values()} == {path.name for path in FILES}
+
+
+def test_every_stage_has_a_runbook_a_deadline_and_an_alert(read: dict) -> None:
+    for name, dag in read["dags"].items():
+        for heading in ("### What it does", "### Healthy", "### When it fails"):
+            assert heading in dag["doc"], (name, heading)
+        if dag["timetable"] not in ("AssetTriggeredTimetable", "NullTimetable"):
+            assert "### Backfill" in dag["doc"], name
+        assert dag["late"], name
+        assert all(alerts for _, alerts in dag["tasks"].values()), name
+
+
+def test_what_a_person_can_fill_in_is_typed_described_and_has_a_default(read: dict) -> None:
+    forms = {name: dag["params"] for name, dag in read["dags"].items() if dag["params"]}
+    assert {"qa.finetune", "qa.optimize_prompt", "qa.batch_inference", "qa.evaluate_candidate"} <= set(forms)
+    for name, fields in forms.items():
+        for field, schema in fields.items():
+            assert schema.get("description"), (name, field)
+            assert schema.keys() & {"type", "enum"}, (name, field)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_dag_file_is_a_table_of_contents(path: Path) -> None:
+    assert len(path.read_text().splitlines()) < 80
