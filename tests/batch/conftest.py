@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from millrace.applications import Application, Generation
+from millrace.applications import AirflowConfigSource, Application, Generation
 from millrace.batch.questions import submit_questions
-from millrace.evaluation.canaries import publish_build
 from millrace.releases.declare import declare_release
 from millrace.releases.registry import publish_split
 from millrace.releases.split import Split
 from millrace.retrieval.chunk import refresh_chunks
 from millrace.retrieval.embed import refresh_embeddings
-from millrace.retrieval.index import build_index
+from millrace.retrieval.index import build_index, declared_builds
 from millrace.settings import Settings
 from millrace.sources.ingest import land_documents, refine_documents
 from tests.batch.a_run import QUESTIONS
@@ -40,12 +39,16 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, mlflow_uri: str, qa: Appl
         home=tmp_path_factory.mktemp("batch"), mlflow_uri=mlflow_uri, spark_tables=frozenset(), threads=2
     )
     application = qa.model_copy(
-        update={"name": f"batch_{uuid.uuid4().hex[:8]}", "generation": Generation(max_new_tokens=6)}
+        update={
+            "name": f"batch_{uuid.uuid4().hex[:8]}",
+            "sources": (AirflowConfigSource(kind="airflow_config", sections=("triggerer",)),),
+            "generation": Generation(max_new_tokens=6),
+        }
     )
     for stage in (land_documents, refine_documents, refresh_chunks, refresh_embeddings):
         stage(settings, application, run="test")
     build = build_index(settings, application, run="test")["build"]
-    publish_build(settings, application, build, run="test")
+    declared_builds(settings, application).publish(build)
     champion, other = (
         declare_release(settings, application, variant=variant, run="test")["version"] for variant in (None, "terse")
     )
@@ -55,7 +58,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, mlflow_uri: str, qa: Appl
 
 @pytest.fixture
 def served(prepared: Served, spark_url: str, tmp_path: Path) -> Served:
-    """`prepared` in a home with an empty lake, where Spark commits the answers, four to a slice."""
+    """`prepared` in a home with an empty lake, where Spark commits the answers, three to a slice."""
     home = tmp_path / "home"
     home.mkdir()
     for kept in ("releases", "indexes"):
@@ -65,7 +68,7 @@ def served(prepared: Served, spark_url: str, tmp_path: Path) -> Served:
             "home": home,
             "spark_remote": spark_url,
             "spark_tables": frozenset({"gold/answers"}),
-            "batch_slice": 4,
+            "batch_slice": 3,
         }
     )
     return Served(settings, prepared.application, prepared.build, prepared.champion, prepared.other)

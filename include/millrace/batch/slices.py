@@ -3,7 +3,8 @@
 `gold/answers` is the only memory: what is in it is never asked again, whoever asked it, and a killed run leaves
 whole slices. Both modes (`inference.py`, `stream.py`) come through here. Questions are answered on Spark's workers;
 answers, a few hundred bytes for a second of a machine, travel through this process, which commits them as every
-table is committed.
+table is committed. Each slice looks through the ids of both tables, so slices grow with them (a slice of an hour's
+answers is a good one).
 """
 
 import time
