@@ -30,11 +30,11 @@ from millrace.releases.package import read_release
 from millrace.releases.pipeline import AnswerPipeline
 from millrace.releases.registry import (
     fetch_release,
-    find_version,
     read_split,
+    register_once,
     register_prompt,
-    register_release,
     release_manifest,
+    training_tags,
     versions,
 )
 from millrace.retrieval.builds import current
@@ -43,9 +43,6 @@ from millrace.settings import Settings
 from millrace.sources.questions import derive_questions
 
 log = logging.getLogger("millrace.prompts")
-
-WEIGHTS_TAGS = ("training_set", "simulated")
-"""Of the champion, and of whatever has its weights: what they were trained on, and whether people said it."""
 
 
 @dataclass(frozen=True)
@@ -124,26 +121,15 @@ def release_best(settings: Settings, application: Application, *, result: dict[s
     prompt = register_prompt(settings, application, template, run=run)
     ours, weights = read_release(fetch_release(settings, application, champion))
     manifest = at(ours, point, prompt)
-    known = find_version(settings, application, manifest.release_id)
-    inherited = versions(settings, application).get(champion, {})
-    version = known or register_release(
+    registered = register_once(
         settings,
         application,
         manifest,
         weights,
         run=run,
-        tags={
-            "millrace.origin": "prompt_study",
-            "study": study,
-            **{name: inherited[name] for name in WEIGHTS_TAGS if name in inherited},
-        },
+        tags={"millrace.origin": "prompt_study", "study": study} | training_tags(settings, application, champion),
     )
-    return {
-        "version": version,
-        "release_id": manifest.release_id,
-        "prompt_version": prompt.version,
-        "changed": known is None,
-    }
+    return registered | {"prompt_version": prompt.version}
 
 
 def _plan(settings: Settings, application: Application, trials: int | None, token_budget: int | None) -> _Plan | None:

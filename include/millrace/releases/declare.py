@@ -13,10 +13,10 @@ from millrace.releases.manifest import Manifest, PromptVersion, declared_manifes
 from millrace.releases.package import read_release
 from millrace.releases.registry import (
     fetch_release,
-    find_version,
     read_split,
+    register_once,
     register_prompt,
-    register_release,
+    training_tags,
 )
 from millrace.retrieval.embed import lineage_id
 from millrace.settings import Settings
@@ -46,21 +46,14 @@ def declare_release(settings: Settings, application: Application, *, variant: st
         raise ReleaseError(f"prompt variant {variant!r} is not declared; declared are {', '.join(templates)}")
     prompt = register_prompt(settings, application, templates[variant], run=run)
     split = read_split(settings, application.name) if variant != DECLARED else None
+    tags = {"millrace.origin": "declaration", "millrace.variant": variant}
     if split and split.champion:
+        tags |= training_tags(settings, application, split.champion)
         manifest, weights = _champion_with(settings, application, split.champion, prompt)
     else:
         weights = base_model_path(application.generator)
         manifest = declared_manifest(application, describe_weights(weights), prompt, lineage_id(application))
-    known = find_version(settings, application, manifest.release_id)
-    version = known or register_release(
-        settings,
-        application,
-        manifest,
-        weights,
-        run=run,
-        tags={"millrace.origin": "declaration", "millrace.variant": variant},
-    )
-    return {"version": version, "release_id": manifest.release_id, "changed": known is None}
+    return register_once(settings, application, manifest, weights, run=run, tags=tags)
 
 
 def _champion_with(

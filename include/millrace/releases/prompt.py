@@ -72,4 +72,3 @@ def check_template(template: str) -> None:
                 f"the prompt template drops the question: given {given} it renders {message[:80]!r}; "
                 "put {{ question }} where it is always rendered, as it was asked"
             )
-

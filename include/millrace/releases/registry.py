@@ -28,6 +28,7 @@ RUN_TAG = "millrace.registered_by"
 BUILDER_TAG = "millrace.built_by"
 """The person who triggered the run that registered a release; a schedule has none."""
 SPLIT_TAG = "millrace.split"
+TRAINING_TAGS = ("training_set", "simulated")
 CANDIDATE = "candidate"
 
 ABANDONED_SECONDS = 3600
@@ -83,6 +84,23 @@ def register_release(
             client.delete_model_version(application.name, str(mine.version))
             client.delete_logged_model(model.model_id)
         return first
+
+
+def register_once(
+    settings: Settings, application: Application, manifest: Manifest, weights: Path, *, run: str, tags: dict[str, str]
+) -> dict[str, Any]:
+    """As `register_release`, for a task's result: `version`, `release_id`, and `changed`: whether it is registered now
+    and was not before."""
+    known = find_version(settings, application, manifest.release_id)
+    version = known or register_release(settings, application, manifest, weights, run=run, tags=tags)
+    return {"version": version, "release_id": manifest.release_id, "changed": known is None}
+
+
+def training_tags(settings: Settings, application: Application, version: str) -> dict[str, str]:
+    """The tags of a release that go with its weights: what they were trained on, and whether people said it. Whatever
+    has the same weights needs them, or the gate can't look for leaks."""
+    tags = versions(settings, application).get(version, {})
+    return {name: tags[name] for name in TRAINING_TAGS if name in tags}
 
 
 def find_version(settings: Settings, application: Application, release_id: str) -> str | None:

@@ -12,7 +12,7 @@ from millrace.lakehouse.costs import attribute_cost
 from millrace.lakehouse.lake import Lake
 from millrace.releases.declare import declare_release
 from millrace.releases.manifest import Manifest, describe_weights
-from millrace.releases.registry import find_version, read_split, register_release, release_manifest
+from millrace.releases.registry import read_split, register_once, release_manifest
 from millrace.settings import Settings
 from millrace.training.export import verify_answers, write_merged
 from millrace.training.spec import training_cost_id
@@ -52,8 +52,7 @@ def release_candidate(
     manifest = starting_manifest(settings, application, run=run).model_copy(
         update={"generator": describe_weights(weights), "code_version": code_version("millrace")}
     )
-    known = find_version(settings, application, manifest.release_id)
-    version = known or register_release(
+    registered = register_once(
         settings,
         application,
         manifest,
@@ -73,12 +72,7 @@ def release_candidate(
         manifest.release_id,
         run=run,
     )
-    return {
-        "version": version,
-        "release_id": manifest.release_id,
-        "agreement": agreement,
-        "changed": known is None,
-    }
+    return registered | {"agreement": agreement}
 
 
 def _export(settings: Settings, application: Application, folder: Path) -> tuple[Path, float]:
