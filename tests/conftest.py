@@ -132,11 +132,16 @@ def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever asks for the MLflow server carries its mark (starting it takes longer than `make unit` may), and
-    the whole loop comes last."""
+    """Whatever asks for the MLflow server carries its mark (starting it takes longer than `make unit` may), the whole
+    loop comes last, and tests of one server stay in one process, however many there are."""
     for item in items:
-        if "mlflow_uri" in getattr(item, "fixturenames", ()):
+        asked = getattr(item, "fixturenames", ())
+        if "mlflow_uri" in asked:
             item.add_marker("mlflow")
+        for server in ("spark_url", "mlflow_uri"):
+            if server in asked:
+                item.add_marker(pytest.mark.xdist_group(server))
+                break
     # The loop leaves a used stack behind, so whoever looks at a fresh one comes before.
     items.sort(key=lambda item: "end_to_end" in item.path.parts)
 
