@@ -1,0 +1,94 @@
+"""`millrace release`, `rollout` and `index`: what answers, what people decide about it, and where it searches."""
+
+import getpass
+from typing import Any
+
+from millrace.cli.common import ApplicationName, Reason, console, declaration, group, one_sentence
+
+release_app = group("Releases: list, and let one past the gate.")
+rollout_app = group("Rollouts: what people decide by hand, with a reason.")
+index_app = group("Index builds: list, and publish the one before again.")
+
+
+@release_app.command("list")
+def release_list(application: ApplicationName = "qa") -> None:
+    """Every registered release with its tags."""
+    from millrace.releases.registry import versions
+
+    with one_sentence():
+        settings, declared = declaration(application)
+        for version, tags in versions(settings, declared).items():
+            told = ", ".join(f"{key.removeprefix('millrace.')}={value}" for key, value in sorted(tags.items()))
+            console.print(f"{version:>4}  {told}", markup=False, soft_wrap=True)
+
+
+@release_app.command("admit")
+def release_admit(version: str, reason: Reason, application: ApplicationName = "qa") -> None:
+    """Let a registered release roll out whatever the gate says; recorded with your name."""
+    _decide("admit", application, reason, version=version)
+
+
+@rollout_app.command("freeze")
+def rollout_freeze(reason: Reason, application: ApplicationName = "qa") -> None:
+    """The controller decides nothing more until somebody resumes."""
+    _decide("freeze", application, reason)
+
+
+@rollout_app.command("resume")
+def rollout_resume(reason: Reason, application: ApplicationName = "qa") -> None:
+    """The controller decides again."""
+    _decide("resume", application, reason)
+
+
+@rollout_app.command("skip")
+def rollout_skip(reason: Reason, application: ApplicationName = "qa") -> None:
+    """The challenger becomes champion now."""
+    _decide("skip", application, reason)
+
+
+@rollout_app.command("back")
+def rollout_back(reason: Reason, application: ApplicationName = "qa") -> None:
+    """End the rollout; without one, the previous champion is back."""
+    _decide("roll_back", application, reason)
+
+
+@index_app.command("list")
+def index_list(application: ApplicationName = "qa") -> None:
+    """The index builds of the declared lineage, newest last, and which is published."""
+    from millrace.retrieval.index import declared_builds
+
+    with one_sentence():
+        settings, declared = declaration(application)
+        builds = declared_builds(settings, declared)
+        pointer = builds.published()
+        marks = {pointer.build: "published", pointer.previous: "previous"} if pointer else {}
+        for manifest in builds.manifests():
+            console.print(
+                f"{manifest.build}  {manifest.built_at:%Y-%m-%d %H:%M} UTC  {manifest.chunks} chunks of "
+                f"{manifest.documents} documents  {marks.get(manifest.build, '')}",
+                markup=False,
+                soft_wrap=True,
+            )
+        console.print(f"in {builds.where}", markup=False, style="dim", soft_wrap=True)
+
+
+@index_app.command("back")
+def index_back(application: ApplicationName = "qa") -> None:
+    """Publish the index build before the published one again; a second time, and that one is back."""
+    from millrace.retrieval.index import publish_previous
+
+    with one_sentence():
+        settings, declared = declaration(application)
+        moved = publish_previous(settings, declared)
+        console.print(f"Published {moved.build} of {application}; before it was {moved.previous}.", markup=False)
+
+
+def _decide(act: str, application: str, reason: str, **arguments: Any) -> None:
+    from millrace.rollout import people
+
+    with one_sentence():
+        settings, declared = declaration(application)
+        decision = getattr(people, act)(settings, declared, actor=getpass.getuser(), reason=reason, **arguments)
+        console.print(
+            f"Decision {decision.sequence} of {application}: {decision.kind}, {decision.reason}", markup=False
+        )
