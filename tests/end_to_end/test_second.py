@@ -31,7 +31,7 @@ def handbook(running_stack: Stack) -> Lake:
         run = airflow.wait_for_asset_run(
             "handbook.refresh_embeddings", since=airflow.runs("handbook.ingest_documents")[0].run_after, timeout=120
         )
-        assert airflow.wait_for_run(run.dag_id, run.run_id, timeout=300).state == "success"
+        ends(airflow, run.dag_id, run.run_id, "success")
         succeed(airflow, "handbook.declare_release")
         succeed(airflow, "handbook.rollout")
     return Lake.of(running_stack.settings, "handbook")
@@ -67,7 +67,7 @@ def test_a_person_who_did_not_build_it_lets_a_release_roll_out_and_the_journal_s
 ) -> None:
     with running_stack.airflow() as airflow:
         built = airflow.trigger("handbook.declare_release", {"variant": "short"})
-        assert airflow.wait_for_run(built.dag_id, built.run_id, timeout=300).state == "success"
+        ends(airflow, built.dag_id, built.run_id, "success")
         version = airflow.result(built.dag_id, built.run_id, "declare")["version"]
         passed(handbook, version)
 
@@ -75,7 +75,7 @@ def test_a_person_who_did_not_build_it_lets_a_release_roll_out_and_the_journal_s
         refused = asked(airflow)
         until(lambda: any("waits" in alert["title"] for alert in webhook.received), 60)
         airflow.answer("handbook.promote", refused, "approve", "Approve", reason="mine is fine")
-        assert airflow.wait_for_run("handbook.promote", refused, timeout=120).state == "failed"
+        ends(airflow, "handbook.promote", refused, "failed")
         until(lambda: any("admin built version" in alert["message"] for alert in webhook.received), 60)
         assert fold(read_journal(handbook)).waiting == ()
 
@@ -83,7 +83,7 @@ def test_a_person_who_did_not_build_it_lets_a_release_roll_out_and_the_journal_s
         settings = running_stack.settings
         tag_release(settings, load_application(settings, "handbook"), version, {BUILDER_TAG: "ann"})
         airflow.answer("handbook.promote", again := asked(airflow), "approve", "Approve", reason="short is good")
-        assert airflow.wait_for_run("handbook.promote", again, timeout=120).state == "success"
+        ends(airflow, "handbook.promote", again, "success")
 
     admitted = [decision for decision in read_journal(handbook) if decision.kind == "admit"][-1]
     assert (admitted.challenger, admitted.actor, admitted.reason) == (version, "admin", "short is good")
@@ -113,8 +113,14 @@ def asked(airflow: Airflow) -> str:
 
 
 def succeed(airflow: Airflow, dag_id: str) -> None:
-    run = airflow.trigger(dag_id)
-    assert airflow.wait_for_run(dag_id, run.run_id, timeout=600).state == "success", dag_id
+    ends(airflow, dag_id, airflow.trigger(dag_id).run_id, "success")
+
+
+def ends(airflow: Airflow, dag_id: str, run_id: str, state: str) -> None:
+    """Or the last lines of the tasks that failed."""
+    if airflow.wait_for_run(dag_id, run_id, timeout=600).state != state:
+        tasks = [task for task in airflow.tasks(dag_id, run_id) if task.state in ("failed", "upstream_failed")]
+        pytest.fail("\n".join(f"{task.task_id}: {airflow.log_tail(dag_id, run_id, task)}" for task in tasks))
 
 
 def ready(url: str) -> set[str]:
