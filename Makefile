@@ -14,7 +14,7 @@ test: $(INSTALLED)
 	exec $(BIN)/pytest -m "not long"
 
 unit: $(INSTALLED)
-	exec $(BIN)/pytest -m "$(FAST)"
+	exec $(BIN)/pytest -n auto --dist loadgroup -m "$(FAST)"
 
 test-long: $(INSTALLED)
 	exec $(BIN)/pytest -m long

@@ -116,6 +116,7 @@ def test_a_candidate_that_was_trained_on_the_questions_is_refused_before_anythin
     assert evaluate_candidate(served, own, run="test", candidate=candidate) == result | {"changed": False}
 
 
+@pytest.mark.long  # the loop's own test does the same through Airflow
 @pytest.mark.model
 def test_a_broken_prompt_is_refused_and_an_equal_one_passes_each_evaluated_once(
     served: Settings, qa: Application, tmp_path: Path

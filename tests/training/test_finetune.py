@@ -95,6 +95,7 @@ def test_an_unreachable_mlflow_is_said_at_once(settings: Settings, tiny: Applica
         finetune(away, tiny, training_set=training_set, run="test")
 
 
+@pytest.mark.long  # the loop's own test does the same through Airflow
 @pytest.mark.model
 @pytest.mark.timeout(900)
 def test_documents_become_a_registered_candidate_and_a_repeat_finds_it(tracked: Settings, tiny: Application) -> None:
