@@ -11,8 +11,8 @@ from millrace.errors import CanaryError
 from millrace.evaluation.canaries import choose_canaries, publish_build
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import SILVER_CHUNKS, SILVER_EMBEDDINGS
-from millrace.retrieval.chunk import refresh_chunks
 from millrace.retrieval.builds import current
+from millrace.retrieval.chunk import refresh_chunks
 from millrace.retrieval.embed import lineage_id, refresh_embeddings
 from millrace.retrieval.index import build_index, declared_builds
 from millrace.settings import Settings
