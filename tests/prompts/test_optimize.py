@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from millrace.applications import Application, Optimize
-from millrace.errors import PromptError
+from millrace.errors import PromptError, RetrievalError
 from millrace.evaluation.canaries import publish_build
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import OPS_COSTS, OPS_PROMPT_TRIALS
@@ -85,7 +85,7 @@ def test_without_a_champion_there_is_nothing_to_optimise(registry: Settings, app
 def test_without_an_index_build_it_is_said_what_to_run(
     registry: Settings, application: Application, champion: tuple[str, Manifest]
 ) -> None:
-    with pytest.raises(PromptError, match=rf"has no index build in .*; run {application.name}\.refresh_embeddings"):
+    with pytest.raises(RetrievalError, match=rf"has no index build in .*; run {application.name}\.refresh_embeddings"):
         optimize_prompt(registry, application, run="test")
 
 

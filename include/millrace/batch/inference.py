@@ -16,14 +16,13 @@ from millrace.applications import Application
 from millrace.batch.answering import Pinned
 from millrace.batch.slices import Job, Outcome, answer_waiting, refuse_duplicates
 from millrace.batch.stream import answer_stream
-from millrace.errors import BatchError, RetrievalError
+from millrace.errors import BatchError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import BRONZE_QUESTIONS, GOLD_ANSWERS
 from millrace.releases.package import read_release
 from millrace.releases.pyfunc import load_config
 from millrace.releases.registry import fetch_release, read_split
-from millrace.retrieval.builds import current
-from millrace.retrieval.index import builds_of
+from millrace.retrieval.index import builds_of, published_build
 from millrace.settings import Settings
 
 Mode = Literal["batch", "stream"]
@@ -117,14 +116,9 @@ def pin(settings: Settings, application: Application, release: str | None = None
     folder = fetch_release(settings, application, version)
     manifest, _ = read_release(folder)
     application.prices.of(manifest.generator.name)
-    builds = builds_of(settings, application.name, manifest.retrieval.lineage)
-    build = current(builds)
-    if build is None:
-        raise RetrievalError(
-            f"release version {version} searches lineage {manifest.retrieval.lineage}, which has no index build in "
-            f"{builds.where}; run {application.name}.refresh_embeddings"
-        )
-    builds.open(build)  # here, where it is one sentence, rather than on every worker
+    lineage = manifest.retrieval.lineage
+    build = published_build(settings, application, lineage)
+    builds_of(settings, application.name, lineage).open(build)  # here it is one sentence, not one on every worker
     return Pinned(
         application=application,
         release_id=manifest.release_id,

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from millrace.applications import Application
-from millrace.errors import GateRefusal, MillraceError, RetrievalError
+from millrace.errors import GateRefusal, MillraceError
 from millrace.evaluation.answers import Arm, Scored, answer_both, as_scores
 from millrace.evaluation.comparison import Criterion, compare
 from millrace.evaluation.sets import Example, freeze_evaluation_set, read_evaluation_set
@@ -28,8 +28,7 @@ from millrace.lakehouse.tables import GOLD_TRAINING_EXAMPLES, OPS_EVALUATIONS
 from millrace.releases.loader import ReleaseLoader
 from millrace.releases.manifest import Manifest
 from millrace.releases.registry import read_split, release_manifest, versions
-from millrace.retrieval.builds import current
-from millrace.retrieval.index import builds_of
+from millrace.retrieval.index import published_build
 from millrace.scoring.duplicates import near_duplicates
 from millrace.settings import Settings
 
@@ -220,14 +219,7 @@ def _worst_first(examples: list[Example], champion: list[Scored], candidate: lis
 
 def _side(settings: Settings, application: Application, version: str) -> Side:
     manifest = release_manifest(settings, application, version)
-    builds = builds_of(settings, application.name, manifest.retrieval.lineage)
-    build = current(builds)
-    if build is None:
-        raise RetrievalError(
-            f"release version {version} searches lineage {manifest.retrieval.lineage}, which has no index build in "
-            f"{builds.where}; run {application.name}.refresh_embeddings"
-        )
-    return Side(version, manifest, build)
+    return Side(version, manifest, published_build(settings, application, manifest.retrieval.lineage))
 
 
 def _builds(champion: Side, candidate: Side) -> str:

@@ -37,8 +37,7 @@ from millrace.releases.registry import (
     training_tags,
     versions,
 )
-from millrace.retrieval.builds import current
-from millrace.retrieval.index import builds_of
+from millrace.retrieval.index import published_build
 from millrace.settings import Settings
 from millrace.sources.questions import derive_questions
 
@@ -140,13 +139,7 @@ def _plan(settings: Settings, application: Application, trials: int | None, toke
     changes = {"trials": trials, "token_budget": token_budget}
     optimize = application.optimize.model_copy(update={k: v for k, v in changes.items() if v is not None})
     manifest = release_manifest(settings, application, split.champion)
-    builds = builds_of(settings, application.name, manifest.retrieval.lineage)
-    build = current(builds)
-    if build is None:
-        raise PromptError(
-            f"lineage {manifest.retrieval.lineage} of champion {split.champion} has no index build in {builds.where}; "
-            f"run {application.name}.refresh_embeddings"
-        )
+    build = published_build(settings, application, manifest.retrieval.lineage)
     tags = versions(settings, application).get(split.champion, {})
     questions = choose_development(
         derive_questions(lake.read(SILVER_DOCUMENTS), application),

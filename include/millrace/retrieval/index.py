@@ -17,7 +17,7 @@ from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.cursors import read_cursor
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import SILVER_CHUNKS, SILVER_EMBEDDINGS
-from millrace.retrieval.builds import FORMAT, BuildManifest, Builds, Published
+from millrace.retrieval.builds import FORMAT, BuildManifest, Builds, Published, current
 from millrace.retrieval.embed import cursor_name, lineage_id
 from millrace.retrieval.library import LibraryBuilds
 from millrace.retrieval.server import connect
@@ -36,6 +36,22 @@ def builds_of(settings: Settings, application: str, lineage: str) -> Builds:
 def declared_builds(settings: Settings, application: Application) -> Builds:
     """The builds of the lineage that the application declares now: what `build_index` adds to."""
     return builds_of(settings, application.name, lineage_id(application))
+
+
+def published_build(settings: Settings, application: Application, lineage: str) -> str:
+    """The build that is published of a lineage, which a release may have brought along.
+
+    Raises:
+        RetrievalError: there is none.
+    """
+    builds = builds_of(settings, application.name, lineage)
+    build = current(builds)
+    if build is None:
+        raise RetrievalError(
+            f"{application.name}: lineage {lineage} has no index build in {builds.where}; run "
+            f"{application.name}.refresh_embeddings"
+        )
+    return build
 
 
 def build_index(settings: Settings, application: Application, *, run: str) -> dict[str, Any]:
