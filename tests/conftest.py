@@ -131,19 +131,25 @@ def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         process.wait()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever asks for the MLflow server carries its mark (starting it takes longer than `make unit` may), the whole
-    loop comes last, and tests of one server stay in one process, however many there are."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Whatever asks for the MLflow server carries its mark (starting it takes longer than `make unit` may), and tests
+    of one server stay in one process, however many there are. The loop leaves a used stack behind, so whoever looks at
+    a fresh one comes before; beside others it is the longest, and they begin."""
     for item in items:
-        asked = getattr(item, "fixturenames", ())
+        asked = {*getattr(item, "fixturenames", ())}
         if "mlflow_uri" in asked:
             item.add_marker("mlflow")
-        for server in ("spark_url", "mlflow_uri"):
-            if server in asked:
-                item.add_marker(pytest.mark.xdist_group(server))
-                break
-    # The loop leaves a used stack behind, so whoever looks at a fresh one comes before.
-    items.sort(key=lambda item: "end_to_end" in item.path.parts)
+        servers = [server for server in ("spark_url", "mlflow_uri") if server in asked]
+        group = "stack" if item.get_closest_marker("stack") else next(iter(servers), None)
+        if group:
+            item.add_marker(pytest.mark.xdist_group(group))
+    beside_others = hasattr(config, "workerinput")
+    items.sort(
+        key=lambda item: (
+            beside_others and not item.get_closest_marker("stack"),
+            "end_to_end" in item.path.parts,
+        )
+    )
 
 
 def _answers(url: str) -> bool:
