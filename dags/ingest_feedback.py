@@ -1,12 +1,11 @@
 """`<application>.ingest_feedback`: the gateway's event log → bronze events → silver exchanges and feedback."""
 
 from airflow.sdk import DAG, AssetAlias, task
-from airflow.sdk.exceptions import AirflowFailException
 from airflow.timetables.interval import CronDataIntervalTimetable
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import START, asset, run_name, stage
+from millrace_airflow import START, asset, interval, run_name, stage
 
 RUNBOOK = """
 ### What it does
@@ -40,18 +39,16 @@ def ingest_feedback(application: Application) -> DAG:
     ) as dag:
 
         @task
-        def land(data_interval_start=None, data_interval_end=None) -> dict:
+        def land() -> dict:
             from millrace.sources.feedback import land_events
 
-            interval = interval_of(data_interval_start, data_interval_end)
-            return land_events(read_settings(), application, *interval, run=run_name())
+            return land_events(read_settings(), application, *interval(), run=run_name())
 
         @task(outlets=[AssetAlias(f"{application.name}/silver/feedback")])
-        def refine(data_interval_start=None, data_interval_end=None, *, outlet_events) -> dict:
+        def refine(*, outlet_events) -> dict:
             from millrace.sources.feedback import refine_feedback
 
-            interval = interval_of(data_interval_start, data_interval_end)
-            written = refine_feedback(read_settings(), application, *interval, run=run_name())
+            written = refine_feedback(read_settings(), application, *interval(), run=run_name())
             if written["changed"]:
                 outlet_events[AssetAlias(f"{application.name}/silver/feedback")].add(
                     asset(application.name, "silver/feedback"), extra=written
@@ -60,12 +57,6 @@ def ingest_feedback(application: Application) -> DAG:
 
         land() >> refine()
     return dag
-
-
-def interval_of(start, end) -> tuple:
-    if start is None or end is None:
-        raise AirflowFailException("this run has no data interval; trigger it with a logical date, or by a backfill")
-    return start, end
 
 
 for declared in load_applications(read_settings()):

@@ -3,12 +3,11 @@
 from datetime import UTC, datetime
 
 from airflow.sdk import DAG, AssetAlias, task
-from airflow.sdk.exceptions import AirflowFailException
 from airflow.timetables.interval import CronDataIntervalTimetable
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import START, asset, run_name, stage
+from millrace_airflow import START, asset, interval, run_name, stage, succeeded
 
 RUNBOOK = """
 ### What it does
@@ -16,15 +15,14 @@ Measures every window (an hour, `[monitor] minutes`) that the run's interval tou
 arrived late, into `gold/metrics_hourly`, per release and index build; compares users' questions and releases' answers
 with the week before (`gold/drift_hourly`); holds windows that are over against `[monitor] bounds`. A breach is a row
 of `ops/breaches`: it alerts once, and starts `finetune` (retrain), `refresh_embeddings` (reembed) or `rollout`
-(rollback) by an asset. What a backfill finds in windows older than a day is only written down.
+(rollback) by an asset. What a backfill finds in windows older than a day is only written down. *health* alerts of
+ingestion that missed its last intervals, and of a disk that is nearly full.
 
 ### Healthy
 Green for every interval, within seconds, whatever the history; no new breaches. *too few* users is no finding.
-
 ### When it alerts
 *rollback*: the next tick of `rollout` takes the release back, unless it is frozen. *drift* says that users or answers
 differ, not that anything is worse: look at the ratings. A bound that is always breached is wrong: correct it.
-
 ### When it fails
 Nothing is lost: late windows stay due until the last task is green. Clear it any time; tables come out the same.
 ### Backfill
@@ -45,12 +43,10 @@ def monitor(application: Application) -> DAG:
     ) as dag:
 
         @task
-        def metrics(data_interval_start=None, data_interval_end=None) -> dict:
+        def metrics() -> dict:
             from millrace.monitoring.metrics import measure
 
-            if data_interval_start is None or data_interval_end is None:
-                raise AirflowFailException("this run has no data interval; trigger it with a logical date")
-            return measure(read_settings(), application, data_interval_start, data_interval_end, run=run_name())
+            return measure(read_settings(), application, *interval(), run=run_name())
 
         @task
         def drift(measured: dict) -> dict:
@@ -67,8 +63,15 @@ def monitor(application: Application) -> DAG:
                 outlet_events[breaches].add(asset(application.name, f"breaches/{action}"), extra=checked)
             return checked
 
+        @task
+        def health() -> dict:
+            from millrace.monitoring.health import check_health
+
+            return check_health(read_settings(), application, succeeded, now=datetime.now(UTC))
+
         measured = metrics()
         drift(measured) >> bounds(measured)
+        health()
     return dag
 
 

@@ -3,15 +3,16 @@
 Airflow puts the plugins folder on the import path, so DAG files import this module by its name.
 """
 
-from datetime import timedelta
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from airflow.sdk import DAG, Asset, BaseNotifier, DeadlineAlert, DeadlineReference, SyncCallback, get_current_context
-from pendulum import datetime
+from airflow.sdk.exceptions import AirflowFailException
 
 from millrace.applications import Application
 
-START = datetime(2026, 1, 1, tz="UTC")
+START = datetime(2026, 1, 1, tzinfo=UTC)
 """Of schedules: no interval before it is run, and none is caught up."""
 HEAVY = "heavy"
 """One-slot pool of the tasks that fill the machine: embedding, training, evaluation."""
@@ -27,6 +28,21 @@ def run_name() -> str:
     context = get_current_context()
     person = context["dag_run"].triggering_user_name
     return f"{context['dag'].dag_id}/{context['run_id']}/{context['ti'].task_id}" + (f" by {person}" if person else "")
+
+
+def interval() -> tuple[datetime, datetime]:
+    """Data interval of the running task. A run without one, triggered without a logical date, fails for good."""
+    context = get_current_context()
+    start, end = context.get("data_interval_start"), context.get("data_interval_end")
+    if start is None or end is None:
+        raise AirflowFailException("this run has no data interval; trigger it with a logical date, or by a backfill")
+    return start, end
+
+
+def succeeded(dag_id: str, logical_dates: Sequence[datetime] | None) -> int:
+    """How many runs of a DAG succeeded, of these logical dates or ever. Within a task."""
+    dates = None if logical_dates is None else list(logical_dates)
+    return get_current_context()["ti"].get_dr_count(dag_id=dag_id, logical_dates=dates, states=["success"])
 
 
 class AlertNotifier(BaseNotifier):

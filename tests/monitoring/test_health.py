@@ -1,0 +1,76 @@
+"""Data that stopped coming in and a disk that runs full are said; what was never started is not."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from millrace.alerts import PLATFORM
+from millrace.applications import Application
+from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.tables import OPS_ALERTS
+from millrace.monitoring.health import MISSED, check_health, last_intervals
+from millrace.settings import Settings
+
+NOON = datetime(2026, 3, 2, 12, 5, tzinfo=UTC)
+HOURS = [NOON.replace(minute=0) - timedelta(hours=back) for back in range(2, 30)]
+NIGHTS = [datetime(2026, 3, 2, 2, 30, tzinfo=UTC) - timedelta(days=back) for back in range(2, 30)]
+
+
+class Runs:
+    """Which intervals succeeded, by stage."""
+
+    def __init__(self, documents: Sequence[datetime], feedback: Sequence[datetime]) -> None:
+        self.by_dag = {"qa.ingest_documents": set(documents), "qa.ingest_feedback": set(feedback)}
+
+    def __call__(self, dag_id: str, dates: Sequence[datetime] | None) -> int:
+        ran = self.by_dag[dag_id]
+        return len(ran if dates is None else ran.intersection(dates))
+
+
+@pytest.fixture
+def home(settings: Settings) -> Settings:
+    settings.home.mkdir(parents=True)
+    return settings
+
+
+def alerts(settings: Settings) -> list[str]:
+    return sorted(Lake.of(settings, PLATFORM).read(OPS_ALERTS)["title"].to_pylist())
+
+
+def test_a_stage_that_missed_its_last_intervals_is_stale_and_one_late_run_is_not(
+    home: Settings, qa: Application
+) -> None:
+    assert check_health(home, qa, Runs(NIGHTS, HOURS), now=NOON)["stale"] == []
+    assert check_health(home, qa, Runs(NIGHTS, HOURS[MISSED - 1 :]), now=NOON)["stale"] == []
+    assert alerts(home) == []
+    found = check_health(home, qa, Runs(NIGHTS[MISSED:], HOURS[MISSED:]), now=NOON)
+    assert found["stale"] == ["qa.ingest_documents", "qa.ingest_feedback"]
+    assert alerts(home) == ["qa.ingest_documents is stale", "qa.ingest_feedback is stale"]
+
+
+def test_what_was_never_started_is_nobodys_trouble(home: Settings, qa: Application) -> None:
+    assert check_health(home, qa, Runs([], []), now=NOON)["stale"] == []
+
+
+def test_a_disk_that_is_nearly_full_is_said(
+    home: Settings, qa: Application, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert check_health(home, qa, Runs([], []), now=NOON)["disk_free"] > 0
+    monkeypatch.setattr("millrace.monitoring.health.FREE_SHARE", 1.0)
+    check_health(home, qa, Runs([], []), now=NOON)
+    assert alerts(home) == [f"the disk of {home.home} is nearly full"]
+
+
+@given(st.datetimes(datetime(2026, 1, 1), datetime(2026, 12, 31)), st.sampled_from(["0 * * * *", "30 2 * * *"]))
+def test_the_last_intervals_are_over_and_follow_one_another(moment: datetime, cron: str) -> None:
+    now = moment.replace(tzinfo=UTC)
+    starts = last_intervals(cron, now)
+    step = starts[0] - starts[1]
+    assert len(starts) == MISSED
+    assert all(sooner - later == step for sooner, later in pairwise(starts))
+    assert now - starts[0] >= 2 * step - timedelta(seconds=1), "its end was a whole interval ago"
