@@ -1,6 +1,5 @@
 """The loop as `make run` turns it, through the real Airflow, on a small corpus; then what an operator does to it."""
 
-import io
 import json
 import os
 import subprocess
@@ -10,10 +9,9 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 import pytest
-from rich.console import Console
 
 from millrace.airflow_api import Airflow
-from millrace.demo.run import Told, tell_story
+from millrace.demo.run import Told
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import (
     BRONZE_EVENTS,
@@ -29,21 +27,6 @@ from millrace.stack.environment import settings_variables
 from tests.conftest import Webhook
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(2400)]
-
-
-@pytest.fixture(scope="module")
-def told(running_stack: Stack) -> Told:
-    """The story, told once for this module."""
-    said = Console(file=(out := io.StringIO()), width=200)
-    with running_stack.airflow() as airflow:
-        told = tell_story(running_stack.settings, "qa", airflow, said)
-    assert told.failure is None, out.getvalue()
-    return told
-
-
-@pytest.fixture(scope="module")
-def qa_lake(running_stack: Stack) -> Lake:
-    return Lake.of(running_stack.settings, "qa")
 
 
 def test_the_loop_turns_once_and_every_stage_does_its_work(running_stack: Stack, told: Told) -> None:
