@@ -15,7 +15,7 @@ from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import GOLD_ANSWERS, GOLD_METRICS_HOURLY, OPS_COSTS, OPS_PROMPT_TRIALS, SILVER_EXCHANGES
 from millrace.stack import Stack
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.long, pytest.mark.stack, pytest.mark.timeout(1200)]
 
 
 def run(airflow: Airflow, dag_id: str, form: dict[str, Any], **about: Any) -> str:
