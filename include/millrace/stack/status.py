@@ -171,13 +171,13 @@ def down(settings: Settings) -> bool:
     owner = read_state(home).get("pid")
     if not isinstance(owner, int) or owner == os.getpid():
         raise StackError(f"somebody holds {home / 'run' / 'lock'} and doesn't say who; end that process by hand")
-    _signal(owner, signal.SIGTERM)
-    deadline = time.monotonic() + _DOWN_SECONDS
+    _end_owner(owner)
+    deadline = time.monotonic() + _LEFTOVER_SECONDS
+    # Whoever asks whether the home is owned holds the lock too, for a moment.
     while not lock.acquire():
         if time.monotonic() > deadline:
-            # It hangs: without it, its parts are left-overs, and those can be ended here.
-            _signal(owner, signal.SIGKILL)
-        time.sleep(0.2)
+            raise StackError(f"process {owner} has ended, and somebody else holds {home / 'run' / 'lock'} since")
+        time.sleep(0.1)
     try:
         processes.end_leftovers(home, seconds=_LEFTOVER_SECONDS)
     finally:
@@ -203,9 +203,17 @@ def _said_parts(said: dict[str, object]) -> list[dict[str, Any]]:
     return parts if isinstance(parts, list) else []
 
 
-def _signal(pid: int, sent: signal.Signals) -> None:
+def _end_owner(pid: int) -> None:
+    """Until its process is gone, which is a moment after it gave the lock back. Where it hangs it is killed, and
+    its parts are left-overs then."""
+    deadline = time.monotonic() + _DOWN_SECONDS
     with suppress(psutil.NoSuchProcess):
-        psutil.Process(pid).send_signal(sent)
+        owner = psutil.Process(pid)
+        owner.send_signal(signal.SIGTERM)
+        while owner.is_running() and owner.status() != psutil.STATUS_ZOMBIE:
+            if time.monotonic() > deadline:
+                owner.kill()
+            time.sleep(0.1)
 
 
 def airflow_of(settings: Settings) -> Airflow:
