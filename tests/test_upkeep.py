@@ -70,7 +70,7 @@ def test_lineages_and_copies_of_releases_that_users_cannot_meet_go(
         weights.write_text(content)
         prompt = PromptVersion(name="p", version="1", template="{{ question }}")
         manifest = declared_manifest(application, describe_weights(weights), prompt, f"lineage of {content}")
-        version = register_release(tracked, application, manifest, weights, run="test", tags={})
+        version = register_release(tracked, application, manifest, weights.parent, run="test", tags={})
         folders[content] = fetch_release(tracked, application, version)
         (tracked.index_builds(application.name) / manifest.retrieval.lineage).mkdir(parents=True)
     (tracked.index_builds(application.name) / lineage_id(application)).mkdir()

@@ -53,6 +53,14 @@ class Settings(BaseSettings):
     qdrant_api_key: SecretStr = SecretStr("")
     """Its API key, or a JWT; empty: it asks for none."""
 
+    upstream_url: str = Field("", pattern=r"^(https?://\S+)?$")
+    """An OpenAI-compatible server (`http://host:port/v1`), such as vLLM, for releases whose model a server has."""
+    upstream_api_key: SecretStr = SecretStr("")
+    """Its key; empty: it asks for none."""
+    upstream_model: str = ""
+    """What that server calls the model that new releases generate with; empty: the weights of the declared package, in
+    this process. Releases that exist keep theirs: to change is to let a candidate through the gate."""
+
     spark_tables: frozenset[str] = frozenset({"silver/chunks", "gold/answers"})
     """Tables that Spark commits to in this deployment, as a JSON list; delta-rs commits to all others."""
     batch_workers: int = Field(1, ge=1)
@@ -84,6 +92,12 @@ class Settings(BaseSettings):
     """Signs completion ids."""
     pseudonym_key: SecretStr = SecretStr("")
     """Turns users into pseudonyms before anything is stored."""
+
+    @model_validator(mode="after")
+    def _a_model_has_a_server(self) -> Self:
+        if self.upstream_model and not self.upstream_url:
+            raise ValueError("MILLRACE_UPSTREAM_MODEL needs MILLRACE_UPSTREAM_URL, the server that has the model")
+        return self
 
     @model_validator(mode="after")
     def _absolute_paths(self) -> Self:

@@ -6,6 +6,7 @@ again; what can't be, an event that is in no table yet, never goes.
 
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ from typing import Any
 import pyarrow.compute as pc
 
 from millrace.applications import Application
-from millrace.errors import LakehouseError
+from millrace.engines.upstream import unload_adapter
+from millrace.errors import LakehouseError, ReleaseError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import BRONZE_EVENTS, QUARANTINE_FEEDBACK, SILVER_CHUNKS, SILVER_EMBEDDINGS, TABLES
 from millrace.lakehouse.upkeep import keep_up
-from millrace.releases.manifest import Manifest
+from millrace.releases.generator import adapter_name, upstream_of
+from millrace.releases.manifest import Manifest, ServedModel
+from millrace.releases.package import read_release
 from millrace.releases.registry import RELEASE_TAG, local_releases, read_aliases, release_manifest, versions
 from millrace.retrieval.embed import lineage_id
 from millrace.retrieval.index import builds_of
@@ -60,6 +64,7 @@ def remove_unused(settings: Settings, application: Application) -> dict[str, lis
 
     Raises:
         ReleaseError: the registry does not answer; nothing was removed.
+        EngineError: the server does not answer that has an unused release's adapter; the release stays.
     """
     live = _live(settings, application)
     return {
@@ -88,14 +93,25 @@ def _lineages(settings: Settings, application: Application, live: list[Manifest]
 
 
 def _releases(settings: Settings, application: Application, live: list[Manifest]) -> list[str]:
+    """With the adapters that a server has loaded from there, which it must forget first."""
     ours = {tags[RELEASE_TAG] for tags in versions(settings, application).values()}
     unused = ours - {manifest.release_id for manifest in live}
     before = time.time() - application.retention.unused_releases * DAY
     folders = (local_releases(settings) / release_id for release_id in sorted(unused))
     doomed = [folder for folder in folders if folder.is_dir() and folder.stat().st_mtime < before]
+    in_use = {manifest.generator.identity for manifest in live}
     for folder in doomed:
+        if settings.upstream_url:
+            _forget_adapter(settings, folder, in_use)
         shutil.rmtree(folder)
     return [folder.name for folder in doomed]
+
+
+def _forget_adapter(settings: Settings, folder: Path, in_use: set[str]) -> None:
+    with suppress(ReleaseError):  # a damaged copy: it is better gone
+        generator = read_release(folder).generator
+        if isinstance(generator, ServedModel) and generator.adapter and generator.identity not in in_use:
+            unload_adapter(upstream_of(settings), adapter_name(generator))
 
 
 def _segments(settings: Settings, application: Application) -> list[str]:

@@ -194,7 +194,7 @@ def test_a_worker_on_another_machine_fetches_the_release_and_verifies_it(prepare
     there = dataclasses.replace(here, folder=tmp_path / "not there", config=here.config | {"cache": str(tmp_path)})
     folder = answering._folder(there)
     assert folder != here.folder
-    assert verify_release(folder, here.release_id) == read_release(here.folder)[0]
+    assert verify_release(folder, here.release_id) == read_release(here.folder)
 
 
 def test_a_spark_that_is_not_there_is_said_and_nothing_is_written(served: Served, lake: Lake, submit: Submit) -> None:

@@ -241,7 +241,7 @@ def _registered(
     prompt = PromptVersion(name=f"{application.name}.answer", version="1", template="{{ question }}")
     manifest = declared_manifest(application, describe_weights(weights), prompt, lineage_id(application))
     tags = {"training_set": training_set} if training_set else {}
-    return register_release(settings, application, manifest, weights, run="test", tags=tags)
+    return register_release(settings, application, manifest, weights.parent, run="test", tags=tags)
 
 
 def _published(settings: Settings, application: Application) -> None:

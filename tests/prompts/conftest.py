@@ -31,6 +31,6 @@ def champion(registry: Settings, application: Application, tmp_path: Path) -> tu
     prompt = register_prompt(registry, application, application.prompt.template, run="test")
     manifest = declared_manifest(application, describe_weights(weights), prompt, "lineage")
     tags = {"training_set": "train-1", "simulated": "true"}
-    version = register_release(registry, application, manifest, weights, run="test", tags=tags)
+    version = register_release(registry, application, manifest, weights.parent, run="test", tags=tags)
     publish_split(registry, application.name, Split(sequence=0, champion=version))
     return version, manifest

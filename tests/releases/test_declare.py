@@ -43,7 +43,7 @@ def test_a_variant_of_the_champion_has_its_weights_and_says_what_they_were_train
 ) -> None:
     champion, weights = make_release("trained weights")
     tags = {"training_set": "train-1", "simulated": "true", "fingerprint": "of the training alone"}
-    version = register_release(registry, application, champion, weights, run="test", tags=tags)
+    version = register_release(registry, application, champion, weights.parent, run="test", tags=tags)
     publish_split(registry, application.name, Split(sequence=0, champion=version))
 
     declared = declare_release(registry, application, variant="terse", run="test by ann")

@@ -50,7 +50,7 @@ def test_others_answer_while_a_release_is_loaded_and_one_that_can_not_be_loaded_
     manifest = manifest.model_copy(
         update={"application": answering.application.name, "retrieval": pipeline.manifest.retrieval}
     )
-    broken = register_release(answering.settings, answering.application, manifest, weights, run="test", tags={})
+    broken = register_release(answering.settings, answering.application, manifest, weights.parent, run="test", tags={})
     failures: list[Exception] = []
 
     def load() -> None:

@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 
 from millrace.applications import Generation
 from millrace.errors import ReleaseError
-from millrace.releases.manifest import Generator, Manifest, PromptVersion, describe_weights, read_manifest
+from millrace.releases.manifest import (
+    Manifest,
+    PromptVersion,
+    ServedModel,
+    Weights,
+    describe_adapter,
+    describe_weights,
+    read_manifest,
+)
 from millrace.releases.manifest import RetrievalLineage as Lineage
 
 TEMPLATE = "{{ question }}"
@@ -16,7 +24,7 @@ TEMPLATE = "{{ question }}"
 def manifest(template: str = TEMPLATE, sha256: str = "0" * 64, tokens: int = 48) -> Manifest:
     return Manifest(
         application="qa",
-        generator=Generator(name="model.gguf", sha256=sha256, bytes=4),
+        generator=Weights(name="model.gguf", sha256=sha256, bytes=4),
         prompt=PromptVersion(name="qa.prompt", version="1", template=template),
         retrieval=Lineage(lineage="minilm-1", embedding_model="minilm", chunks=2),
         generation=Generation(max_new_tokens=tokens),
@@ -46,9 +54,32 @@ def test_what_is_not_a_manifest_is_refused_in_one_sentence(text: str) -> None:
 
 
 def test_a_newer_format_is_refused() -> None:
-    newer = json.loads(manifest().canonical()) | {"format": 2, "unknown": True}
-    with pytest.raises(ReleaseError, match="has manifest format 2, this Millrace reads up to 1"):
+    newer = json.loads(manifest().canonical()) | {"format": 3, "unknown": True}
+    with pytest.raises(ReleaseError, match="has manifest format 3, this Millrace reads up to 2"):
         read_manifest(json.dumps(newer), "here")
+
+
+def test_a_model_that_a_server_has_needs_a_reader_of_format_2_and_weights_do_not() -> None:
+    weights = manifest()
+    served = weights.changed(generator=ServedModel(name="smol", context_tokens=8192))
+    assert (weights.format, served.format, served.changed(generator=weights.generator).format) == (1, 2, 1)
+    assert read_manifest(served.canonical(), "a test") == served
+    assert served.generator.files == ()
+    assert served.generator.identity != weights.generator.identity
+
+
+def test_an_adapter_is_described_by_its_two_files(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        ReleaseError, match=r"adapter_model.safetensors is missing or empty; an adapter is adapter_config"
+    ):
+        describe_adapter(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_text("tensors")
+    adapter = describe_adapter(tmp_path)
+    plain = ServedModel(name="smol", context_tokens=8192)
+    adapted = ServedModel(name="smol", context_tokens=8192, adapter=adapter)
+    assert [file.bytes for file in adapted.files] == [2, 7]
+    assert plain.identity != adapted.identity
 
 
 def test_weights_are_described_by_their_bytes(tmp_path: Path) -> None:

@@ -22,7 +22,9 @@ def client(settings: Settings) -> MlflowClient:
 
 def register(settings: Settings, application: Application, make_release: Make, content: str = "weights") -> str:
     manifest, weights = make_release(content)
-    return releases.register_release(settings, application, manifest, weights, run="test", tags={"why": "a test"})
+    return releases.register_release(
+        settings, application, manifest, weights.parent, run="test", tags={"why": "a test"}
+    )
 
 
 def test_a_release_is_registered_as_a_candidate_and_comes_back_byte_for_byte(
@@ -60,7 +62,9 @@ def test_the_same_release_from_two_at_once_is_one_version(
     with ThreadPoolExecutor(2) as pool:
         found = list(
             pool.map(
-                lambda run: releases.register_release(registry, application, manifest, weights, run=run, tags={}),
+                lambda run: releases.register_release(
+                    registry, application, manifest, weights.parent, run=run, tags={}
+                ),
                 ("one", "other"),
             )
         )
@@ -81,7 +85,7 @@ application = Application.model_validate_json(declaration)
 from millrace.releases.manifest import *
 prompt = PromptVersion(name="p", version="1", template="{{ question }}")
 manifest = declared_manifest(application, describe_weights(Path(weights)), prompt, "lineage")
-releases.register_release(settings, application, manifest, Path(weights), run="killed", tags={})
+releases.register_release(settings, application, manifest, Path(weights).parent, run="killed", tags={})
 """
 
 
@@ -121,7 +125,7 @@ def test_weights_that_are_not_the_manifests_are_refused_before_anything_is_sent(
     manifest, weights = make_release("weights")
     weights.write_text("other")
     with pytest.raises(ReleaseError, match=f"{weights} has SHA-256"):
-        releases.register_release(registry, application, manifest, weights, run="test", tags={})
+        releases.register_release(registry, application, manifest, weights.parent, run="test", tags={})
     assert releases.versions(registry, application) == {}
 
 

@@ -1,5 +1,7 @@
 """The stage, with a lake on disk, MLflow on SQLite and the program in two processes."""
 
+from pathlib import Path
+
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
@@ -8,6 +10,10 @@ from millrace.applications import Application
 from millrace.errors import ReleaseError, TrainingError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import GOLD_TRAINING_EXAMPLES, OPS_COSTS
+from millrace.releases.declare import declare_release
+from millrace.releases.generator import adapter_name
+from millrace.releases.loader import ReleaseLoader
+from millrace.releases.manifest import ServedModel
 from millrace.releases.registry import release_manifest, versions
 from millrace.retrieval.chunk import refresh_chunks
 from millrace.retrieval.embed import refresh_embeddings
@@ -18,6 +24,8 @@ from millrace.training import finetune as stage
 from millrace.training.candidate import release_candidate
 from millrace.training.finetune import finetune
 from millrace.training.sets import Example, build_training_set, training_set_id
+from millrace.upkeep import remove_unused
+from tests.engines.servers import KEY, Served, vllm_server
 
 
 @pytest.fixture
@@ -125,6 +133,44 @@ def test_documents_become_a_registered_candidate_and_a_repeat_finds_it(tracked: 
     finetune(tracked, tiny, training_set=built["training_set"], run="again")
     costs = lake.read(OPS_COSTS, where=pc.field("stage") == "training").to_pylist()
     assert [cost["release_id"] for cost in costs] == [released["release_id"]]
+
+
+@pytest.mark.long
+@pytest.mark.model
+@pytest.mark.timeout(1500)
+def test_where_a_server_has_the_model_a_candidate_is_an_adapter_that_it_loads_until_nobody_needs_it(
+    tracked: Settings, tiny: Application, training_set: str, model_folder: Path, tmp_path: Path
+) -> None:
+    learning = {"lora_layers": 0, "lora_rank": 16, "epochs": 6, "learning_rate": 2e-3}
+    tiny = tiny.model_copy(update={"training": tiny.training.model_copy(update=learning)})
+    _index(tracked, tiny)
+    trained = finetune(tracked, tiny, training_set=training_set, run="test")
+    with vllm_server(model_folder, tmp_path) as server:
+        changes = {"upstream_url": server.upstream.url, "upstream_api_key": KEY, "upstream_model": server.model}
+        settings = Settings.model_validate(tracked.model_dump() | changes)
+        declared = declare_release(settings, tiny, variant=None, run="test")["version"]
+        released = release_candidate(settings, tiny, trained=trained, run="test")
+        assert released["changed"]
+        assert release_candidate(settings, tiny, trained=trained, run="again") == released | {"changed": False}
+        generator = release_manifest(settings, tiny, released["version"]).generator
+        assert isinstance(generator, ServedModel)
+        assert [file.name for file in generator.adapter] == ["adapter_config.json", "adapter_model.safetensors"]
+        assert _adapters(server) == []  # the check's own is unloaded
+
+        loader = ReleaseLoader(settings, tiny)
+        question = "What is the default of parallelism?"
+        answers = [loader.load(version).answer(question).text for version in (declared, released["version"])]
+        assert answers[0] != answers[1]
+        assert _adapters(server) == [adapter_name(generator)]
+
+        at_once = tiny.model_copy(update={"retention": tiny.retention.model_copy(update={"unused_releases": 1e-9})})
+        removed = remove_unused(settings, at_once)["releases"]
+        assert released["release_id"] in removed
+        assert _adapters(server) == []
+
+
+def _adapters(server: Served) -> list[str]:
+    return [one.id for one in server.upstream.client().models.list() if one.id != server.model]
 
 
 @pytest.mark.model

@@ -114,7 +114,7 @@ def pin(settings: Settings, application: Application, release: str | None = None
             f"{application.name} has no champion to answer questions; let a release through the gate, or name a version"
         )
     folder = fetch_release(settings, application, version)
-    manifest, _ = read_release(folder)
+    manifest = read_release(folder)
     application.prices.of(manifest.generator.name)
     lineage = manifest.retrieval.lineage
     build = published_build(settings, application, lineage)

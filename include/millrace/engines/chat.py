@@ -22,9 +22,10 @@ def chat_prompt(messages: Sequence[Message], *, answer: bool = True) -> str:
     turns = list(messages)
     if not turns or turns[0].role != "system":
         turns.insert(0, Message("system", DEFAULT_SYSTEM))
-    text = "".join(f"<|im_start|>{turn.role}\n{_plain(turn.content)}{END_OF_TURN}\n" for turn in turns)
+    text = "".join(f"<|im_start|>{turn.role}\n{plain(turn.content)}{END_OF_TURN}\n" for turn in turns)
     return text + ("<|im_start|>assistant\n" if answer else "")
 
 
-def _plain(content: str) -> str:
+def plain(content: str) -> str:
+    """`content` with the control tokens of ChatML spelled apart."""
     return _CONTROL.sub(r"<| \1 |>", content)

@@ -118,13 +118,13 @@ def release_best(settings: Settings, application: Application, *, result: dict[s
             f"study {study} has no trial {result['best']['trial']} in ops/prompt_trials; run the study again"
         )
     prompt = register_prompt(settings, application, template, run=run)
-    ours, weights = read_release(fetch_release(settings, application, champion))
-    manifest = at(ours, point, prompt)
+    folder = fetch_release(settings, application, champion)
+    manifest = at(read_release(folder), point, prompt)
     registered = register_once(
         settings,
         application,
         manifest,
-        weights,
+        folder,
         run=run,
         tags={"millrace.origin": "prompt_study", "study": study} | training_tags(settings, application, champion),
     )

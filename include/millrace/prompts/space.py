@@ -5,7 +5,6 @@ Pure. The champion's own point is always among the choices: it is where a study 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from itertools import product
 from typing import Any
 
@@ -75,13 +74,10 @@ class Space:
 
 def at(champion: Manifest, point: Point, prompt: PromptVersion) -> Manifest:
     """The champion with `prompt`, and with the chunks and the generation config of `point`; made by this code."""
-    return champion.model_copy(
-        update={
-            "prompt": prompt,
-            "retrieval": champion.retrieval.model_copy(update={"chunks": point.chunks}),
-            "generation": Generation(max_new_tokens=point.max_new_tokens, temperature=point.temperature),
-            "code_version": version("millrace"),
-        }
+    return champion.changed(
+        prompt=prompt,
+        retrieval=champion.retrieval.model_copy(update={"chunks": point.chunks}),
+        generation=Generation(max_new_tokens=point.max_new_tokens, temperature=point.temperature),
     )
 
 

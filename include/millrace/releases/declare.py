@@ -2,14 +2,13 @@
 the champion with another of the declared prompts.
 """
 
-from importlib.metadata import version as code_version
 from pathlib import Path
 from typing import Any
 
 from millrace.applications import Application
-from millrace.engines.base_model import base_model_path
 from millrace.errors import ReleaseError
-from millrace.releases.manifest import Manifest, PromptVersion, declared_manifest, describe_weights
+from millrace.releases.generator import declared_generator
+from millrace.releases.manifest import Manifest, PromptVersion, declared_manifest
 from millrace.releases.package import read_release
 from millrace.releases.registry import (
     fetch_release,
@@ -30,7 +29,7 @@ def declare_release(settings: Settings, application: Application, *, variant: st
 
     Args:
         variant: name in `[prompt.variants]`; None or `declared`: the declared release. A variant before the first
-            champion gets the base model.
+            champion gets the declared generator.
         run: who registers.
 
     Returns:
@@ -38,7 +37,7 @@ def declare_release(settings: Settings, application: Application, *, variant: st
 
     Raises:
         ReleaseError: the variant is unknown, its template can't be used, or MLflow doesn't answer.
-        EngineError: the base model's package isn't installed.
+        EngineError: the base model's package isn't installed, or the upstream server has no such model.
     """
     variant = variant or DECLARED
     templates = {DECLARED: application.prompt.template, **application.prompt.variants}
@@ -49,15 +48,15 @@ def declare_release(settings: Settings, application: Application, *, variant: st
     tags = {"millrace.origin": "declaration", "millrace.variant": variant}
     if split and split.champion:
         tags |= training_tags(settings, application, split.champion)
-        manifest, weights = _champion_with(settings, application, split.champion, prompt)
+        manifest, files = _champion_with(settings, application, split.champion, prompt)
     else:
-        weights = base_model_path(application.generator)
-        manifest = declared_manifest(application, describe_weights(weights), prompt, lineage_id(application))
-    return register_once(settings, application, manifest, weights, run=run, tags=tags)
+        generator, files = declared_generator(settings, application)
+        manifest = declared_manifest(application, generator, prompt, lineage_id(application))
+    return register_once(settings, application, manifest, files, run=run, tags=tags)
 
 
 def _champion_with(
     settings: Settings, application: Application, champion: str, prompt: PromptVersion
 ) -> tuple[Manifest, Path]:
-    manifest, weights = read_release(fetch_release(settings, application, champion))
-    return manifest.model_copy(update={"prompt": prompt, "code_version": code_version("millrace")}), weights
+    folder = fetch_release(settings, application, champion)
+    return read_release(folder).changed(prompt=prompt), folder

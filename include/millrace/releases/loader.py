@@ -13,8 +13,9 @@ from typing import Generic, TypeVar
 
 from millrace.applications import Application
 from millrace.engines.engine import Engine
-from millrace.engines.openvino import OpenVinoEngine
 from millrace.errors import ReleaseError
+from millrace.releases.generator import open_engine, upstream_of
+from millrace.releases.manifest import Manifest
 from millrace.releases.package import read_release
 from millrace.releases.pipeline import AnswerPipeline
 from millrace.releases.registry import fetch_release
@@ -88,7 +89,7 @@ class ReleaseLoader:
 
         Raises:
             ReleaseError: it isn't registered, its bytes are not what was registered, or MLflow doesn't answer.
-            EngineError: its weights can't be loaded.
+            EngineError: its weights can't be loaded, or its model's server doesn't answer.
             RetrievalError: its embedding model can't be loaded.
             SettingsError: the declaration has no price for its generator.
         """
@@ -105,7 +106,8 @@ class ReleaseLoader:
             self.unload(version)
 
     def _open(self, version: str) -> AnswerPipeline:
-        manifest, weights = read_release(fetch_release(self.settings, self.application, version))
+        folder = fetch_release(self.settings, self.application, version)
+        manifest = read_release(folder)
         if manifest.application != self.application.name:
             raise ReleaseError(f"{self.application.name}@{version} is a release of {manifest.application!r}")
         self.application.prices.of(manifest.generator.name)
@@ -113,7 +115,7 @@ class ReleaseLoader:
         try:
             model = retrieval.embedding_model
             embedder = self._embedders.get(model, version, lambda: self._embedder(model))
-            engine = self._engines.get(manifest.generator.sha256, version, lambda: self._engine(weights))
+            engine = self._engines.get(manifest.generator.identity, version, lambda: self._engine(manifest, folder))
             builds = builds_of(self.settings, self.application.name, retrieval.lineage)
             return AnswerPipeline(manifest, engine, Retriever(builds, embedder))
         except BaseException:
@@ -126,8 +128,14 @@ class ReleaseLoader:
             engine.close()
         self._embedders.leave(version)
 
-    def _engine(self, weights: Path) -> Engine:
-        return OpenVinoEngine(weights, cache_gb=self.settings.engine_cache_gb, threads=self.settings.threads)
+    def _engine(self, manifest: Manifest, folder: Path) -> Engine:
+        return open_engine(
+            manifest.generator,
+            folder,
+            upstream=upstream_of(self.settings),
+            threads=self.settings.threads,
+            cache_gb=self.settings.engine_cache_gb,
+        )
 
     def _embedder(self, model: str) -> Embedder:
         return Embedder(model, self.settings.cache, self.settings.threads)

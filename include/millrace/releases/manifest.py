@@ -8,28 +8,68 @@ import hashlib
 import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from millrace.applications import Application, Generation
 from millrace.errors import ReleaseError
 
-FORMAT = 1
+FORMAT = 2
+"""1: the generator is weights. 2: it may be a model that a server has. A manifest says the lowest that reads it."""
+
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Generator(Part):
-    """The weights, by content. `kind` is their file format, which says what engine reads them."""
+class File(Part):
+    """A file of the release, by content."""
 
-    kind: Literal["gguf"] = "gguf"
     name: str
-    """File name."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     bytes: int = Field(ge=1)
+
+
+class Weights(File):
+    """A generator that this process computes. `kind` is the file's format, which says what engine reads it."""
+
+    kind: Literal["gguf"] = "gguf"
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        return (self,)
+
+    @property
+    def identity(self) -> str:
+        """Equal where the same bytes generate."""
+        return self.sha256
+
+
+class ServedModel(Part):
+    """A generator that an OpenAI-compatible server computes; which server is the deployment's choice."""
+
+    kind: Literal["openai"] = "openai"
+    name: str
+    """What the server calls the model."""
+    context_tokens: int = Field(ge=1)
+    adapter: tuple[File, ...] = ()
+    """A LoRA adapter as peft saves it, which the server loads while it runs; empty: the model as it is."""
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        return self.adapter
+
+    @property
+    def identity(self) -> str:
+        """Equal where the same model with the same adapter generates."""
+        return hashlib.sha256(json.dumps([self.name, *(file.sha256 for file in self.adapter)]).encode()).hexdigest()
+
+
+Generator = Annotated[Weights | ServedModel, Field(discriminator="kind")]
 
 
 class PromptVersion(Part):
@@ -51,9 +91,11 @@ class RetrievalLineage(Part):
 class Manifest(Part):
     """Everything that distinguishes a release from another."""
 
-    format: int = Field(default=FORMAT, ge=1)
     application: str
     generator: Generator
+    format: int = Field(
+        default_factory=lambda known: 1 if isinstance(known.get("generator"), Weights) else FORMAT, ge=1
+    )
     prompt: PromptVersion
     retrieval: RetrievalLineage
     generation: Generation
@@ -63,6 +105,11 @@ class Manifest(Part):
     def release_id(self) -> str:
         """`rel-` and 16 hexadecimal digits of the SHA-256 of the canonical JSON."""
         return f"rel-{hashlib.sha256(self.canonical().encode()).hexdigest()[:16]}"
+
+    def changed(self, **parts: Any) -> "Manifest":
+        """This release with other `parts`, made by this code."""
+        kept = {name: value for name, value in self if name not in ("format", "code_version")}
+        return Manifest(**kept | parts)
 
     def canonical(self) -> str:
         """JSON with sorted keys and no white space: equal manifests are equal bytes."""
@@ -87,7 +134,7 @@ def read_manifest(text: str, origin: str) -> Manifest:
         raise ReleaseError(f"{origin} is not a release manifest: {reason}; register the release again") from None
 
 
-def describe_weights(weights: Path) -> Generator:
+def describe_weights(weights: Path) -> Weights:
     """The generator part for the file `weights`; reads it once.
 
     Raises:
@@ -95,7 +142,20 @@ def describe_weights(weights: Path) -> Generator:
     """
     if not weights.is_file() or not weights.stat().st_size:
         raise ReleaseError(f"{weights} is not a file with weights; a release needs one .gguf file")
-    return Generator(name=weights.name, sha256=file_sha256(weights), bytes=weights.stat().st_size)
+    return Weights(**_described(weights))
+
+
+def describe_adapter(folder: Path) -> tuple[File, ...]:
+    """The files of the LoRA adapter that peft saved in `folder`; reads them once.
+
+    Raises:
+        ReleaseError: one is missing or empty.
+    """
+    files = [folder / name for name in ADAPTER_FILES]
+    for file in files:
+        if not file.is_file() or not file.stat().st_size:
+            raise ReleaseError(f"{file} is missing or empty; an adapter is {' and '.join(ADAPTER_FILES)}")
+    return tuple(File(**_described(file)) for file in files)
 
 
 def declared_manifest(application: Application, generator: Generator, prompt: PromptVersion, lineage: str) -> Manifest:
@@ -111,6 +171,10 @@ def declared_manifest(application: Application, generator: Generator, prompt: Pr
         ),
         generation=application.generation,
     )
+
+
+def _described(file: Path) -> dict[str, Any]:
+    return {"name": file.name, "sha256": file_sha256(file), "bytes": file.stat().st_size}
 
 
 def file_sha256(path: Path) -> str:

@@ -1,6 +1,6 @@
 """A release as files: the MLflow model that is uploaded, and the verified local folder that is loaded.
 
-Knows the disk only. The MLflow model is `MLmodel` and `data/release/{manifest.json, <weights>}`, loaded by
+Knows the disk only. The MLflow model is `MLmodel` and `data/release/{manifest.json, <weights or adapter>}`, loaded by
 `millrace.releases.pyfunc`: no pickle, no code.
 """
 
@@ -25,26 +25,32 @@ LOAD_CONFIG: dict[str, Any] = {
     "cache": "~/.cache/millrace",  # for the converted embedding model
     "threads": 0,  # 0: as many as there are processors
     "cache_gb": 1,  # of the generator
+    "upstream_url": "",  # OpenAI-compatible server (`https://host:port/v1`), for releases whose model it has
+    "upstream_api_key": "",  # its key; empty: it asks for none
 }
 """What `load_model(..., model_config=…)` may set. MLflow drops keys that the model was not saved with."""
 
 
-def write_model(manifest: Manifest, weights: Path, folder: Path) -> Path:
+def write_model(manifest: Manifest, files: Path, folder: Path) -> Path:
     """The MLflow model of a release, in `folder`/model.
 
+    Args:
+        files: the folder with the generator's files.
+
     Raises:
-        ReleaseError: `weights` are not those that the manifest names.
+        ReleaseError: they are not those that the manifest names.
     """
     import mlflow.pyfunc
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema
     from mlflow.types.schema import Array
 
-    _require_bytes(manifest, weights)
+    _require_bytes(manifest, files)
     data = folder / DATA
     data.mkdir()
     (data / MANIFEST).write_text(manifest.canonical(), encoding="utf-8")
-    _same_bytes(weights, data / manifest.generator.name)
+    for file in manifest.generator.files:
+        _same_bytes(files / file.name, data / file.name)
     model = folder / "model"
     mlflow.pyfunc.save_model(
         model,
@@ -69,26 +75,26 @@ def write_model(manifest: Manifest, weights: Path, folder: Path) -> Path:
     return model
 
 
-def read_release(folder: Path) -> tuple[Manifest, Path]:
-    """The manifest and the weights in a local release folder. Looks at sizes; `verify_release` looks at bytes.
+def read_release(folder: Path) -> Manifest:
+    """The manifest in a local release folder, whose files are there. Looks at sizes; `verify_release` looks at bytes.
 
     Raises:
-        ReleaseError: there is no manifest, no weights, or weights of another size.
+        ReleaseError: there is no manifest, or a file is missing or has another size.
     """
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ReleaseError(f"{folder} holds no readable {MANIFEST} ({error}); {_again(folder)}") from None
     manifest = read_manifest(text, str(folder / MANIFEST))
-    weights = folder / manifest.generator.name
-    if not weights.is_file():
-        raise ReleaseError(f"{folder} holds no weights ({weights.name} is missing); {_again(folder)}")
-    if weights.stat().st_size != manifest.generator.bytes:
-        raise ReleaseError(
-            f"{weights} has {weights.stat().st_size} bytes, its manifest says {manifest.generator.bytes}; "
-            f"{_again(folder)}"
-        )
-    return manifest, weights
+    for file in manifest.generator.files:
+        path = folder / file.name
+        if not path.is_file():
+            raise ReleaseError(f"{folder} holds no weights ({file.name} is missing); {_again(folder)}")
+        if path.stat().st_size != file.bytes:
+            raise ReleaseError(
+                f"{path} has {path.stat().st_size} bytes, its manifest says {file.bytes}; {_again(folder)}"
+            )
+    return manifest
 
 
 def verify_release(folder: Path, release_id: str) -> Manifest:
@@ -97,15 +103,16 @@ def verify_release(folder: Path, release_id: str) -> Manifest:
     Raises:
         ReleaseError: as `read_release`; or the bytes or the id are others than expected.
     """
-    manifest, weights = read_release(folder)
+    manifest = read_release(folder)
     if manifest.release_id != release_id:
         raise ReleaseError(f"{folder} holds {manifest.release_id}, not {release_id}; {_again(folder)}")
-    found = file_sha256(weights)
-    if found != manifest.generator.sha256:
-        raise ReleaseError(
-            f"{weights} has other bytes (SHA-256 {found[:12]}…) than release {release_id} was registered with "
-            f"({manifest.generator.sha256[:12]}…); {_again(folder)}"
-        )
+    for file in manifest.generator.files:
+        found = file_sha256(folder / file.name)
+        if found != file.sha256:
+            raise ReleaseError(
+                f"{folder / file.name} has other bytes (SHA-256 {found[:12]}…) than release {release_id} was "
+                f"registered with ({file.sha256[:12]}…); {_again(folder)}"
+            )
     return manifest
 
 
@@ -119,15 +126,16 @@ def install(downloaded: Path, folder: Path, release_id: str) -> None:
             raise
 
 
-def _require_bytes(manifest: Manifest, weights: Path) -> None:
-    if not weights.is_file():
-        raise ReleaseError(f"{weights} is not a file with weights; a release needs one .gguf file")
-    found = file_sha256(weights)
-    if found != manifest.generator.sha256:
-        raise ReleaseError(
-            f"{weights} has SHA-256 {found[:12]}…, the manifest says {manifest.generator.sha256[:12]}…; "
-            "describe these weights again (`describe_weights`)"
-        )
+def _require_bytes(manifest: Manifest, files: Path) -> None:
+    for file in manifest.generator.files:
+        path = files / file.name
+        if not path.is_file():
+            raise ReleaseError(f"{path} is not a file; the manifest names it as part of the generator")
+        found = file_sha256(path)
+        if found != file.sha256:
+            raise ReleaseError(
+                f"{path} has SHA-256 {found[:12]}…, the manifest says {file.sha256[:12]}…; describe it again"
+            )
 
 
 def _same_bytes(source: Path, target: Path) -> None:

@@ -2,8 +2,8 @@
 
 Needs the installed package and index builds, but no Millrace server: a release holds no documents, and an answer
 without them would not be the release's. Builds are in a folder (`<home>/indexes/<environment>/<application>`) or on a
-Qdrant server: `{"qdrant_url": …, "environment": …}`. The other settings that `model_config` takes are in
-`package.LOAD_CONFIG`.
+Qdrant server: `{"qdrant_url": …, "environment": …}`. A release whose model a server has needs `upstream_url`. All that
+`model_config` takes is in `package.LOAD_CONFIG`.
 """
 
 import os
@@ -12,8 +12,9 @@ from typing import Any
 
 import pandas as pd
 
-from millrace.engines.openvino import OpenVinoEngine
+from millrace.engines.upstream import Upstream
 from millrace.errors import ReleaseError
+from millrace.releases.generator import open_engine
 from millrace.releases.manifest import Manifest
 from millrace.releases.package import LOAD_CONFIG, read_release
 from millrace.releases.pipeline import AnswerPipeline
@@ -37,14 +38,20 @@ def open_pipeline(folder: Path, config: dict[str, Any]) -> AnswerPipeline:
 
     Raises:
         ReleaseError: no index builds were named, or the model's files are not whole.
-        EngineError: the weights can't be loaded.
+        EngineError: the weights can't be loaded, or the server that has the model doesn't answer.
         RetrievalError: the embedding model can't be loaded.
     """
-    manifest, weights = read_release(folder)
+    manifest = read_release(folder)
     builds = _builds(config, manifest)
     threads = config["threads"] or os.cpu_count() or 1
     embedder = Embedder(manifest.retrieval.embedding_model, Path(config["cache"]).expanduser(), threads)
-    engine = OpenVinoEngine(weights, cache_gb=config["cache_gb"], threads=threads)
+    engine = open_engine(
+        manifest.generator,
+        folder,
+        upstream=Upstream(config["upstream_url"], config["upstream_api_key"]),
+        threads=threads,
+        cache_gb=config["cache_gb"],
+    )
     return AnswerPipeline(manifest, engine, Retriever(builds, embedder))
 
 
@@ -59,6 +66,8 @@ def load_config(settings: Settings, application: str, index_build: str) -> dict[
         "cache": str(settings.cache),
         "threads": settings.threads,
         "cache_gb": settings.engine_cache_gb,
+        "upstream_url": settings.upstream_url,
+        "upstream_api_key": settings.upstream_api_key.get_secret_value(),
     }
 
 

@@ -36,12 +36,12 @@ ABANDONED_SECONDS = 3600
 
 
 def register_release(
-    settings: Settings, application: Application, manifest: Manifest, weights: Path, *, run: str, tags: dict[str, str]
+    settings: Settings, application: Application, manifest: Manifest, files: Path, *, run: str, tags: dict[str, str]
 ) -> str:
     """Upload a release and register it as a candidate. The same release again gives the same version.
 
     Args:
-        weights: the file that `manifest.generator` describes.
+        files: the folder with the files of `manifest.generator`.
         run: who registers, for provenance: a run's name, with ` by <person>` if a person triggered it.
         tags: more tags of the version. A version that exists keeps its own.
 
@@ -49,7 +49,7 @@ def register_release(
         The version, digits.
 
     Raises:
-        ReleaseError: the weights are not those of the manifest, or MLflow doesn't answer.
+        ReleaseError: the files are not those of the manifest, or MLflow doesn't answer.
     """
     if manifest.application != application.name:
         raise ReleaseError(f"the manifest is of application {manifest.application!r}, not {application.name!r}")
@@ -69,7 +69,7 @@ def register_release(
             model_type="millrace.release",
         )
         with tempfile.TemporaryDirectory(prefix=".upload-", dir=local_releases(settings)) as scratch:
-            client.log_model_artifacts(model.model_id, str(write_model(manifest, weights, Path(scratch))))
+            client.log_model_artifacts(model.model_id, str(write_model(manifest, files, Path(scratch))))
         client.finalize_logged_model(model.model_id, "READY")
         mine = client.create_model_version(
             application.name,
@@ -87,12 +87,12 @@ def register_release(
 
 
 def register_once(
-    settings: Settings, application: Application, manifest: Manifest, weights: Path, *, run: str, tags: dict[str, str]
+    settings: Settings, application: Application, manifest: Manifest, files: Path, *, run: str, tags: dict[str, str]
 ) -> dict[str, Any]:
     """As `register_release`, for a task's result: `version`, `release_id`, and `changed`: whether it is registered now
     and was not before."""
     known = find_version(settings, application, manifest.release_id)
-    version = known or register_release(settings, application, manifest, weights, run=run, tags=tags)
+    version = known or register_release(settings, application, manifest, files, run=run, tags=tags)
     return {"version": version, "release_id": manifest.release_id, "changed": known is None}
 
 
@@ -124,7 +124,7 @@ def tag_release(settings: Settings, application: Application, version: str, tags
 
 
 def fetch_release(settings: Settings, application: Application, version: str) -> Path:
-    """Local folder with `manifest.json` and the weights of a registered release; downloaded and verified once.
+    """Local folder with `manifest.json` and the files of a registered release; downloaded and verified once.
 
     Raises:
         ReleaseError: there is no such version, what was downloaded is not what was registered, the local folder was
@@ -155,7 +155,7 @@ def fetch_release(settings: Settings, application: Application, version: str) ->
 
 def release_manifest(settings: Settings, application: Application, version: str) -> Manifest:
     """The manifest of a registered release; fetches it. Raises as `fetch_release`."""
-    return read_release(fetch_release(settings, application, version))[0]
+    return read_release(fetch_release(settings, application, version))
 
 
 def register_prompt(settings: Settings, application: Application, template: str, *, run: str) -> PromptVersion:
@@ -311,7 +311,7 @@ def _params(manifest: Manifest) -> dict[str, str]:
     """What the MLflow UI shows side by side."""
     return {
         "generator": manifest.generator.name,
-        "weights_sha256": manifest.generator.sha256,
+        "generator_identity": manifest.generator.identity,
         "prompt": f"{manifest.prompt.name}@{manifest.prompt.version}",
         "lineage": manifest.retrieval.lineage,
         "chunks": str(manifest.retrieval.chunks),

@@ -1,17 +1,18 @@
 """From a finished fine-tune to a candidate release, and the release that a fine-tune starts from."""
 
 import json
-from importlib.metadata import version as code_version
 from pathlib import Path
 from typing import Any
 
 from millrace.applications import Application
 from millrace.engines.base_model import base_model_path
+from millrace.engines.upstream import unload_adapter
 from millrace.errors import TrainingError
 from millrace.lakehouse.costs import attribute_cost
 from millrace.lakehouse.lake import Lake
 from millrace.releases.declare import declare_release
-from millrace.releases.manifest import Manifest, describe_weights
+from millrace.releases.generator import adapter_name, open_engine, served_model, upstream_of
+from millrace.releases.manifest import Generator, Manifest, ServedModel, describe_adapter, describe_weights
 from millrace.releases.registry import read_split, register_once, release_manifest
 from millrace.settings import Settings
 from millrace.training.export import verify_answers, write_merged
@@ -33,7 +34,8 @@ def starting_manifest(settings: Settings, application: Application, *, run: str)
 def release_candidate(
     settings: Settings, application: Application, *, trained: dict[str, Any], run: str
 ) -> dict[str, Any]:
-    """Export a fine-tune and register it: the champion's manifest with the new weights.
+    """Export a fine-tune and register it: the champion's manifest with the new weights, or, where a server has the
+    model (`MILLRACE_UPSTREAM_MODEL`), with the adapter for it.
 
     Args:
         trained: as `finetune` returns it.
@@ -43,20 +45,19 @@ def release_candidate(
 
     Raises:
         TrainingError: the fine-tune's files are gone, or the export doesn't answer like the trained model.
+        EngineError: the server doesn't answer, or can't load the adapter.
         ReleaseError: MLflow doesn't answer.
     """
     folder = Path(trained["folder"])
     if not (folder / "result.json").exists():
         raise TrainingError(f"{folder} holds no finished fine-tune; run the train task again, it reuses what it can")
-    weights, agreement = _export(settings, application, folder)
-    manifest = starting_manifest(settings, application, run=run).model_copy(
-        update={"generator": describe_weights(weights), "code_version": code_version("millrace")}
-    )
+    generator, files, agreement = _export(settings, application, folder)
+    manifest = starting_manifest(settings, application, run=run).changed(generator=generator)
     registered = register_once(
         settings,
         application,
         manifest,
-        weights,
+        files,
         run=run,
         tags={
             "millrace.origin": "finetune",
@@ -75,22 +76,44 @@ def release_candidate(
     return registered | {"agreement": agreement}
 
 
-def _export(settings: Settings, application: Application, folder: Path) -> tuple[Path, float]:
-    """The merged weights, made and verified unless an earlier attempt did."""
-    from millrace.engines.openvino import OpenVinoEngine
+def _export(settings: Settings, application: Application, folder: Path) -> tuple[Generator, Path, float]:
+    """The candidate's generator, the folder with its files, and how far its answers agree; asked once."""
+    generator, files = (_served if settings.upstream_model else _merged)(settings, application, folder)
+    kept = folder / "export.json"
+    told = json.loads(kept.read_text()) if kept.exists() else {}
+    if told.get("generator") != generator.identity:
+        answers = json.loads((folder / "result.json").read_text())["answers"]
+        told = {"generator": generator.identity, "agreement": _agreement(settings, generator, files, answers)}
+        building = folder / ".export.json"
+        building.write_text(json.dumps(told))
+        building.replace(kept)
+    return generator, files, told["agreement"]
 
+
+def _merged(settings: Settings, application: Application, folder: Path) -> tuple[Generator, Path]:
+    """For this process's engine: the base with the adapter merged in."""
     base = base_model_path(application.generator)
     weights = folder / f"{base.name.split('.')[0]}-{folder.name}.gguf"
-    verified = folder / "export.json"
-    if not verified.exists():
+    if not weights.exists():
         write_merged(base, folder / "adapter", weights)
-        answers = json.loads((folder / "result.json").read_text())["answers"]
-        engine = OpenVinoEngine(weights, cache_gb=settings.engine_cache_gb, threads=settings.threads)
-        try:
-            agreement = verify_answers(engine, answers)
-        finally:
-            engine.close()
-        building = folder / ".export.json"
-        building.write_text(json.dumps({"agreement": agreement}))
-        building.replace(verified)
-    return weights, json.loads(verified.read_text())["agreement"]
+    return describe_weights(weights), folder
+
+
+def _served(settings: Settings, application: Application, folder: Path) -> tuple[Generator, Path]:
+    """For a server that has the base: the adapter, which it loads while it runs."""
+    files = folder / "adapter"
+    return served_model(settings).model_copy(update={"adapter": describe_adapter(files)}), files
+
+
+def _agreement(settings: Settings, generator: Generator, files: Path, answers: list[dict[str, str]]) -> float:
+    upstream = upstream_of(settings)
+    engine = open_engine(
+        generator, files, upstream=upstream, threads=settings.threads, cache_gb=settings.engine_cache_gb
+    )
+    try:
+        return verify_answers(engine, answers)
+    finally:
+        engine.close()
+        if isinstance(generator, ServedModel):
+            # The release has files of its own to load it from; these go with the fine-tune's folder.
+            unload_adapter(upstream, adapter_name(generator))

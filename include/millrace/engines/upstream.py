@@ -1,0 +1,341 @@
+"""The generator behind HTTP: any server that speaks OpenAI's chat completions, such as vLLM.
+
+Retries and time limits are those of the `openai` client. Two things are vLLM's own, and used where they are there:
+`/tokenize`, which counts a prompt exactly, and LoRA adapters that are loaded while the server runs
+(`/v1/load_lora_adapter`; it needs `--enable-lora` and `VLLM_ALLOW_RUNTIME_LORA_UPDATING=True`). It does not know what a
+release is.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from millrace.applications import Generation
+from millrace.engines.chat import plain
+from millrace.engines.engine import FinishReason, Generated, Message
+from millrace.errors import EngineError
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+_SECONDS = 120.0
+"""Between two pieces of an answer, at most."""
+_CONNECT_SECONDS = 5.0
+_BYTES_A_TOKEN = 3
+"""Fewer than a tokenizer gets out of any language's text, so that an estimate is rather too high."""
+_TURN_TOKENS = 8
+_TEMPLATE_TOKENS = 32
+"""For what a chat template says of its own."""
+CONTEXT_TOKENS = 4096
+"""Assumed where a server does not say how much its model reads."""
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """A server, as the deployment names it."""
+
+    url: str
+    """With its `/v1`."""
+    api_key: str = field(default="", repr=False)
+
+    def client(self) -> "OpenAI":
+        """
+        Raises:
+            EngineError: the deployment names no server.
+        """
+        from openai import OpenAI, Timeout
+
+        if not self.url:
+            raise EngineError("this release's model is on a server: set MILLRACE_UPSTREAM_URL (http://host:port/v1)")
+        return OpenAI(
+            base_url=self.url, api_key=self.api_key or "none", timeout=Timeout(_SECONDS, connect=_CONNECT_SECONDS)
+        )
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter: a folder as peft saves it, which the server must see at the same path."""
+
+    name: str
+    """What the server calls it; the model to ask for."""
+    folder: Path
+
+
+def context_of(upstream: Upstream, model: str) -> int:
+    """Tokens that `model` reads, as the server says, else `CONTEXT_TOKENS`.
+
+    Raises:
+        EngineError: the server doesn't answer, or has no such model.
+    """
+    from openai import BadRequestError, NotFoundError
+
+    client = upstream.client()
+    with _told(upstream):
+        there = {one.id: one for one in client.models.list()}
+        if model in there:
+            said = (there[model].model_extra or {}).get("max_model_len")
+            return said if isinstance(said, int) else CONTEXT_TOKENS
+        # Not every server lists all that it has: one token proves it.
+        try:
+            client.chat.completions.create(model=model, messages=[{"role": "user", "content": "?"}], max_tokens=1)
+        except (NotFoundError, BadRequestError) as error:
+            raise EngineError(
+                f"{upstream.url} has no model {model!r} ({_reason(error)}); it lists "
+                f"{', '.join(sorted(there)) or 'none'}"
+            ) from None
+    return CONTEXT_TOKENS
+
+
+def load_adapter(upstream: Upstream, adapter: Adapter) -> None:
+    """Have the server load `adapter`, unless it has.
+
+    Raises:
+        EngineError: it doesn't answer, or can't.
+    """
+    from openai import APIStatusError
+
+    client = upstream.client()
+    with _told(upstream):
+        if adapter.name in {one.id for one in client.models.list()}:
+            return
+        wanted = {"lora_name": adapter.name, "lora_path": str(adapter.folder)}
+        try:
+            client.post("/load_lora_adapter", cast_to=str, body=wanted)
+        except APIStatusError as error:
+            # Somebody else may have been first.
+            if adapter.name not in {one.id for one in client.models.list()}:
+                raise EngineError(
+                    f"{upstream.url} can't load the adapter in {adapter.folder}: {_reason(error)}; it must see that "
+                    "folder and let adapters be loaded (vLLM: --enable-lora, VLLM_ALLOW_RUNTIME_LORA_UPDATING=True)"
+                ) from None
+
+
+def unload_adapter(upstream: Upstream, name: str) -> None:
+    """Have the server forget an adapter; it may have done so already.
+
+    Raises:
+        EngineError: it doesn't answer.
+    """
+    from openai import APIStatusError
+
+    client = upstream.client()
+    with _told(upstream):
+        try:
+            client.post("/unload_lora_adapter", cast_to=str, body={"lora_name": name})
+        except APIStatusError:
+            if name in {one.id for one in client.models.list()}:
+                raise
+
+
+class UpstreamEngine:
+    """A model that a server has, with an adapter of ours or without.
+
+    Args:
+        model: what the server calls it.
+        context_tokens: most that prompt and completion may have together.
+        adapter: loaded now, and again whenever the server has forgotten it.
+
+    Raises:
+        EngineError: the server doesn't answer, or has no such model or can't load the adapter.
+    """
+
+    def __init__(self, upstream: Upstream, model: str, *, context_tokens: int, adapter: Adapter | None = None) -> None:
+        self._upstream = upstream
+        self._client = upstream.client()
+        self._adapter = adapter
+        self._context_tokens = context_tokens
+        self._tokenizes = True
+        context_of(upstream, model)
+        if adapter:
+            load_adapter(upstream, adapter)
+        self._asked = adapter.name if adapter else model
+        self._closed = False
+
+    @property
+    def context_tokens(self) -> int:
+        return self._context_tokens
+
+    def count_tokens(self, messages: Sequence[Message]) -> int:
+        """As the server counts; where it can't say, an estimate that is rather too high."""
+        from openai import APIStatusError
+
+        if self._tokenizes:
+            body = {"model": self._asked, "messages": _wire(messages)}
+            with _told(self._upstream):
+                try:
+                    answer = self._client.post(f"{self._root}/tokenize", cast_to=object, body=body)
+                    return int(answer["count"])  # type: ignore[index]
+                except APIStatusError as error:
+                    if error.status_code >= 500:
+                        raise
+                    # An adapter that was forgotten is no reason to guess for ever.
+                    self._tokenizes = self._adapter is not None and self._restored(error)
+                    if self._tokenizes:
+                        return self.count_tokens(messages)
+                except (TypeError, KeyError, ValueError):
+                    self._tokenizes = False
+        return sum(_estimated(message.content) + _TURN_TOKENS for message in messages) + _TEMPLATE_TOKENS
+
+    def generate(self, messages: Sequence[Message], config: Generation) -> Generated:
+        with _told(self._upstream):
+            answer = self._create(messages, config, stream=False)
+        choice = answer.choices[0]
+        text = choice.message.content or ""
+        return _generated(self, messages, text, answer.usage, _finish(choice.finish_reason))
+
+    def stream(self, messages: Sequence[Message], config: Generation) -> "UpstreamStream":
+        with _told(self._upstream):
+            return UpstreamStream(self, messages, self._create(messages, config, stream=True))
+
+    def close(self) -> None:
+        """Other processes may use the adapter: it stays where it is."""
+        self._closed = True
+        self._client.close()
+
+    @property
+    def _root(self) -> str:
+        return self._upstream.url.rstrip("/").removesuffix("/v1")
+
+    def _create(self, messages: Sequence[Message], config: Generation, *, stream: bool) -> Any:
+        from openai import APIStatusError
+
+        if self._closed:
+            raise EngineError(f"the engine of {self._asked} is closed; load the release again")
+        wanted: dict[str, Any] = {
+            "model": self._asked,
+            "messages": _wire(messages),
+            "max_tokens": config.max_new_tokens,
+            "temperature": config.temperature,
+        }
+        if stream:
+            wanted |= {"stream": True, "stream_options": {"include_usage": True}}
+        try:
+            return self._client.chat.completions.create(**wanted)
+        except APIStatusError as error:
+            if self._restored(error):
+                return self._client.chat.completions.create(**wanted)
+            raise
+
+    def _restored(self, error: Any) -> bool:
+        """Whether what failed may be tried again: the server was started anew and had forgotten the adapter."""
+        if self._adapter is None or error.status_code != 404:
+            return False
+        load_adapter(self._upstream, self._adapter)
+        return True
+
+
+class UpstreamStream:
+    """One answer as it arrives. Not for several threads, except `close`."""
+
+    def __init__(self, engine: UpstreamEngine, messages: Sequence[Message], chunks: Any) -> None:
+        self._engine = engine
+        self._messages = messages
+        self._chunks = chunks
+        self._text = ""
+        self._usage: Any = None
+        self._reason: FinishReason | None = None
+        self._ended = False
+        self._reading = threading.Lock()
+        self._cancelled = threading.Event()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        while True:
+            with self._reading:
+                if self._cancelled.is_set():
+                    self._cancel()
+                if self._ended:
+                    raise StopIteration
+                piece = self._take()
+            if piece:
+                return piece
+
+    def close(self) -> None:
+        self._cancelled.set()
+        # Where another thread is reading, it hangs up itself, after the piece that it waits for.
+        if self._reading.acquire(blocking=False):
+            try:
+                self._cancel()
+            finally:
+                self._reading.release()
+
+    @property
+    def result(self) -> Generated:
+        with self._reading:
+            if self._cancelled.is_set():
+                self._cancel()
+            if not self._ended:
+                raise EngineError("the stream is still running; read it to its end or close it")
+        return _generated(self._engine, self._messages, self._text, self._usage, self._reason or "stop")
+
+    def _take(self) -> str:
+        with _told(self._engine._upstream):
+            chunk = next(self._chunks, None)
+        if chunk is None:
+            self._ended = True
+            return ""
+        self._usage = chunk.usage or self._usage
+        if not chunk.choices:
+            return ""
+        choice = chunk.choices[0]
+        if choice.finish_reason:
+            self._reason = _finish(choice.finish_reason)
+        piece = choice.delta.content or ""
+        self._text += piece
+        return str(piece)
+
+    def _cancel(self) -> None:
+        """Hang up: the server stops generating for whoever is gone."""
+        if not self._ended:
+            self._ended, self._reason = True, "cancelled"
+            self._chunks.close()
+
+
+def _generated(
+    engine: UpstreamEngine, messages: Sequence[Message], text: str, usage: Any, reason: FinishReason
+) -> Generated:
+    """With the server's counts, or, where it said none, with ours."""
+    if usage is not None:
+        return Generated(text, usage.prompt_tokens, usage.completion_tokens, reason)
+    return Generated(text, engine.count_tokens(messages), _estimated(text), reason)
+
+
+def _wire(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": plain(message.content)} for message in messages]
+
+
+def _estimated(text: str) -> int:
+    return -(-len(text.encode()) // _BYTES_A_TOKEN)
+
+
+def _finish(said: str | None) -> FinishReason:
+    return "length" if said == "length" else "stop"
+
+
+@contextmanager
+def _told(upstream: Upstream) -> Iterator[None]:
+    """The client's errors as one sentence."""
+    from httpx2 import HTTPError
+    from openai import APIError, APIStatusError, AuthenticationError, PermissionDeniedError
+
+    try:
+        yield
+    except (AuthenticationError, PermissionDeniedError) as error:
+        raise EngineError(f"{upstream.url} refuses the key: {_reason(error)}; set MILLRACE_UPSTREAM_API_KEY") from None
+    except APIStatusError as error:
+        raise EngineError(f"{upstream.url} refused with status {error.status_code}: {_reason(error)}") from None
+    except (APIError, HTTPError) as error:
+        raise EngineError(
+            f"{upstream.url} doesn't answer: {_reason(error)}; is the server of MILLRACE_UPSTREAM_URL up?"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    body = getattr(error, "body", None)
+    said = body.get("message") if isinstance(body, dict) else None
+    return " ".join(str(said or error).split())[:300]

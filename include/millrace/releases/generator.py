@@ -1,0 +1,55 @@
+"""From a manifest's generator to the engine that computes it, and from the deployment's choice to a generator.
+
+Which kind of generator a release has is in the release; where its server is, is in the settings.
+"""
+
+from pathlib import Path
+
+from millrace.applications import Application
+from millrace.engines.base_model import base_model_path
+from millrace.engines.engine import Engine
+from millrace.engines.openvino import OpenVinoEngine
+from millrace.engines.upstream import Adapter, Upstream, UpstreamEngine, context_of
+from millrace.releases.manifest import Generator, ServedModel, Weights, describe_weights
+from millrace.settings import Settings
+
+
+def upstream_of(settings: Settings) -> Upstream:
+    return Upstream(settings.upstream_url, settings.upstream_api_key.get_secret_value())
+
+
+def declared_generator(settings: Settings, application: Application) -> tuple[Generator, Path]:
+    """What new releases of `application` generate with, and the folder with its files: the model that the deployment's
+    server has (`MILLRACE_UPSTREAM_MODEL`), else the declared package's weights.
+
+    Raises:
+        EngineError: the package isn't installed, or the server doesn't answer or has no such model.
+    """
+    weights = base_model_path(application.generator)
+    if settings.upstream_model:
+        return served_model(settings), weights.parent
+    return describe_weights(weights), weights.parent
+
+
+def served_model(settings: Settings) -> ServedModel:
+    """`MILLRACE_UPSTREAM_MODEL` as it is. Raises as `declared_generator`."""
+    name = settings.upstream_model
+    return ServedModel(name=name, context_tokens=context_of(upstream_of(settings), name))
+
+
+def adapter_name(generator: ServedModel) -> str:
+    """What a server is told to call the adapter: the same wherever the release goes."""
+    return f"millrace-{generator.identity[:16]}"
+
+
+def open_engine(generator: Generator, folder: Path, *, upstream: Upstream, threads: int, cache_gb: int) -> Engine:
+    """The engine of a release whose files are in `folder`.
+
+    Raises:
+        EngineError: the weights can't be loaded, or the server doesn't answer, has no such model or can't load the
+            adapter.
+    """
+    if isinstance(generator, Weights):
+        return OpenVinoEngine(folder / generator.name, cache_gb=cache_gb, threads=threads)
+    adapter = Adapter(adapter_name(generator), folder) if generator.adapter else None
+    return UpstreamEngine(upstream, generator.name, context_tokens=generator.context_tokens, adapter=adapter)

@@ -1,0 +1,93 @@
+"""Real OpenAI-compatible servers of the base model: `transformers serve`, which is in our environment, and vLLM, which
+has one of its own (`make vllm`)."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from millrace.engines.upstream import Upstream
+from tests.conftest import free_port
+
+VLLM = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "vllm"
+KEY = "the key of a test's vLLM"
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running server, and what it calls the base model."""
+
+    upstream: Upstream
+    model: str
+    process: "subprocess.Popen[bytes]"
+
+
+@contextmanager
+def transformers_server(model: Path, scratch: Path) -> Iterator[Served]:
+    port = free_port()
+    program = Path(sys.executable).with_name("transformers")
+    # It lists what is in Hugging Face's cache, and fails where there is none.
+    (cache := scratch / "hub").mkdir(exist_ok=True)
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), "OMP_NUM_THREADS": "2"}
+    arguments = [program, "serve", model, "--host", "127.0.0.1", "--port", port, "--device", "cpu"]
+    with _running(arguments, environment, port, scratch / "transformers.log") as process:
+        yield Served(Upstream(f"http://127.0.0.1:{port}/v1"), str(model), process)
+
+
+@contextmanager
+def vllm_server(model: Path, scratch: Path, port: int | None = None) -> Iterator[Served]:
+    if not VLLM.exists():
+        pytest.skip(f"no vLLM in {VLLM.parents[1].name}: make vllm")
+    port = port or free_port()
+    environment = {
+        "VLLM_API_KEY": KEY,
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    arguments = [VLLM, "serve", model, "--served-model-name", "smol", "--host", "127.0.0.1", "--port", port,
+                 "--enable-lora", "--max-model-len", 4096, "--dtype", "float32", "--enforce-eager"]  # fmt: skip
+    with _running(arguments, environment, port, scratch / "vllm.log") as process:
+        yield Served(Upstream(f"http://127.0.0.1:{port}/v1", KEY), "smol", process)
+
+
+@contextmanager
+def _running(
+    arguments: Sequence[object], environment: Mapping[str, str], port: int, log: Path
+) -> Iterator["subprocess.Popen[bytes]"]:
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [str(one) for one in arguments],
+            env=os.environ | environment,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 300
+        while not _up(port):
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"{arguments[0]} did not start: {log.read_text()[-2000:]}")
+            time.sleep(0.3)
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _up(port: int) -> bool:
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
+    except OSError:
+        return False
+    return True
