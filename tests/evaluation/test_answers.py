@@ -15,7 +15,7 @@ from millrace.errors import EngineError, MillraceError
 from millrace.evaluation.answers import AT_ONCE, WARM_UP, Arm, answer_both, as_scores
 from millrace.evaluation.sets import Example
 from millrace.policies import Prices
-from millrace.releases.manifest import Generator, Manifest, PromptVersion, RetrievalLineage
+from millrace.releases.manifest import Manifest, PromptVersion, RetrievalLineage, Weights
 from millrace.releases.pipeline import AnswerPipeline
 from millrace.retrieval.search import Hit
 
@@ -69,7 +69,7 @@ class OneDocument:
 def arm(name: str, asked: Asked, fails: Sequence[str] = ()) -> Arm:
     manifest = Manifest(
         application="qa",
-        generator=Generator(name=f"{name}.gguf", sha256="0" * 64, bytes=1),
+        generator=Weights(name=f"{name}.gguf", sha256="0" * 64, bytes=1),
         prompt=PromptVersion(name="p", version="1", template="{{ question }}"),
         retrieval=RetrievalLineage(lineage="l", embedding_model="m", chunks=1),
         generation=Generation(),

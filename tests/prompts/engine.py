@@ -16,7 +16,7 @@ from millrace.errors import EngineError
 from millrace.prompts.space import Point, Space, space_of
 from millrace.prompts.study import Ask, Trial
 from millrace.prompts.templates import WorkedExample
-from millrace.releases.manifest import Generator, Manifest, PromptVersion, RetrievalLineage
+from millrace.releases.manifest import Manifest, PromptVersion, RetrievalLineage, Weights
 from millrace.releases.pipeline import AnswerPipeline
 from millrace.retrieval.search import Hit
 from millrace.sources.questions import Question
@@ -89,7 +89,7 @@ HELD_OUT = asked(200, 24)
 def a_champion(template: str = PLAIN, chunks: int = 1) -> Manifest:
     return Manifest(
         application="qa",
-        generator=Generator(name="reader.gguf", sha256="0" * 64, bytes=1),
+        generator=Weights(name="reader.gguf", sha256="0" * 64, bytes=1),
         prompt=PromptVersion(name="qa.prompt", version="1", template=template),
         retrieval=RetrievalLineage(lineage="l", embedding_model="m", chunks=chunks),
         generation=Generation(),

@@ -18,7 +18,7 @@ import uvicorn
 from millrace.applications import Application, Generation
 from millrace.engines.engine import Generated, Message
 from millrace.errors import EngineError, ReleaseError, RetrievalError
-from millrace.releases.manifest import Generator, Manifest, PromptVersion, RetrievalLineage
+from millrace.releases.manifest import Manifest, PromptVersion, RetrievalLineage, Weights
 from millrace.releases.pipeline import AnswerPipeline
 from millrace.releases.split import Split
 from millrace.retrieval.search import Hit
@@ -113,7 +113,7 @@ def a_release(
 ) -> AnswerPipeline:
     manifest = Manifest(
         application="qa",
-        generator=Generator(name="parrot.gguf", sha256="0" * 64, bytes=1),
+        generator=Weights(name="parrot.gguf", sha256="0" * 64, bytes=1),
         prompt=PromptVersion(name="qa", version=prompt_version, template="{{ chunks[0].text }}\n" + template),
         retrieval=RetrievalLineage(lineage="l", embedding_model="none", chunks=1),
         generation=Generation(),
