@@ -12,7 +12,9 @@ RUNBOOK = """
 *tidy*: OPTIMIZE and VACUUM of every table. The past stays readable for the table's declared retention, and as far
 back as a reader of its change feed or an index build needs. *remove*: lineages of index builds that no release with an
 alias searches, local copies of other releases that nobody used for a while (the registry keeps them), event segments
-whose lines are all in the tables, old task logs (`[retention]` of the declaration).
+whose lines are all in the tables, old task logs, MLflow's traces, and the registry's files of releases that have had no
+alias for half a year (`[retention]` of the declaration). Airflow's own history is the part *airflow-history*'s, which
+has the database's address: `MILLRACE_AIRFLOW_HISTORY_DAYS`.
 
 ### Healthy
 Green every night. `kept_hours` in the result of *tidy* far above a table's retention: a reader lags behind; see
@@ -21,7 +23,7 @@ Green every night. `kept_hours` in the result of *tidy* far above a table's rete
 ### When it fails
 *tidy*: the message names the table and why; the others were done. *remove*: MLflow doesn't answer, and nothing was
 removed. Clear either any time: what is done is not done again. A full disk: free some space first, a compaction writes
-before it removes. Airflow's own history: `airflow db clean`.
+before it removes.
 
 ### Backfill
 There is none: it tidies what is there now.

@@ -15,8 +15,8 @@ Measures every window (an hour, `[monitor] minutes`) that the run's interval tou
 arrived late, into `gold/metrics_hourly`, per release and index build; compares users' questions and releases' answers
 with the week before (`gold/drift_hourly`); holds windows that are over against `[monitor] bounds`. A breach is a row
 of `ops/breaches`: it alerts once, and starts `finetune` (retrain), `refresh_embeddings` (reembed) or `rollout`
-(rollback) by an asset. What a backfill finds in windows older than a day is only written down. *health* alerts of
-ingestion that missed its last intervals, and of a disk that is nearly full.
+(rollback) by an asset, if the release still answers users. What a backfill finds in windows older than a day is only
+written down. *health* alerts of ingestion that missed its last intervals, and of a disk that is nearly full.
 
 ### Healthy
 Green for every interval, within seconds, whatever the history; no new breaches. *too few* users is no finding.

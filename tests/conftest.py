@@ -190,11 +190,10 @@ def stack_settings(folder: Path, **changes: Any) -> Settings:
     """A stack of its own in `folder`, with the applications of `tests/applications`."""
     return Settings(
         home=folder / "home",
-        pace="demo",
         applications=copy_declarations(folder),
         threads=2,
         **choose_free_ports(),
-        **changes,
+        **{"pace": "demo"} | changes,
     )
 
 

@@ -2,16 +2,19 @@
 
 import os
 import time
+import uuid
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from millrace.applications import Application
+from millrace.errors import ReleaseError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import BRONZE_EVENTS
 from millrace.releases.manifest import PromptVersion, declared_manifest, describe_weights
-from millrace.releases.registry import fetch_release, publish_split, register_release
+from millrace.releases.registry import fetch_release, publish_split, register_release, versions
+from millrace.releases.retention import remove_files
 from millrace.releases.split import Split
 from millrace.retrieval.embed import lineage_id
 from millrace.settings import Settings
@@ -101,3 +104,25 @@ def test_task_logs_go_when_they_are_old_and_only_this_applications(tracked: Sett
     assert remove_unused(tracked, application)["logs"] == ["dag_id=upkeep.rollout/run_id=one"]
     assert remove_unused(tracked, application)["logs"] == []
     assert (tasks / "dag_id=other.rollout" / "run_id=one").exists()
+
+
+def test_the_registrys_files_of_an_old_release_without_an_alias_go_and_the_rest_of_it_stays(
+    tracked: Settings, qa: Application, tmp_path: Path
+) -> None:
+    application = qa.model_copy(update={"name": f"kept_{uuid.uuid4().hex[:8]}"})
+    prompt = PromptVersion(name="p", version="1", template="{{ question }}")
+    weights = tmp_path / "model.gguf"
+    for content in ("champion", "refused"):
+        weights.write_text(content)
+        manifest = declared_manifest(application, describe_weights(weights), prompt, "lineage")
+        register_release(tracked, application, manifest, tmp_path, run="test", tags={"origin": content})
+    publish_split(tracked, application.name, Split(sequence=0, champion="1"))
+    now = datetime.now(UTC)
+
+    assert remove_files(tracked, application, before=now - timedelta(days=180)) == []
+    assert remove_files(tracked, application, before=now + timedelta(days=1)) == ["2"]
+    assert remove_files(tracked, application, before=now + timedelta(days=1)) == []
+    assert fetch_release(tracked, application, "1").is_dir()
+    with pytest.raises(ReleaseError, match=rf"files of release {application.name}@2 were removed .*; declare or train"):
+        fetch_release(tracked, application, "2")
+    assert versions(tracked, application)["2"]["origin"] == "refused"

@@ -201,6 +201,10 @@ class Retention(Declared):
     unused_releases: float = Field(7, gt=0)
     """Local copies of releases that nobody is given (the registry keeps them), and lineages that only they search."""
     task_logs: float = Field(30, gt=0)
+    traces: float = Field(30, gt=0)
+    """In MLflow; `silver/exchanges` keeps the same of every exchange."""
+    release_files: float = Field(180, gt=0)
+    """The registry's files of a release that has no alias, from its registration on; what it was stays known."""
 
 
 class Demo(Declared):
@@ -213,6 +217,8 @@ class Demo(Declared):
     """Standard deviation of the noise on a simulated rating."""
     answer_rate: float = Field(0.9, gt=0, le=1)
     """Share of simulated users who rate an answer."""
+    batch_questions: int = Field(20, ge=1)
+    """Questions that the champion answers on Spark."""
     rollout_minutes: float = Field(8, gt=0)
     """A rollout that is still undecided after this long fails the demo."""
 

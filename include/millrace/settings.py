@@ -88,6 +88,9 @@ class Settings(BaseSettings):
     alert_repeat_hours: float = Field(6, gt=0)
     """An alert that goes on is sent again after this long; until then it is only counted."""
 
+    airflow_history_days: float = Field(90, gt=0)
+    """Days after which runs, task instances and the audit log leave Airflow's database; a DAG's latest run stays."""
+
     completion_key: SecretStr = SecretStr("")
     """Signs completion ids."""
     pseudonym_key: SecretStr = SecretStr("")

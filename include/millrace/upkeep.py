@@ -8,6 +8,7 @@ import shutil
 import time
 from contextlib import suppress
 from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from millrace.releases.generator import adapter_name, upstream_of
 from millrace.releases.manifest import Manifest, ServedModel
 from millrace.releases.package import read_release
 from millrace.releases.registry import RELEASE_TAG, local_releases, read_aliases, release_manifest, versions
+from millrace.releases.retention import delete_traces, remove_files
 from millrace.retrieval.embed import lineage_id
 from millrace.retrieval.index import builds_of
 from millrace.settings import Settings
@@ -60,7 +62,8 @@ def remove_unused(settings: Settings, application: Application) -> dict[str, lis
     """Remove lineages of index builds and local copies of releases that no live release needs and that nothing
     touched for long, event segments that are in the tables, and old task logs.
 
-    Returns: what went: `lineages`, `releases`, `segments`, `logs`.
+    Returns: what went: `lineages`, `releases`, `segments`, `logs`, `files` (versions in the registry), `traces`
+        (their number).
 
     Raises:
         ReleaseError: the registry does not answer; nothing was removed.
@@ -72,7 +75,13 @@ def remove_unused(settings: Settings, application: Application) -> dict[str, lis
         "releases": _releases(settings, application, live),
         "segments": _segments(settings, application),
         "logs": _logs(settings, application),
+        "files": remove_files(settings, application, before=_before(application.retention.release_files)),
+        "traces": [str(delete_traces(settings, application.name, before=_before(application.retention.traces)))],
     }
+
+
+def _before(days: float) -> datetime:
+    return datetime.now(UTC) - timedelta(days=days)
 
 
 def _live(settings: Settings, application: Application) -> list[Manifest]:

@@ -11,15 +11,20 @@ from millrace.demo.progress import Stage
 from millrace.demo.report import build_report, write_report
 from millrace.demo.report_model import Report
 from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.tables import SILVER_EXCHANGES
 from millrace.settings import Settings
 from tests.demo.turn import STAGES, STARTED, Turn
 
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, Application, Report]:
-    settings = Settings(home=tmp_path_factory.mktemp("home"), pace="demo", spark_tables=frozenset())
+    settings = Settings(
+        home=tmp_path_factory.mktemp("home"), pace="demo", spark_tables=frozenset(), completion_key="a test's"
+    )
     application = load_application(settings, "qa")
-    Turn(Lake.of(settings, "qa"), application).tell()
+    turn = Turn(Lake.of(settings, "qa"), application)
+    turn.tell()
+    turn.week(settings)
     return settings, application, build_report(settings, application, STAGES, STARTED, memory_peak_bytes=7 * 2**30)
 
 
@@ -63,12 +68,39 @@ def test_a_rollout_tells_its_decisions_its_evidence_and_who_met_the_challenger(t
 
 def test_costs_add_up_over_releases_and_are_those_of_the_exchanges(told):
     costs = told[2].costs
-    serving = next(stage for stage in costs.by_stage if stage.stage == "serving")
-    assert sum(release.cost_usd for release in costs.by_release) == pytest.approx(serving.cost_usd)
-    assert {release.version for release in costs.by_release} == {"1", "2", "3"}
-    assert all(release.simulated_answers == release.answers for release in costs.by_release)
-    training = next(stage for stage in costs.by_stage if stage.stage == "training")
-    assert training.cost_usd == pytest.approx(512.4 / 3600 * told[1].prices.training_hour)
+    stages = {line.name: line for line in costs.by_stage}
+    assert stages.keys() == {"serving", "training"}
+    for lines in (costs.by_release, costs.by_stage):
+        assert sum(line.cost_usd for line in lines) == pytest.approx(costs.total_usd)
+    assert {line.version for line in costs.by_release} == {"1", "2", "3"}
+    assert stages["serving"].simulated == stages["serving"].uses
+    assert (stages["training"].seconds, stages["training"].cost_usd) == (512.4, 0.01)
+
+
+def test_a_study_says_what_was_tried_and_whether_the_best_is_better(told):
+    (study,) = told[2].studies
+    assert [(t.trial, t.template, t.state) for t in study.trials] == [
+        (0, "its own", "complete"),
+        (1, "template 1", "complete"),
+        (2, "template 2", "pruned"),
+    ]
+    assert (study.best, study.held_out, study.tokens) == (1, 20, 309 * (3 * 16 + 2 * 20))
+    assert study.difference.estimate == pytest.approx(study.best_f1 - study.start_f1)
+    assert study.difference.low < study.difference.estimate < study.difference.high
+
+
+def test_the_monitor_counts_every_exchange_and_tells_what_broke_its_bounds(told):
+    settings, _, report = told
+    there = Lake.of(settings, "qa").read(SILVER_EXCHANGES).num_rows
+    assert sum(one.exchanges for one in report.metrics) == there
+    assert [one.version for one in report.metrics] == ["1", "2", "3"]
+    assert all(one.simulated == one.exchanges for one in report.metrics)
+    (batch,) = report.batches
+    assert (batch.version, batch.answers, batch.errors, batch.tokens) == ("2", 20, 0, 20 * 309)
+    assert {breach.version for breach in report.breaches} == {"1", "2"}
+    assert {alert.title for alert in report.alerts} == {
+        f"qa: version {breach.version}: {breach.bound}" for breach in report.breaches
+    }
 
 
 def test_the_report_says_what_this_pace_changes(told):
@@ -80,7 +112,7 @@ def test_the_json_is_the_report_and_the_page_needs_nothing_but_itself(told):
     settings, _, report = told
     data, page = write_report(settings, report)
     assert Report.model_validate_json(data.read_text()) == report
-    assert json.loads(data.read_text())["format"] == 1
+    assert json.loads(data.read_text())["format"] == 2
     seen = _Page.of(page)
     assert seen.fetched == []
     assert seen.tags.count("svg") == 4 + 8  # two plots a rollout, a ruler a criterion
@@ -96,7 +128,9 @@ def test_a_turn_that_left_nothing_is_told_too(settings: Settings, qa: Applicatio
     report = build_report(settings, qa, stages, STARTED)
     assert report.headline == ("Stage “documents” failed: no chunk reached silver/chunks. There is no champion.")
     _, page = write_report(settings, report)
-    assert "Nothing was rolled out in this run." in _Page.of(page).text
+    text = _Page.of(page).text
+    for said in ("Nothing was rolled out", "No study was held", "No table of questions", "The monitor did not run"):
+        assert said in text
 
 
 def test_a_second_turn_in_which_nothing_was_new_says_that_the_champion_stays(told):
@@ -104,7 +138,7 @@ def test_a_second_turn_in_which_nothing_was_new_says_that_the_champion_stays(tol
     later = max(rollout.ended_at for rollout in report.rollouts).replace(year=2027)
     second = build_report(settings, application, [Stage("gate", "nothing new", started=0.0, ended=1.0)], later)
     assert second.headline == "Version 2 stays champion; nothing was a candidate."
-    assert (second.gates, second.rollouts, second.costs.by_release) == ([], [], [])
+    assert (second.gates, second.rollouts) == ([], [])
     assert second.champion_before == second.champion_after
 
 

@@ -11,11 +11,20 @@ import pyarrow as pa
 from millrace.applications import Application
 from millrace.demo.progress import Stage
 from millrace.evaluation.comparison import Criterion, Scores, compare
+from millrace.lakehouse.costs import Cost, cost_id, record_cost
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import OPS_EVALUATIONS, SILVER_EXCHANGES
+from millrace.lakehouse.tables import GOLD_ANSWERS, OPS_EVALUATIONS, SILVER_EXCHANGES
+from millrace.monitoring.drift import measure_drift
+from millrace.monitoring.metrics import measure
+from millrace.monitoring.watch import check
+from millrace.policies import Bound, Monitor
+from millrace.prompts.space import Point
+from millrace.prompts.study import Trial
+from millrace.prompts.trials import keep_trial
 from millrace.rollout.decisions import Decision, append, decide, fold, read_journal
 from millrace.rollout.evidence import Evidence, Exposed
 from millrace.rollout.judgement import judge
+from millrace.settings import Settings
 
 STARTED = datetime(2026, 3, 2, 9, 0, tzinfo=UTC)
 STAGES = [
@@ -29,6 +38,10 @@ STAGES = [
     Stage("gate", "done", "version 2 passed", started=0.0, ended=146.7),
     Stage("rollout", "done", "version 2: promote at 100%", started=0.0, ended=301.0),
     Stage("regression", "done", "version 3: rolled back", started=0.0, ended=287.5),
+    Stage("batch", "done", "version 2 answered 20 questions on Spark, each once", started=0.0, ended=61.0),
+    Stage("prompts", "nothing new", "3 trials: the champion's prompt stays", started=0.0, ended=95.2),
+    Stage("monitor", "done", "700 exchanges in 4 windows, 1 breaches of the policy", started=0.0, ended=28.4),
+    Stage("upkeep", "done", "20 tables: 90 files became 31; the past stays readable", started=0.0, ended=44.9),
 ]
 MEANS = {"1": 0.35, "2": 0.66, "3": 0.04}
 """Version → mean rating and mean token-F1."""
@@ -63,6 +76,40 @@ class Turn:
         )
         self.roll_out("3", "admitted by a person")
         self.write_exchanges()
+
+    def week(self, settings: Settings) -> None:
+        """What a week brings beside: a fine-tune's cost, a batch, a study, the monitor."""
+        release = _release("2")
+        training = Cost(cost_id("training", "tune"), "training", "tune", 512.4, 90_000, 0.01, release)
+        record_cost(self.lake, training, run="test")
+        answers = [
+            {
+                **{"question_id": f"q{i}", "release_id": release, "release_version": "2", "index_build": "4f1c9a20"},
+                **{"question": "?", "answer": "!", "citations": [], "finish_reason": "stop", "error": None},
+                **{"prompt_tokens": 300, "completion_tokens": 9, "seconds": 0.5, "cost_usd": 1e-5, "mode": "batch"},
+            }
+            for i in range(20)
+        ]
+        self.lake.merge(GOLD_ANSWERS, pa.Table.from_pylist(answers, schema=GOLD_ANSWERS.rows_schema), run="test")
+        about = {"champion_release_id": release, "index_build": "4f1c9a20"}
+        for part, questions, means in (("search", 16, (0.6, 0.7, 0.3)), ("held_out", 20, (0.6, 0.62))):
+            for number, mean in enumerate(means):
+                scores = np.clip(self.chance.normal(mean, 0.2, questions), 0, 1)
+                trial = Trial(
+                    number,
+                    Point("its own" if not number else f"template {number}", 1 + number % 2, 0, 48, 0.0),
+                    "pruned" if mean < 0.5 else "complete",
+                    {f"{part}-{i}": float(score) for i, score in enumerate(scores)},
+                    *(300 * questions, 9 * questions, 20.0),
+                    why="losing to the best trial after 8 of 16 questions" if mean < 0.5 else "",
+                )
+                keep_trial(self.lake, "study-1", part, trial, template="{{ question }}", about=about, run="test")
+        ended = self.now + timedelta(minutes=10)
+        strict = Monitor(minutes=5, bounds=(Bound(metric="seconds_p95", above=0.9),))
+        watched = self.application.model_copy(update={"monitor": strict})
+        measured = measure(settings, watched, STARTED, ended, run="test")
+        measure_drift(settings, watched, measured, run="test", now=ended)
+        check(settings, watched, measured, run="test", now=ended, answering=lambda *_: ())
 
     def decide(self, kind: Any, reason: str, *, actor: str = "controller", **fields: Any) -> Decision:
         decision = decide(fold(read_journal(self.lake)), kind, actor=actor, reason=reason, **fields)

@@ -30,6 +30,7 @@ EMBEDDED = {
     "airflow-scheduler": "airflow-scheduler",
     "airflow-dag-processor": "airflow-dag-processor",
     "airflow-triggerer": "airflow-triggerer",
+    "airflow-history": "airflow-history",
     "spark": "spark",
     "gateway": "gateway",
 }
@@ -45,6 +46,8 @@ OF_THE_PLACE = frozenset(
     }
 )  # fmt: skip
 """Variables whose values are addresses, folders and secrets, which differ between a process and a container."""
+_NOTHING_TO_ASK = frozenset({"otel-collector", "airflow-history"})
+"""One has no program that could ask it, the other serves nobody: it ends when it fails, and is started again."""
 _NOT_NEEDED = {("gateway", "spark_token")}
 """Serving never asks Spark."""
 _ELSEWHERE = ("_uri", "_url", "_urls", "_remote")
@@ -122,7 +125,8 @@ def as_embedded(compose: Compose) -> Iterator[str]:
         }
         for variable in sorted(set(service.environment) & secret - allowed):
             yield f"{name} has {variable}, which the embedded {part_name} isn't told"
-        if part_name.startswith("airflow") and not part.once and service.command[1:] != list(part.command[3:]):
+        ours = list(part.command[3:] if part.command[2] == "airflow" else part.command[1:])
+        if part_name.startswith("airflow") and not part.once and service.command[1:] != ours:
             yield f"{name} runs {service.command}, the embedded stack {part.command[2:]}"
     flags = {argument.partition("=")[0] for argument in compose.services["mlflow"].command}
     wanted = {argument for argument in parts["mlflow"].command if argument.startswith("--")}
@@ -342,7 +346,7 @@ def lifecycle(compose: Compose) -> Iterator[str]:
         if not service.once:
             if service.definition.get("restart") != "unless-stopped":
                 yield f"{service.name} doesn't come back"
-            if not service.probe and service.name != "otel-collector":
+            if not service.probe and service.name not in _NOTHING_TO_ASK:
                 yield f"{service.name} has no health check"
 
 

@@ -117,7 +117,8 @@ def test_each_check_notices_what_is_wrong(
 def test_each_profile_starts_what_it_says(compose: Compose) -> None:
     core = {
         "postgres", "object-store-bucket", "object-store", "mlflow", "qdrant", "spark", "airflow-init",
-        "airflow-api-server", "airflow-scheduler", "airflow-dag-processor", "airflow-triggerer", "gateway",
+        "airflow-api-server", "airflow-scheduler", "airflow-dag-processor", "airflow-triggerer", "airflow-history",
+        "gateway",
     }  # fmt: skip
     assert compose.started() == set()
     assert compose.started("core") == core
@@ -296,7 +297,7 @@ def test_the_image_is_made_of_what_is_there_and_runs_as_a_user_without_rights() 
     installs = [
         command for step, rest in steps if step == "RUN" for command in re.findall(r"uv pip install[^&]*", rest)
     ]
-    made = re.findall(r"uv pip install[^\n]*", (PROJECT / "Makefile").read_text())
+    made = re.findall(r"uv pip install --python \$\(BIN\)[^\n]*", (PROJECT / "Makefile").read_text())
     assert [without_place(command) for command in installs] == [without_place(command) for command in made]
     written = (PROJECT / "Dockerfile").read_text()
     assert not re.search(r"(PASSWORD|SECRET|TOKEN|_KEY)", written)

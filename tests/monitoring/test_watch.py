@@ -1,7 +1,7 @@
 """A breach is written once, told once, and starts what the policy names, whatever dies in between."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -36,11 +36,13 @@ def application(qa: Application) -> Application:
 def turn(settings: Settings, application: Application) -> Turn:
     """One run of the DAG: its three tasks."""
 
-    def turn(start: datetime = NOON, *, run: str = "run", now: datetime | None = None) -> dict[str, Any]:
+    def turn(
+        start: datetime = NOON, *, run: str = "run", now: datetime | None = None, answering: Collection[str] = ("1",)
+    ) -> dict[str, Any]:
         now = now or start + HOUR
         measured = measure(settings, application, start, start + HOUR, run=f"{run}/metrics")
         measure_drift(settings, application, measured, run=f"{run}/drift", now=now)
-        return check(settings, application, measured, run=f"{run}/bounds", now=now)
+        return check(settings, application, measured, run=f"{run}/bounds", now=now, answering=lambda *_: answering)
 
     return turn
 
@@ -118,6 +120,12 @@ def test_ratings_that_stay_low_start_one_retraining_until_they_recover(lake: Lak
     later = NOON + 30 * HOUR
     rated(lake, later, 0.1)
     assert turn(later, run="a day later")["actions"] == ["retrain"]
+
+
+def test_a_release_that_answers_nobody_any_more_starts_no_retraining(lake: Lake, turn: Turn) -> None:
+    rated(lake, NOON, 0.1)
+    assert turn(answering=("2",)) == {"breaches": 1, "actions": []}
+    assert turn(answering=("2", "1")) == {"breaches": 0, "actions": ["retrain"]}
 
 
 def test_late_ratings_make_a_breach_in_the_hour_of_their_exchanges(lake: Lake, turn: Turn) -> None:

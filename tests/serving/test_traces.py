@@ -4,11 +4,13 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
 from millrace.applications import Application
+from millrace.releases.retention import delete_traces
 from millrace.releases.split import Split
 from millrace.serving.metrics import Metrics
 from millrace.serving.traces import WAITING, ExchangeTraces
@@ -55,6 +57,18 @@ def test_every_exchange_is_a_trace_with_what_answered_it(traced: Settings, own: 
     assert first.info.token_usage["input_tokens"] == said[0]["usage"]["prompt_tokens"]
     assert first.info.token_usage["output_tokens"] == said[0]["usage"]["completion_tokens"]
     assert traces[said[2]["id"]].data.spans[0].attributes["from_cache"] is True
+
+
+def test_old_traces_are_deleted_and_recent_ones_are_not(traced: Settings, own: Application) -> None:
+    assert delete_traces(traced, own.name, before=datetime.now(UTC)) == 0
+    with listening(traced, own, a_shelf(), Drawer()) as gateway:
+        gateway.wait_until(gateway.ready)
+        gateway.ask("why?", model=own.name)
+        gateway.wait_until(lambda: counted(gateway, own.name, "sent") == 1, seconds=30)
+    assert delete_traces(traced, own.name, before=datetime.now(UTC) - timedelta(hours=1)) == 0
+    assert len(_traces(traced, own)) == 1
+    assert delete_traces(traced, own.name, before=datetime.now(UTC) + timedelta(hours=1)) == 1
+    assert _traces(traced, own) == []
 
 
 def test_an_exchange_that_failed_is_a_trace_in_error_with_the_reason(traced: Settings, own: Application) -> None:

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from millrace.alerts import PLATFORM
 from millrace.applications import Application, pace_differences
 from millrace.demo.progress import Stage
 from millrace.demo.report_model import (
@@ -24,16 +25,22 @@ from millrace.demo.report_model import (
 )
 from millrace.demo.report_page import render_page
 from millrace.demo.report_reading import (
+    alert_entries,
+    batch_entries,
+    breach_entries,
     champion_entries,
     champions,
-    costs,
+    cost_lines,
     gate_entry,
     read_evaluations,
     read_exchanges,
+    release_metrics,
     rollout_entries,
     rollouts_since,
+    study_entries,
 )
 from millrace.lakehouse.lake import Lake
+from millrace.monitoring.cost import costs
 from millrace.rollout.decisions import read_journal
 from millrace.settings import Settings
 
@@ -60,7 +67,6 @@ def build_report(
     rolling = rollouts_since(journal, started_at)
     earliest = min([started_at, *(decisions[0].decided_at for decisions in rolling.values())])
     exchanges = read_exchanges(lake, earliest)
-    recent = [exchange for exchange in exchanges if exchange["occurred_at"] >= started_at]
     judged = [row for row in evaluations if row["evaluated_at"] >= started_at]
     rollouts = rollout_entries(journal, evaluations, exchanges, application, started_at)
     before, after = champion_entries(champions(journal, started_at), evaluations, application)
@@ -84,7 +90,12 @@ def build_report(
         champion_after=after,
         gates=gates,
         rollouts=rollouts,
-        costs=costs(recent, judged, told, application),
+        batches=batch_entries(lake, started_at),
+        studies=study_entries(lake, application, started_at),
+        metrics=release_metrics(lake, started_at),
+        breaches=breach_entries(lake, started_at),
+        alerts=alert_entries(Lake.of(settings, PLATFORM), started_at),
+        costs=cost_lines(costs(settings, application, started_at)),
         machine=Machine(
             cores=os.cpu_count() or 1,
             memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),

@@ -146,30 +146,108 @@ class RolloutEntry(Entry):
     share_on_challenger: float
 
 
-class ReleaseCost(Entry):
+class TrialEntry(Entry):
+    """One way to answer that a study of prompts tried."""
+
+    trial: int
+    """0: the champion's own."""
+    template: str
+    chunks: int
+    few_shot: int
+    state: str
+    questions: int
+    token_f1: float | None
+    why: str
+
+
+class StudyEntry(Entry):
+    """A study of prompts, on development questions only."""
+
+    study: str
+    champion_release_id: str
+    trials: list[TrialEntry]
+    tokens: int
+    best: int | None
+    """The trial that was compared with the champion's own on held-out questions; None: no trial scored more."""
+    held_out: int
+    start_f1: float | None
+    best_f1: float | None
+    difference: IntervalEntry | None
+    """On the held-out questions, best minus start."""
+
+
+class BatchEntry(Entry):
+    """Questions in a table that a release answered on Spark."""
+
     version: str
-    release_id: str
+    mode: str
     answers: int
-    simulated_answers: int
-    prompt_tokens: int
-    completion_tokens: int
-    mean_seconds: float | None
+    errors: int
+    mean_seconds: float
+    tokens: int
     cost_usd: float
 
 
-class StageCost(Entry):
-    stage: str
-    basis: str
+class ReleaseMetrics(Entry):
+    """What the monitor measured of a release, its windows added up."""
+
+    version: str
+    release_id: str
+    windows: int
+    exchanges: int
+    simulated: int
+    failed: int
+    rated: int
+    rating_mean: float | None
+    worst_p95_seconds: float | None
+    """Of its windows."""
+    cost_usd: float
+
+
+class BreachEntry(Entry):
+    """A bound of the policy that a window broke for certain."""
+
+    version: str
+    """`-`: users' questions, which no release makes."""
+    interval_start: datetime
+    interval_end: datetime
+    bound: str
+    value: float
+    action: str
+    reason: str
+    simulated: bool
+
+
+class AlertEntry(Entry):
+    title: str
+    what: str
+    since: datetime
+    count: int
+    sent: bool
+    """Whether an address took it; otherwise it is only in the log."""
+
+
+class CostLine(Entry):
+    """One stage, or one release."""
+
+    name: str
+    version: str
+    uses: int
+    """Answers, and uses of a machine."""
+    simulated: int
+    """Of the answers, those to users that are programs."""
+    seconds: float
+    """Of a machine; answers are paid by the token."""
+    tokens: int
     cost_usd: float
 
 
 class Costs(Entry):
-    by_release: list[ReleaseCost]
-    by_stage: list[StageCost]
+    """As `millrace cost` says it; both lists add up to the same."""
 
-    @property
-    def total(self) -> float:
-        return sum(stage.cost_usd for stage in self.by_stage)
+    by_release: list[CostLine]
+    by_stage: list[CostLine]
+    total_usd: float
 
 
 class Machine(Entry):
@@ -184,7 +262,7 @@ class Machine(Entry):
 class Report(Entry):
     """One turn of the loop. Everything that rests on users rests on simulated ones where `simulated_users` says so."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     application: str
     description: str
     environment: str
@@ -199,6 +277,11 @@ class Report(Entry):
     champion_after: ChampionEntry | None
     gates: list[GateEntry]
     rollouts: list[RolloutEntry]
+    batches: list[BatchEntry]
+    studies: list[StudyEntry]
+    metrics: list[ReleaseMetrics]
+    breaches: list[BreachEntry]
+    alerts: list[AlertEntry]
     costs: Costs
     machine: Machine
     code_version: str

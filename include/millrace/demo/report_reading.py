@@ -13,7 +13,11 @@ import pyarrow.compute as pc
 
 from millrace.applications import Application
 from millrace.demo.report_model import (
+    AlertEntry,
+    BatchEntry,
+    BreachEntry,
     ChampionEntry,
+    CostLine,
     Costs,
     CriterionEntry,
     DecisionEntry,
@@ -22,20 +26,27 @@ from millrace.demo.report_model import (
     GateEntry,
     GuardrailEntry,
     IntervalEntry,
-    ReleaseCost,
+    ReleaseMetrics,
     RolloutEntry,
-    StageCost,
-    StageEntry,
+    StudyEntry,
+    TrialEntry,
 )
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import OPS_EVALUATIONS, SILVER_EXCHANGES
+from millrace.lakehouse.tables import (
+    GOLD_ANSWERS,
+    GOLD_METRICS_HOURLY,
+    OPS_ALERTS,
+    OPS_BREACHES,
+    OPS_EVALUATIONS,
+    OPS_PROMPT_TRIALS,
+    SILVER_EXCHANGES,
+)
+from millrace.monitoring import cost
 from millrace.rollout.decisions import Decision
 from millrace.scoring.bootstrap import mean_difference
 
 ENDS = ("promote", "skip", "rollback")
 WORST = 3
-MACHINE_STAGES = {"fine-tune": "training", "index": "embedding and indexing"}
-"""Stages of the story that are priced as machine hours → what the cost table calls them."""
 
 
 def read_evaluations(lake: Lake) -> list[dict[str, Any]]:
@@ -211,53 +222,106 @@ def _guardrails(decisions: Sequence[Decision]) -> list[GuardrailEntry]:
     return [GuardrailEntry(name=name, points=found) for name, found in points.items()]
 
 
-def costs(
-    exchanges: Sequence[dict[str, Any]],
-    evaluations: Sequence[dict[str, Any]],
-    stages: Sequence[StageEntry],
-    application: Application,
-) -> Costs:
-    """What the run cost at the application's declared prices: tokens of answers, and hours of the machine."""
-    releases: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for exchange in exchanges:
-        releases.setdefault((exchange["release_version"], exchange["release_id"]), []).append(exchange)
-    judged = [
-        example[role]["cost"]
-        for row in evaluations
-        for example in row["examples"]
-        for role in ("champion", "candidate")
-        if role in example
-    ]
-    hour = application.prices.training_hour
-    by_stage = [
-        StageCost(
-            stage="serving",
-            basis=f"{len(exchanges)} exchanges, by tokens",
-            cost_usd=sum(exchange["cost_usd"] for exchange in exchanges),
-        ),
-        StageCost(stage="evaluation", basis=f"{len(judged)} answers, by tokens", cost_usd=sum(judged)),
-        *(
-            StageCost(
-                stage=MACHINE_STAGES[stage.name],
-                basis=f"{stage.seconds / 60:.1f} minutes of a machine at ${hour:g} an hour",
-                cost_usd=stage.seconds / 3600 * hour,
-            )
-            for stage in stages
-            if stage.name in MACHINE_STAGES and stage.seconds
-        ),
-    ]
-    return Costs(by_release=[_release_cost(*key, rows) for key, rows in sorted(releases.items())], by_stage=by_stage)
+def study_entries(lake: Lake, application: Application, since: datetime) -> list[StudyEntry]:
+    """The studies in which a trial ended since then, oldest first."""
+    rows = lake.read(OPS_PROMPT_TRIALS).sort_by([("ended_at", "ascending")]).to_pylist()
+    recent = dict.fromkeys(row["study"] for row in rows if row["ended_at"] >= since)
+    return [_study([row for row in rows if row["study"] == study], application) for study in recent]
 
 
-def _release_cost(version: str, release_id: str, rows: list[dict[str, Any]]) -> ReleaseCost:
-    seconds = [row["seconds"] for row in rows if row["seconds"] is not None and not row["from_cache"]]
-    return ReleaseCost(
+def _study(rows: list[dict[str, Any]], application: Application) -> StudyEntry:
+    tried = sorted((row for row in rows if row["part"] == "search"), key=lambda row: int(row["trial"]))
+    sheets = {row["trial"]: json.loads(row["scores"]) for row in rows if row["part"] == "held_out"}
+    best = next((trial for trial in sheets if trial), None)
+    start_f1 = best_f1 = difference = None
+    if best is not None and sheets[0].keys() == sheets[best].keys():
+        start, other = (np.array([sheets[trial][question] for question in sheets[0]]) for trial in (0, best))
+        gate = application.gate
+        found = mean_difference(start, other, gate.confidence, gate.resamples, seed=0)
+        start_f1, best_f1 = float(start.mean()), float(other.mean())
+        difference = IntervalEntry(estimate=found.estimate, low=found.low, high=found.high)
+    return StudyEntry(
+        study=rows[0]["study"],
+        champion_release_id=rows[0]["champion_release_id"],
+        trials=[_trial(row) for row in tried],
+        tokens=sum(row["prompt_tokens"] + row["completion_tokens"] for row in rows),
+        best=best,
+        held_out=len(sheets.get(0, {})),
+        start_f1=start_f1,
+        best_f1=best_f1,
+        difference=difference,
+    )
+
+
+def _trial(row: dict[str, Any]) -> TrialEntry:
+    chosen = json.loads(row["parameters"])
+    return TrialEntry(
+        **{name: row[name] for name in ("trial", "state", "questions", "token_f1", "why")},
+        **{name: chosen[name] for name in ("template", "chunks", "few_shot")},
+    )
+
+
+def batch_entries(lake: Lake, since: datetime) -> list[BatchEntry]:
+    """What each release answered on Spark since then."""
+    rows = lake.read(GOLD_ANSWERS, where=pc.field("written_at") >= since).to_pylist()
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["release_version"], row["mode"]), []).append(row)
+    return [
+        BatchEntry(
+            version=version,
+            mode=mode,
+            answers=sum(row["error"] is None for row in those),
+            errors=sum(row["error"] is not None for row in those),
+            mean_seconds=sum(row["seconds"] for row in those) / len(those),
+            tokens=sum(row["prompt_tokens"] + row["completion_tokens"] for row in those),
+            cost_usd=sum(row["cost_usd"] for row in those),
+        )
+        for (version, mode), those in sorted(groups.items())
+    ]
+
+
+def release_metrics(lake: Lake, since: datetime) -> list[ReleaseMetrics]:
+    """What the monitor measured of windows that ended since then."""
+    where = (pc.field("date") >= since.date()) & (pc.field("interval_end") > since)
+    rows = lake.read(GOLD_METRICS_HOURLY, where=where).to_pylist()
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["release_version"], row["release_id"]), []).append(row)
+    return [_metrics(*key, those) for key, those in sorted(groups.items())]
+
+
+def _metrics(version: str, release_id: str, rows: list[dict[str, Any]]) -> ReleaseMetrics:
+    rated = sum(row["rated"] for row in rows)
+    rating = sum(row["rated"] * row["rating_mean"] for row in rows if row["rated"])
+    return ReleaseMetrics(
         version=version,
         release_id=release_id,
-        answers=len(rows),
-        simulated_answers=sum(row["simulated"] for row in rows),
-        prompt_tokens=sum(row["prompt_tokens"] for row in rows),
-        completion_tokens=sum(row["completion_tokens"] for row in rows),
-        mean_seconds=sum(seconds) / len(seconds) if seconds else None,
-        cost_usd=sum(row["cost_usd"] for row in rows),
+        windows=len({row["interval_start"] for row in rows}),
+        **{name: sum(row[name] for row in rows) for name in ("exchanges", "simulated", "failed", "cost_usd")},
+        rated=rated,
+        rating_mean=rating / rated if rated else None,
+        worst_p95_seconds=max((row["seconds_p95"] for row in rows if row["seconds_p95"] is not None), default=None),
+    )
+
+
+def breach_entries(lake: Lake, since: datetime) -> list[BreachEntry]:
+    """Breaches that were found since then, oldest window first."""
+    rows = lake.read(OPS_BREACHES, where=pc.field("at") >= since).sort_by("interval_start").to_pylist()
+    names = ("interval_start", "interval_end", "bound", "value", "action", "reason", "simulated")
+    return [BreachEntry(version=row["release_version"], **{name: row[name] for name in names}) for row in rows]
+
+
+def alert_entries(platform: Lake, since: datetime) -> list[AlertEntry]:
+    """Alerts that were raised since then, by the trouble they tell of."""
+    rows = platform.read(OPS_ALERTS, where=pc.field("last_at") >= since).sort_by("since").to_pylist()
+    names = ("title", "what", "since", "count")
+    return [AlertEntry(sent=row["sent_at"] is not None, **{name: row[name] for name in names}) for row in rows]
+
+
+def cost_lines(found: cost.Costs) -> Costs:
+    return Costs(
+        by_release=[CostLine(**vars(line)) for line in found.by_release],
+        by_stage=[CostLine(**vars(line)) for line in found.by_stage],
+        total_usd=found.total_usd,
     )

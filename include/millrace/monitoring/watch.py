@@ -4,7 +4,7 @@ Which metric is beyond its bound is `bounds.py`'s business. What a retraining, a
 stages that hear of it know: here only its name leaves.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -16,8 +16,10 @@ from millrace.applications import Application
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import GOLD_DRIFT_HOURLY, OPS_BREACHES
 from millrace.monitoring.bounds import Breach, bounds_of, breaches
+from millrace.monitoring.drift import QUESTIONS
 from millrace.monitoring.observed import read_windows
 from millrace.monitoring.windows import Window, by_date, from_text, move_on
+from millrace.releases.registry import answering_now
 from millrace.settings import Settings
 
 RECENT = timedelta(days=1)
@@ -33,6 +35,7 @@ def check(
     *,
     run: str,
     now: datetime,
+    answering: Callable[[Settings, str], Collection[str]] = answering_now,
 ) -> dict[str, Any]:
     """Hold every window that is over against the bounds; alert of new breaches, write them down, and record that silver
     was looked at.
@@ -41,8 +44,12 @@ def check(
 
     Args:
         measured: as `measure` returns it.
+        answering: which versions users are given now; asked only if a breach of one would start something.
 
     Returns: `breaches` found for the first time, `actions` that this run, repeated or not, must start.
+
+    Raises:
+        ReleaseError: which release answers must be known, and MLflow doesn't say.
     """
     lake = Lake.of(settings, application.name)
     over = [window for window in from_text(measured["windows"]) if window.end <= now]
@@ -58,7 +65,14 @@ def check(
     move_on(lake, measured["seen"], run=run)
     ours = [row for row in known.values() if row["written_by"] == run and row["interval_start"] in _starts(over)]
     quiet = timedelta(hours=application.monitor.quiet_hours)
-    actions = {row["action"] for row in ours if _acts(row, known.values(), quiet, now)}
+    acting = [row for row in ours if row["action"] in STARTED and _acts(row, known.values(), quiet, now)]
+    # The rollout looks for itself whom a rollback is about; a release that is gone needs no retraining any more.
+    now_answering = answering(settings, application.name) if any(row["action"] != "rollback" for row in acting) else ()
+    actions = {
+        row["action"]
+        for row in acting
+        if row["action"] == "rollback" or row["release_version"] in (QUESTIONS, *now_answering)
+    }
     return {"breaches": len(new), "actions": [action for action in STARTED if action in actions]}
 
 

@@ -28,6 +28,8 @@ RUN_TAG = "millrace.registered_by"
 BUILDER_TAG = "millrace.built_by"
 """The person who triggered the run that registered a release; a schedule has none."""
 SPLIT_TAG = "millrace.split"
+FILES_TAG = "millrace.files"
+"""Where it is, it says when the release's files were removed (`retention.py`)."""
 TRAINING_TAGS = ("training_set", "simulated")
 CANDIDATE = "candidate"
 
@@ -127,14 +129,20 @@ def fetch_release(settings: Settings, application: Application, version: str) ->
     """Local folder with `manifest.json` and the files of a registered release; downloaded and verified once.
 
     Raises:
-        ReleaseError: there is no such version, what was downloaded is not what was registered, the local folder was
-            damaged since, or MLflow doesn't answer.
+        ReleaseError: there is no such version, its files were removed since, what was downloaded is not what was
+            registered, the local folder was damaged since, or MLflow doesn't answer.
     """
     purpose = f"fetch release {application.name}@{version}"
     with mlflow_client(settings, purpose) as client:
         release_id = _release_id(client, application.name, version)
         folder = local_releases(settings) / release_id
         if not folder.is_dir():
+            removed = client.get_model_version(application.name, version).tags.get(FILES_TAG)
+            if removed:
+                raise ReleaseError(
+                    f"the files of release {application.name}@{version} were {removed}, since nobody was given it any "
+                    "more; declare or train it again"
+                )
             from mlflow.artifacts import download_artifacts
 
             with tempfile.TemporaryDirectory(prefix=".download-", dir=folder.parent) as scratch:
@@ -192,6 +200,12 @@ def read_split(settings: Settings, application: str) -> Split | None:
             f"tag {SPLIT_TAG} of registered model {application} is not a split ({error.errors()[0]['msg']}): "
             f"{text[:200]!r}; freeze and resume the rollout to write it again from the journal"
         ) from None
+
+
+def answering_now(settings: Settings, application: str) -> set[str]:
+    """The versions that users are given. Raises as `read_split`."""
+    split = read_split(settings, application)
+    return {version for version in (split.champion, split.challenger) if version} if split else set()
 
 
 def publish_split(settings: Settings, application: str, split: Split, *, previous: str | None = None) -> None:

@@ -10,6 +10,7 @@ It knows how to start, watch and end processes; it does not know what an applica
     processes.py    start, record, find and end processes, so that none is left behind
     running.py      `Stack`: the order of things, and what to do when one dies
     supervisor.py   the process behind `millrace up`
+    history.py      the part that keeps Airflow's database bounded
     status.py       what is running, asked from outside
 """
 

@@ -190,6 +190,13 @@ def _airflow(settings: Settings, secrets: Secrets, postgres: Postgres) -> tuple[
             ready=healthy("triggerer"),
             after=("airflow-database",),
         ),
+        Part(
+            name="airflow-history",
+            command=(sys.executable, "-m", "millrace.stack.history"),
+            environment=environment(threads=1, keys=False),
+            ready=lambda started: True,
+            after=("airflow-database",),
+        ),
     )
 
 

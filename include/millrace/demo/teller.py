@@ -1,0 +1,197 @@
+"""How a stage of the story is told: DAG runs started and followed, users let in, and what must be there looked for.
+
+It knows Airflow's runs, the tables and the split; which stages there are, and what each must leave behind, is
+`story.py`'s business.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import httpx
+import pyarrow.compute as pc
+
+from millrace.airflow_api import Airflow, Run
+from millrace.applications import Application
+from millrace.demo.progress import Progress, Stage
+from millrace.demo.users import SimulatedUsers, Traffic
+from millrace.errors import MillraceError
+from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.tables import OPS_EVALUATIONS, SILVER_DOCUMENTS, SILVER_EXCHANGES
+from millrace.releases.registry import read_split
+from millrace.releases.split import Split
+from millrace.retrieval.builds import current
+from millrace.retrieval.index import declared_builds
+from millrace.rollout.decisions import read_journal
+from millrace.settings import Settings
+from millrace.sources.questions import Question, derive_questions
+
+DAG_MINUTES = 30
+ASSET_SECONDS = 120
+"""A run that an asset should have started is missed after this long."""
+
+
+class StoryError(MillraceError):
+    """A stage ended without what it should have left behind."""
+
+
+@dataclass
+class Teller:
+    """One application on a running stack, and the display."""
+
+    settings: Settings
+    application: Application
+    airflow: Airflow
+    progress: Progress
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    def __post_init__(self) -> None:
+        self.lake = Lake.of(self.settings, self.application.name)
+        self.asked: list[str] = []
+        self.crowd = self.started.strftime("%Y%m%dT%H%M%S")
+
+    def traffic_until_decided(self, stage: Stage, candidate: str) -> str:
+        """Let simulated users come until the journal ends the candidate's rollout; the kind of that decision."""
+        after = len(read_journal(self.lake))
+        users = self.users("live", f"{self.crowd}-{candidate}", corrections=False)
+        end = ""
+
+        with Traffic(users, self.application.demo.users_per_minute) as traffic:
+
+            def decided() -> bool:
+                nonlocal end
+                rollout = [d for d in read_journal(self.lake)[after:] if d.challenger == candidate]
+                met = sum(visit.release_version == candidate for visit in traffic.visits)
+                last = rollout[-1] if rollout else None
+                said = f"{last.kind} at {last.share:.0%}" if last else "waiting for the controller"
+                self.progress.say(
+                    stage, f"version {candidate}: {said} ({met} of {len(traffic.visits)} simulated users met it)"
+                )
+                ends = [d.kind for d in rollout if d.kind in ("promote", "skip", "rollback", "freeze")]
+                end = ends[-1] if ends else ""
+                return bool(end)
+
+            until(decided, self.application.demo.rollout_minutes * 60, f"the rollout of {candidate} is undecided")
+        self.asked += [visit.completion_id for visit in traffic.visits]
+        until(lambda: self.settled(candidate), 60, "the published split does not follow the journal")
+        return end
+
+    def counted(self, stage: Stage) -> bool:
+        """Whether every exchange of the rollouts is in the Lakehouse, so that the report can count who met what."""
+        there = self.lake.read(
+            SILVER_EXCHANGES, ["completion_id"], where=pc.field("completion_id").isin(self.asked)
+        ).num_rows
+        if there < len(self.asked):
+            told = stage.detail.split("; counting")[0]
+            self.progress.say(stage, f"{told}; counting exchanges: {there} of {len(self.asked)}")
+        return there == len(self.asked)
+
+    def settled(self, candidate: str) -> bool:
+        split = self.split_now()
+        return split is not None and split.challenger != candidate
+
+    def evaluate(self, stage: Stage, candidate: str) -> str:
+        """`passed`, `refused` or `is champion already`; evaluates unless that was done against this champion."""
+        champion = self.champion_now()
+        if candidate == champion:
+            return "is champion already"
+        # A new version's asset has started a run, or will: what it leaves unevaluated is asked for by name.
+        for run in self.airflow.runs(self.dag("evaluate_candidate"), since=self.started, run_type="asset_triggered"):
+            self.follow(stage, run, may_fail=True)
+        if self.verdict(candidate, champion) is None:
+            self.run_dag(stage, "evaluate_candidate", {"candidate": candidate}, may_fail=True)
+        verdict = self.verdict(candidate, champion)
+        require(verdict is not None, f"version {candidate} was not evaluated against version {champion}")
+        return "passed" if verdict else "refused"
+
+    def verdict(self, candidate: str, champion: str) -> bool | None:
+        rows = self.lake.read(
+            OPS_EVALUATIONS,
+            ["passed", "evaluated_at"],
+            where=(pc.field("candidate") == candidate) & (pc.field("champion") == champion),
+        ).sort_by("evaluated_at")
+        return bool(rows["passed"][-1].as_py()) if rows.num_rows else None
+
+    def users(self, split: str, crowd: str, *, corrections: bool) -> SimulatedUsers:
+        return SimulatedUsers(
+            self.settings.gateway_url,
+            self.application.name,
+            self.questions(split),
+            self.application.demo,
+            crowd=crowd,
+            corrections=corrections,
+        )
+
+    def questions(self, split: str) -> list[Question]:
+        questions = derive_questions(self.lake.read(SILVER_DOCUMENTS), self.application)
+        found = [question for question in questions if question.split == split]
+        require(bool(found), f"the documents give no {split} question")
+        return found
+
+    def ready(self) -> bool:
+        """Whether the gateway has this application's champion; others may not have begun."""
+        try:
+            answer = httpx.get(f"{self.settings.gateway_url}/readyz", timeout=5, trust_env=False).json()
+        except httpx.HTTPError:
+            return False
+        return bool(answer["applications"].get(self.application.name) == "ready")
+
+    def stage_called(self, name: str) -> Stage:
+        return next(stage for stage in self.progress.stages if stage.name == name)
+
+    def build_now(self) -> str | None:
+        return current(declared_builds(self.settings, self.application))
+
+    def split_now(self) -> Split | None:
+        return read_split(self.settings, self.application.name)
+
+    def champion_now(self) -> str:
+        split = self.split_now()
+        require(split is not None and split.champion is not None, "there is no champion")
+        return str(split.champion) if split else ""
+
+    def dag(self, stage: str) -> str:
+        return f"{self.application.name}.{stage}"
+
+    def run_dag(
+        self,
+        stage: Stage,
+        dag: str,
+        params: dict[str, Any] | None = None,
+        *,
+        logical_date: datetime | None = None,
+        may_fail: bool = False,
+    ) -> Run:
+        run = self.airflow.trigger(self.dag(dag), params or {}, logical_date=logical_date)
+        return self.follow(stage, run, may_fail=may_fail)
+
+    def await_asset_run(self, stage: Stage, dag: str) -> Run:
+        self.progress.say(stage, f"waiting for the asset to start {self.dag(dag)}")
+        run = self.airflow.wait_for_asset_run(self.dag(dag), since=self.started, timeout=ASSET_SECONDS)
+        return self.follow(stage, run)
+
+    def follow(self, stage: Stage, run: Run, *, may_fail: bool = False) -> Run:
+        def show(tasks: str) -> None:
+            self.progress.say(stage, f"{run.dag_id}: {tasks}")
+
+        ended = self.airflow.wait_for_run(run.dag_id, run.run_id, timeout=DAG_MINUTES * 60, on_change=show)
+        require(
+            may_fail or ended.state == "success",
+            f"{run.dag_id} ended as {ended.state}: see {self.settings.airflow_url}/dags/{run.dag_id}/runs/{run.run_id}",
+        )
+        return ended
+
+
+def until(done: Callable[[], bool], seconds: float, otherwise: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() > deadline:
+            raise StoryError(f"{otherwise} (waited {seconds:.0f} s)")
+        time.sleep(1)
+
+
+def require(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise StoryError(otherwise)

@@ -1,0 +1,56 @@
+"""What MLflow keeps is bounded: the files of releases that nobody is given, and traces.
+
+A version in the registry, its tags and its evidence stay for ever; what goes is bytes.
+"""
+
+from datetime import UTC, datetime
+
+from millrace.applications import Application
+from millrace.releases.mlflow_server import mlflow_client
+from millrace.releases.registry import FILES_TAG, read_aliases, versions
+from millrace.settings import Settings
+
+
+def remove_files(settings: Settings, application: Application, *, before: datetime) -> list[str]:
+    """Remove the files of releases that were registered earlier and have no alias now; the versions concerned.
+
+    Raises:
+        ReleaseError: MLflow doesn't answer.
+    """
+    kept = set(read_aliases(settings, application.name).values())
+    gone = []
+    with mlflow_client(settings, f"remove files of old releases of {application.name}") as client:
+        for version, tags in versions(settings, application).items():
+            if version in kept or FILES_TAG in tags:
+                continue
+            found = client.get_model_version(application.name, version)
+            if found.creation_timestamp / 1000 < before.timestamp():
+                _delete_artifacts(settings, client.get_model_version_download_uri(application.name, version))
+                # Last: where it is missing, whoever was killed here does it again.
+                client.set_model_version_tag(
+                    application.name, version, FILES_TAG, f"removed {datetime.now(UTC):%Y-%m-%d}"
+                )
+                gone.append(version)
+    return gone
+
+
+def delete_traces(settings: Settings, application: str, *, before: datetime) -> int:
+    """Delete the traces of earlier exchanges; how many.
+
+    Raises:
+        ReleaseError: MLflow doesn't answer.
+    """
+    with mlflow_client(settings, f"delete old traces of {application}") as client:
+        experiment = client.get_experiment_by_name(f"{application}/traces")
+        if experiment is None:
+            return 0
+        deleted: int = client.delete_traces(
+            experiment.experiment_id, max_timestamp_millis=int(before.timestamp() * 1000)
+        )
+        return deleted
+
+
+def _delete_artifacts(settings: Settings, location: str) -> None:
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    get_artifact_repository(location, tracking_uri=settings.mlflow_url).delete_artifacts()

@@ -1,0 +1,114 @@
+"""Two days of feedback and metrics, brought in by backfills of the real Airflow, twice."""
+
+import tempfile
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.tables import (
+    BRONZE_EVENTS,
+    GOLD_DRIFT_HOURLY,
+    GOLD_METRICS_HOURLY,
+    OPS_BREACHES,
+    PROVENANCE,
+    SILVER_EXCHANGES,
+    SILVER_FEEDBACK,
+)
+from millrace.settings import Settings
+from millrace.sources.completion_id import issue
+from millrace.sources.event_log import Accepted, Completed, EventLog, Feedback
+from millrace.sources.pseudonym import pseudonym
+from millrace.stack import Stack
+from tests.conftest import stack_settings
+
+pytestmark = [pytest.mark.long, pytest.mark.stack, pytest.mark.timeout(3000)]
+
+HOURS = 48
+USERS = 5
+"""Of each hour; one of them rates three hours later."""
+SCHEDULES = """
+[schedules]
+ingest_feedback = "0 */4 * * *"
+monitor = "10 */4 * * *"
+"""
+"""A run covers four hours: what is looked at is the two days, not Airflow's time to start a task."""
+
+
+@pytest.fixture
+def stack(open_folder: Path) -> Iterator[Stack]:
+    settings = stack_settings(Path(tempfile.mkdtemp(dir=open_folder)), pace="standard")
+    declaration = settings.applications / "qa.toml"
+    declaration.write_text(declaration.read_text().replace("\n[rollout]\n", f"{SCHEDULES}\n[rollout]\n"))
+    with Stack(settings) as running:
+        yield running
+
+
+def test_two_days_are_backfilled_twice_to_equal_tables(stack: Stack) -> None:
+    end = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+    start = end - timedelta(hours=HOURS)
+    write_events(stack.settings, start)
+    lake = Lake.of(stack.settings, "qa")
+    contents = []
+    with stack.airflow() as airflow:
+        for _ in range(2):
+            for dag in ("qa.ingest_feedback", "qa.monitor"):
+                airflow.wait_for_dag(dag)
+                airflow.unpause(dag)
+                backfill = airflow.backfill(dag, start - timedelta(hours=4), end)
+                airflow.wait_for_backfill(backfill, timeout=1200)
+                ended = airflow.runs(dag, states=["success", "failed"])
+                assert [run.state for run in ended] == ["success"] * len(ended)
+                assert len(ended) >= HOURS / 4
+            contents.append(content(lake))
+    assert contents[0] == contents[1]
+    assert lake.read(SILVER_EXCHANGES).num_rows == lake.read(SILVER_FEEDBACK).num_rows == HOURS * USERS
+    measured = lake.read(GOLD_METRICS_HOURLY, ["interval_start", "exchanges", "rated"])
+    assert len(set(measured["interval_start"].to_pylist())) == HOURS
+    assert set(measured["exchanges"].to_pylist()) == set(measured["rated"].to_pylist()) == {USERS}
+
+
+def write_events(settings: Settings, start: datetime) -> None:
+    """The event log as a gateway would have written it."""
+    now = start
+    log = EventLog(settings.event_log("qa"), clock=lambda: now)
+    completion_key = settings.completion_key.get_secret_value().encode()
+    pseudonym_key = settings.pseudonym_key.get_secret_value().encode()
+    events: list[tuple[datetime, Accepted | Completed | Feedback]] = []
+    for hour in range(HOURS):
+        for user in range(USERS):
+            at = start + timedelta(hours=hour, minutes=5 * user)
+            about = {
+                "completion_id": issue(completion_key, "qa", at),
+                "application": "qa",
+                "simulated": True,
+                "user": pseudonym(pseudonym_key, f"user-{user}"),
+                "question": f"What is option {user} for?",
+                **{"release_id": "rel-1", "release_version": "1", "index_build": "b", "prompt_version": "p/1"},
+                **{"rollout_id": None, "epoch": None, "arm": None, "assignment_probability": None, "pinned": False},
+                "accepted_at": at,
+            }
+            answer = {
+                **{"answer": "For something.", "citations": ("chunk",), "prompt_tokens": 90, "completion_tokens": 7},
+                **{"seconds": 0.5, "cost_usd": 0.001, "from_cache": False, "fell_back": False},
+            }
+            rated = {key: about[key] for key in ("completion_id", "application", "simulated")}
+            later = timedelta(hours=3) if user == 0 and hour < HOURS - 4 else timedelta(minutes=1)
+            events += [
+                (at, Accepted(**about)),
+                (at + timedelta(seconds=1), Completed(**about, **answer)),
+                (at + later, Feedback(**rated, rating=0.75)),
+            ]
+    for at, event in sorted(events, key=lambda one: one[0]):
+        now = at
+        log.append(event)
+    log.close()
+
+
+def content(lake: Lake) -> dict[str, list[str]]:
+    """What the tables say, without who wrote it when."""
+    stamps = [field.name for field in PROVENANCE]
+    tables = (BRONZE_EVENTS, SILVER_EXCHANGES, SILVER_FEEDBACK, GOLD_METRICS_HOURLY, GOLD_DRIFT_HOURLY, OPS_BREACHES)
+    return {table.path: sorted(map(repr, lake.read(table).drop_columns(stamps).to_pylist())) for table in tables}
