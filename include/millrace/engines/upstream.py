@@ -72,8 +72,7 @@ def context_of(upstream: Upstream, model: str) -> int:
     """
     from openai import BadRequestError, NotFoundError
 
-    client = upstream.client()
-    with _told(upstream):
+    with upstream.client() as client, _told(upstream):
         there = {one.id: one for one in client.models.list()}
         if model in there:
             said = (there[model].model_extra or {}).get("max_model_len")
@@ -97,8 +96,7 @@ def load_adapter(upstream: Upstream, adapter: Adapter) -> None:
     """
     from openai import APIStatusError
 
-    client = upstream.client()
-    with _told(upstream):
+    with upstream.client() as client, _told(upstream):
         if adapter.name in {one.id for one in client.models.list()}:
             return
         wanted = {"lora_name": adapter.name, "lora_path": str(adapter.folder)}
@@ -121,8 +119,7 @@ def unload_adapter(upstream: Upstream, name: str) -> None:
     """
     from openai import APIStatusError
 
-    client = upstream.client()
-    with _told(upstream):
+    with upstream.client() as client, _told(upstream):
         try:
             client.post("/unload_lora_adapter", cast_to=str, body={"lora_name": name})
         except APIStatusError:
