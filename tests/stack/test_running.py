@@ -23,7 +23,7 @@ pytestmark = pytest.mark.stack
 
 ALL_PARTS = (
     "postgres", "spark", "mlflow", "airflow", "airflow-scheduler", "airflow-dag-processor", "airflow-triggerer",
-    "gateway",
+    "airflow-history", "gateway",
 )  # fmt: skip
 
 
