@@ -21,9 +21,9 @@ Green every night. `kept_hours` in the result of *tidy* far above a table's rete
 `ops/cursors` for which.
 
 ### When it fails
-*tidy*: the message names the table and why; the others were done. *remove*: MLflow doesn't answer, and nothing was
-removed. Clear either any time: what is done is not done again. A full disk: free some space first, a compaction writes
-before it removes.
+*tidy*: the message names the table and why; the others were done. *remove*: MLflow or a model server doesn't
+answer; the rest was removed. Clear either any time: what is done is not done again. A full disk: free some space
+first, a compaction writes before it removes.
 
 ### Backfill
 There is none: it tidies what is there now.

@@ -126,3 +126,6 @@ def test_the_registrys_files_of_an_old_release_without_an_alias_go_and_the_rest_
     with pytest.raises(ReleaseError, match=rf"files of release {application.name}@2 were removed .*; declare or train"):
         fetch_release(tracked, application, "2")
     assert versions(tracked, application)["2"]["origin"] == "refused"
+    again = register_release(tracked, application, manifest, tmp_path, run="test", tags={})
+    assert again == "3"
+    assert fetch_release(tracked, application, again).is_dir()

@@ -6,7 +6,6 @@ again; what can't be, an event that is in no table yet, never goes.
 
 import shutil
 import time
-from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,7 +15,7 @@ import pyarrow.compute as pc
 
 from millrace.applications import Application
 from millrace.engines.upstream import unload_adapter
-from millrace.errors import LakehouseError, ReleaseError
+from millrace.errors import EngineError, LakehouseError, ReleaseError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import BRONZE_EVENTS, QUARANTINE_FEEDBACK, SILVER_CHUNKS, SILVER_EMBEDDINGS, TABLES
 from millrace.lakehouse.upkeep import keep_up
@@ -60,24 +59,28 @@ def tidy_tables(settings: Settings, application: Application) -> dict[str, Any]:
 
 def remove_unused(settings: Settings, application: Application) -> dict[str, list[str]]:
     """Remove lineages of index builds and local copies of releases that no live release needs and that nothing
-    touched for long, event segments that are in the tables, and old task logs.
+    touched for long, event segments that are in the tables, old task logs, and, in MLflow, old traces and the files of
+    releases that have been nobody's for long.
 
     Returns: what went: `lineages`, `releases`, `segments`, `logs`, `files` (versions in the registry), `traces`
         (their number).
 
     Raises:
-        ReleaseError: the registry does not answer; nothing was removed.
-        EngineError: the server does not answer that has an unused release's adapter; the release stays.
+        ReleaseError: the registry does not answer; what it need not be asked about was removed.
+        EngineError: the server that has an unused release's adapter does not answer: that release stays, the rest went.
     """
+    gone = {"segments": _segments(settings, application), "logs": _logs(settings, application)}
     live = _live(settings, application)
-    return {
+    problems: list[str] = []
+    gone |= {
         "lineages": _lineages(settings, application, live),
-        "releases": _releases(settings, application, live),
-        "segments": _segments(settings, application),
-        "logs": _logs(settings, application),
+        "releases": _releases(settings, application, live, problems),
         "files": remove_files(settings, application, before=_before(application.retention.release_files)),
         "traces": [str(delete_traces(settings, application.name, before=_before(application.retention.traces)))],
     }
+    if problems:
+        raise EngineError("; ".join(problems))
+    return gone
 
 
 def _before(days: float) -> datetime:
@@ -101,26 +104,38 @@ def _lineages(settings: Settings, application: Application, live: list[Manifest]
     return [path.name for path in doomed]
 
 
-def _releases(settings: Settings, application: Application, live: list[Manifest]) -> list[str]:
+def _releases(settings: Settings, application: Application, live: list[Manifest], problems: list[str]) -> list[str]:
     """With the adapters that a server has loaded from there, which it must forget first."""
     ours = {tags[RELEASE_TAG] for tags in versions(settings, application).values()}
     unused = ours - {manifest.release_id for manifest in live}
     before = time.time() - application.retention.unused_releases * DAY
     folders = (local_releases(settings) / release_id for release_id in sorted(unused))
-    doomed = [folder for folder in folders if folder.is_dir() and folder.stat().st_mtime < before]
     in_use = {manifest.generator.identity for manifest in live}
-    for folder in doomed:
-        if settings.upstream_url:
-            _forget_adapter(settings, folder, in_use)
+    gone = []
+    for folder in folders:
+        if not folder.is_dir() or folder.stat().st_mtime >= before:
+            continue
+        adapted = _adapted(folder)
+        if adapted and adapted.identity in in_use:
+            continue  # A server may have loaded the adapter from here, under the name that a live release asks for.
+        try:
+            if adapted and settings.upstream_url:
+                unload_adapter(upstream_of(settings), adapter_name(adapted))
+        except EngineError as error:
+            problems.append(f"release {folder.name} stays: {error}")
+            continue
         shutil.rmtree(folder)
-    return [folder.name for folder in doomed]
+        gone.append(folder.name)
+    return gone
 
 
-def _forget_adapter(settings: Settings, folder: Path, in_use: set[str]) -> None:
-    with suppress(ReleaseError):  # a damaged copy: it is better gone
+def _adapted(folder: Path) -> ServedModel | None:
+    """The generator of the release in `folder`, if it is a server's model with an adapter of ours."""
+    try:
         generator = read_release(folder).generator
-        if isinstance(generator, ServedModel) and generator.adapter and generator.identity not in in_use:
-            unload_adapter(upstream_of(settings), adapter_name(generator))
+    except ReleaseError:  # a damaged copy: it is better gone
+        return None
+    return generator if isinstance(generator, ServedModel) and generator.adapter else None
 
 
 def _segments(settings: Settings, application: Application) -> list[str]:

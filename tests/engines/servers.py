@@ -1,5 +1,5 @@
 """Real OpenAI-compatible servers of the base model: `transformers serve`, which is in our environment, and vLLM, which
-has one of its own (`make vllm`)."""
+has one of its own (`make test-long` builds it)."""
 
 import os
 import signal
@@ -45,7 +45,7 @@ def transformers_server(model: Path, scratch: Path) -> Iterator[Served]:
 @contextmanager
 def vllm_server(model: Path, scratch: Path, port: int | None = None) -> Iterator[Served]:
     if not VLLM.exists():
-        pytest.skip(f"no vLLM in {VLLM.parents[1].name}: make vllm")
+        pytest.skip(f"no vLLM in {VLLM.parents[1].name}: `make test-long` installs it")
     port = port or free_port()
     environment = {
         "VLLM_API_KEY": KEY,

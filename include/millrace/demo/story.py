@@ -7,7 +7,7 @@ and takes no decision; where simulated users come in, every row says so.
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from millrace.batch.questions import submit_questions
 from millrace.demo.progress import Stage
 from millrace.demo.teller import Teller, require, until
+from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.tables import (
     GOLD_ANSWERS,
     GOLD_METRICS_HOURLY,
@@ -25,6 +26,7 @@ from millrace.lakehouse.tables import (
     SILVER_EXCHANGES,
     SILVER_FEEDBACK,
 )
+from millrace.monitoring.windows import touched
 from millrace.releases.registry import versions
 from millrace.rollout import people
 
@@ -197,6 +199,10 @@ class Story(Teller):
                 stage.state = "nothing new"
                 self.progress.say(stage, "there is no better candidate to roll out")
                 return
+            if self.decided(candidate):
+                stage.state = "nothing new"
+                self.progress.say(stage, f"the rollout of version {candidate} has ended before")
+                return
             end = self.traffic_until_decided(stage, candidate)
             require(end != "freeze", f"the rollout of version {candidate} froze: {stage.detail}")
             if end == "rollback":
@@ -233,20 +239,23 @@ class Story(Teller):
 
     def batch(self) -> None:
         with self.progress.stage("batch") as stage:
-            asked = [one.question for one in self.questions("live")[: self.application.demo.batch_questions]]
+            asked = self.questions("live")[: self.application.demo.batch_questions]
+            # Ids of the demo's own: what else is in the table, people asked.
+            ids = {f"demo-{content_hash(one.question)[:16]}": one.question for one in asked}
             champion = self.champion_now()
-            before = self._answers(asked, champion)
+            before = self._answers(ids, champion)
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "demo.jsonl"
-                path.write_text("".join(json.dumps({"question": question}) + "\n" for question in asked))
+                lines = (json.dumps({"question_id": key, "question": text}) for key, text in ids.items())
+                path.write_text("".join(f"{line}\n" for line in lines))
                 submit_questions(self.settings, self.application, path, run=f"demo {self.crowd}", simulated=True)
-            self.run_dag(stage, "batch_inference")
-            answers = self._answers(asked, champion)
-            require(len(answers) == len(asked), f"{len(answers)} of {len(asked)} questions are in gold/answers")
+            self.run_dag(stage, "batch_inference", {"batch": "demo", "retry_errors": True})
+            answers = self._answers(ids, champion)
+            require(len(answers) == len(ids), f"{len(answers)} of {len(ids)} questions are in gold/answers")
             errors = sum(error is not None for error in answers)
-            require(errors == 0, f"{errors} of {len(asked)} questions have an error instead of an answer")
-            stage.state = "nothing new" if len(before) == len(asked) else "running"
-            self.progress.say(stage, f"version {champion} answered {len(asked)} questions on Spark, each once")
+            require(errors == 0, f"{errors} of {len(ids)} questions have an error instead of an answer")
+            stage.state = "nothing new" if before == answers else "running"
+            self.progress.say(stage, f"version {champion} answered {len(ids)} questions on Spark, each once")
 
     def prompts(self) -> None:
         """A study of prompts; what it finds better goes through gate and rollout like everything else."""
@@ -256,27 +265,33 @@ class Story(Teller):
             found = f"{study['trials']} trials: {study['why']}"
             self.progress.say(stage, found)
             version = self.airflow.result(self.dag("optimize_prompt"), run.run_id, "release")["version"]
-            if version is None:
+            if version is None or self.decided(version):
                 stage.state = "nothing new"
                 return
             verdict = self.evaluate(stage, version)
             told = f"{found}; version {version} {verdict}"
             if verdict == "passed":
-                told += f", and its rollout ended with {self.traffic_until_decided(stage, version)}"
+                end = self.traffic_until_decided(stage, version)
+                require(end != "freeze", f"the rollout of version {version} froze: {stage.detail}")
+                told += f", and its rollout ended with {end}"
             stage.state = "refused" if verdict == "refused" else "running"
             self.progress.say(stage, told)
 
     def monitor(self) -> None:
+        """A run over the time of this story: every exchange of it must be in its window's metrics."""
         with self.progress.stage("monitor") as stage:
             until(lambda: self.counted(stage), 300, "acknowledged exchanges did not reach silver/exchanges")
-            there = self.lake.read(SILVER_EXCHANGES, ["completion_id"]).num_rows
-            # Whatever arrived since the run before is measured, in its own window.
-            self.run_dag(stage, "monitor", logical_date=datetime.now(UTC))
-            measured = self.lake.read(GOLD_METRICS_HOURLY, ["interval_start", "exchanges"])
+            now = datetime.now(UTC)
+            since = touched(self.started, now, self.application.monitor.minutes)[0].start
+            asked = pc.field("occurred_at") >= since
+            there = self.lake.read(SILVER_EXCHANGES, ["completion_id"], where=asked).num_rows
+            self.run_dag(stage, "monitor", logical_date=now, data_interval=(self.started, now))
+            where = pc.field("interval_start") >= since
+            measured = self.lake.read(GOLD_METRICS_HOURLY, ["interval_start", "exchanges"], where=where)
             counted = sum(measured["exchanges"].to_pylist())
             require(counted >= there, f"gold/metrics_hourly has {counted} of {there} exchanges")
             windows = len(set(measured["interval_start"].to_pylist()))
-            breaches = self.lake.read(OPS_BREACHES, ["breach_id"]).num_rows
+            breaches = self.lake.read(OPS_BREACHES, ["breach_id"], where=where).num_rows
             self.progress.say(stage, f"{counted} exchanges in {windows} windows, {breaches} breaches of the policy")
 
     def upkeep(self) -> None:
@@ -287,9 +302,9 @@ class Story(Teller):
             before, after = (sum(one[name] for one in kept.values()) for name in ("files_before", "files"))
             self.progress.say(stage, f"{len(kept)} tables: {before} files became {after}; the past stays readable")
 
-    def _answers(self, questions: list[str], version: str) -> list[str | None]:
+    def _answers(self, questions: Iterable[str], version: str) -> list[str | None]:
         """The errors of these questions' answers by a release; None for each that has none."""
-        where = pc.field("question").isin(questions) & (pc.field("release_version") == version)
+        where = pc.field("question_id").isin(list(questions)) & (pc.field("release_version") == version)
         errors: list[str | None] = self.lake.read(GOLD_ANSWERS, ["error"], where=where)["error"].to_pylist()
         return errors
 

@@ -24,7 +24,7 @@ from millrace.releases.registry import read_split
 from millrace.releases.split import Split
 from millrace.retrieval.builds import current
 from millrace.retrieval.index import declared_builds
-from millrace.rollout.decisions import read_journal
+from millrace.rollout.decisions import fold, read_journal
 from millrace.settings import Settings
 from millrace.sources.questions import Question, derive_questions
 
@@ -87,6 +87,10 @@ class Teller:
             told = stage.detail.split("; counting")[0]
             self.progress.say(stage, f"{told}; counting exchanges: {there} of {len(self.asked)}")
         return there == len(self.asked)
+
+    def decided(self, version: str) -> bool:
+        """Whether a rollout of it has ended: none starts again by itself."""
+        return version in fold(read_journal(self.lake)).decided
 
     def settled(self, candidate: str) -> bool:
         split = self.split_now()
@@ -162,9 +166,10 @@ class Teller:
         params: dict[str, Any] | None = None,
         *,
         logical_date: datetime | None = None,
+        data_interval: tuple[datetime, datetime] | None = None,
         may_fail: bool = False,
     ) -> Run:
-        run = self.airflow.trigger(self.dag(dag), params or {}, logical_date=logical_date)
+        run = self.airflow.trigger(self.dag(dag), params or {}, logical_date=logical_date, data_interval=data_interval)
         return self.follow(stage, run, may_fail=may_fail)
 
     def await_asset_run(self, stage: Stage, dag: str) -> Run:

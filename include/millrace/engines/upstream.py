@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 _SECONDS = 120.0
 """Between two pieces of an answer, at most."""
 _CONNECT_SECONDS = 5.0
+_NO_SUCH_THING = (404, 405, 501)
 _BYTES_A_TOKEN = 3
-"""Fewer than a tokenizer gets out of any language's text, so that an estimate is rather too high."""
+"""Fewer than tokenizers get out of most languages' text, so that an estimate is rather too high."""
 _TURN_TOKENS = 8
 _TEMPLATE_TOKENS = 32
 """For what a chat template says of its own."""
@@ -157,24 +158,31 @@ class UpstreamEngine:
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
         """As the server counts; where it can't say, an estimate that is rather too high."""
+        with _told(self._upstream):
+            counted = self._counted(messages) if self._tokenizes else None
+        if counted is not None:
+            return counted
+        return sum(_estimated(message.content) + _TURN_TOKENS for message in messages) + _TEMPLATE_TOKENS
+
+    def _counted(self, messages: Sequence[Message]) -> int | None:
+        """What `/tokenize` says; None, for good, where the server has no such thing."""
         from openai import APIStatusError
 
-        if self._tokenizes:
-            body = {"model": self._asked, "messages": _wire(messages)}
-            with _told(self._upstream):
-                try:
-                    answer = self._client.post(f"{self._root}/tokenize", cast_to=object, body=body)
-                    return int(answer["count"])  # type: ignore[index]
-                except APIStatusError as error:
-                    if error.status_code >= 500:
-                        raise
-                    # An adapter that was forgotten is no reason to guess for ever.
-                    self._tokenizes = self._adapter is not None and self._restored(error)
-                    if self._tokenizes:
-                        return self.count_tokens(messages)
-                except (TypeError, KeyError, ValueError):
-                    self._tokenizes = False
-        return sum(_estimated(message.content) + _TURN_TOKENS for message in messages) + _TEMPLATE_TOKENS
+        body = {"model": self._asked, "messages": _wire(messages)}
+        for again in (False, True):
+            try:
+                answer = self._client.post(f"{self._root}/tokenize", cast_to=object, body=body)
+                return int(answer["count"])  # type: ignore[index]
+            except APIStatusError as error:
+                if error.status_code not in _NO_SUCH_THING:
+                    raise
+                # An adapter that was forgotten is no reason to guess for ever.
+                if again or not self._restored(error):
+                    break
+            except (TypeError, KeyError, ValueError):
+                break
+        self._tokenizes = False
+        return None
 
     def generate(self, messages: Sequence[Message], config: Generation) -> Generated:
         with _told(self._upstream):

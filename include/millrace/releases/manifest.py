@@ -65,8 +65,10 @@ class ServedModel(Part):
 
     @property
     def identity(self) -> str:
-        """Equal where the same model with the same adapter generates."""
-        return hashlib.sha256(json.dumps([self.name, *(file.sha256 for file in self.adapter)]).encode()).hexdigest()
+        """Equal where the same model with the same adapter and context generates."""
+        return hashlib.sha256(
+            json.dumps([self.name, self.context_tokens, *(file.sha256 for file in self.adapter)]).encode()
+        ).hexdigest()
 
 
 Generator = Annotated[Weights | ServedModel, Field(discriminator="kind")]

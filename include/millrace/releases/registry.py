@@ -249,7 +249,8 @@ def local_releases(settings: Settings) -> Path:
 
 def _find(client: Any, application: str, release_id: str) -> str | None:
     found = _search(client, f"name = '{application}' and tags.`{RELEASE_TAG}` = '{release_id}'")
-    return str(found[0].version) if found else None
+    # One whose files were removed is a record: the same release again is another version.
+    return next((str(one.version) for one in found if FILES_TAG not in one.tags), None)
 
 
 def _search(client: Any, where: str) -> list[Any]:

@@ -7,17 +7,17 @@ from datetime import UTC, datetime
 
 from millrace.applications import Application
 from millrace.releases.mlflow_server import mlflow_client
-from millrace.releases.registry import FILES_TAG, read_aliases, versions
+from millrace.releases.registry import FILES_TAG, answering_now, read_aliases, versions
 from millrace.settings import Settings
 
 
 def remove_files(settings: Settings, application: Application, *, before: datetime) -> list[str]:
-    """Remove the files of releases that were registered earlier and have no alias now; the versions concerned.
+    """Remove the files of releases that were registered earlier, have no alias and answer nobody; their versions.
 
     Raises:
         ReleaseError: MLflow doesn't answer.
     """
-    kept = set(read_aliases(settings, application.name).values())
+    kept = {*read_aliases(settings, application.name).values(), *answering_now(settings, application.name)}
     gone = []
     with mlflow_client(settings, f"remove files of old releases of {application.name}") as client:
         for version, tags in versions(settings, application).items():

@@ -6,7 +6,8 @@ from typing import Any
 
 from millrace.applications import Application
 from millrace.engines.base_model import base_model_path
-from millrace.engines.upstream import unload_adapter
+from millrace.engines.engine import Engine
+from millrace.engines.upstream import Adapter, UpstreamEngine, unload_adapter
 from millrace.errors import TrainingError
 from millrace.lakehouse.costs import attribute_cost
 from millrace.lakehouse.lake import Lake
@@ -107,13 +108,19 @@ def _served(settings: Settings, application: Application, folder: Path) -> tuple
 
 def _agreement(settings: Settings, generator: Generator, files: Path, answers: list[dict[str, str]]) -> float:
     upstream = upstream_of(settings)
-    engine = open_engine(
-        generator, files, upstream=upstream, threads=settings.threads, cache_gb=settings.engine_cache_gb
-    )
+    if isinstance(generator, ServedModel):
+        # Under a name of its own: the release has files of its own, and these go with the fine-tune's folder.
+        checked = Adapter(f"{adapter_name(generator)}-check", files)
+        engine: Engine = UpstreamEngine(
+            upstream, generator.name, context_tokens=generator.context_tokens, adapter=checked
+        )
+    else:
+        engine = open_engine(
+            generator, files, upstream=upstream, threads=settings.threads, cache_gb=settings.engine_cache_gb
+        )
     try:
         return verify_answers(engine, answers)
     finally:
         engine.close()
         if isinstance(generator, ServedModel):
-            # The release has files of its own to load it from; these go with the fine-tune's folder.
-            unload_adapter(upstream, adapter_name(generator))
+            unload_adapter(upstream, checked.name)
