@@ -1,16 +1,34 @@
+"""Each in an interpreter of its own: a signal to the suite's process would meet whatever native libraries it loaded."""
+
 import signal
+import subprocess
+import sys
 
 import pytest
 
+HEAD = """
+import signal
 from millrace.stack.interrupts import Interrupts
 
-
-def _receive(number: signal.Signals) -> None:
-    # To this thread: threads of native libraries that earlier tests loaded must not receive it.
+def receive(number):
     signal.raise_signal(number)
     # Python runs a handler between two instructions of the main thread: give it some.
     for _ in range(1000):
         pass
+
+def ends_with(block):
+    try:
+        block()
+    except BaseException as error:
+        return error
+    raise AssertionError("nothing was raised")
+"""
+
+
+def run(code: str) -> None:
+    """Run `code`, whose assertions must hold."""
+    ended = subprocess.run([sys.executable, "-c", HEAD + code], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.parametrize(
@@ -18,36 +36,41 @@ def _receive(number: signal.Signals) -> None:
     [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit), (signal.SIGHUP, SystemExit)],
 )
 def test_a_signal_becomes_an_exception(number: signal.Signals, expected: type[BaseException]) -> None:
-    with Interrupts(), pytest.raises(expected):
-        _receive(number)
+    run(f"""
+with Interrupts():
+    error = ends_with(lambda: receive({int(number)}))
+assert type(error) is {expected.__name__}, error
+""")
 
 
 def test_a_signal_waits_until_what_must_not_be_cut_short_is_done() -> None:
-    done = []
-    with Interrupts() as interrupts:
-
-        def work() -> None:
-            with interrupts.held():
-                _receive(signal.SIGTERM)
-                done.append("all of it")
-
-        with pytest.raises(SystemExit) as ended:
-            work()
-    assert done == ["all of it"]
-    assert ended.value.code == 128 + signal.SIGTERM
+    run("""
+done = []
+with Interrupts() as interrupts:
+    def work():
+        with interrupts.held():
+            receive(signal.SIGTERM)
+            done.append("all of it")
+    error = ends_with(work)
+assert done == ["all of it"]
+assert error.code == 128 + signal.SIGTERM
+""")
 
 
 def test_a_second_signal_does_not_cut_the_way_out_short() -> None:
-    with Interrupts() as interrupts:
-        with pytest.raises(KeyboardInterrupt):
-            _receive(signal.SIGINT)
-        _receive(signal.SIGINT)
-        _receive(signal.SIGTERM)
-        assert interrupts.count == 3
+    run("""
+with Interrupts() as interrupts:
+    assert type(ends_with(lambda: receive(signal.SIGINT))) is KeyboardInterrupt
+    receive(signal.SIGINT)
+    receive(signal.SIGTERM)
+    assert interrupts.count == 3
+""")
 
 
 def test_the_callers_handlers_come_back() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with Interrupts():
-        assert signal.getsignal(signal.SIGTERM) != before
-    assert signal.getsignal(signal.SIGTERM) == before
+    run("""
+before = signal.getsignal(signal.SIGTERM)
+with Interrupts():
+    assert signal.getsignal(signal.SIGTERM) != before
+assert signal.getsignal(signal.SIGTERM) == before
+""")
