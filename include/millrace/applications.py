@@ -141,7 +141,7 @@ class Optimize(Declared):
     """Ways to answer that are tried: the champion's own, it with each other template, then what promises most."""
     token_budget: int = Field(1_000_000, ge=1)
     """Prompt and completion tokens that a study may take, held-out answers included."""
-    questions: int = Field(40, ge=4)
+    questions: int = Field(40, ge=8)
     """Development questions that a trial answers; a trial that is losing is ended before."""
     held_out: int = Field(60, ge=8)
     """Development questions that only the start and the best trial answer."""
