@@ -147,6 +147,8 @@ def _configuration(settings: Settings, work: Path, ivy: Path) -> dict[str, str]:
         "spark.sql.session.timeZone": "UTC",
         "spark.sql.shuffle.partitions": str(settings.threads),
         "spark.databricks.delta.snapshotPartitions": str(settings.threads),
+        # VACUUM lists a table's folders in so many tasks, however few they are; 10,000 unless said otherwise.
+        "spark.sql.sources.parallelPartitionDiscovery.parallelism": str(settings.threads),
         "spark.sql.execution.arrow.maxRecordsPerBatch": "1000",
         **_INTERPRETED,
     }
