@@ -121,7 +121,7 @@ def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 180
-        while not _answers(f"{uri}/health"):
+        while not answers(f"{uri}/health"):
             if process.poll() is not None or time.monotonic() > deadline:
                 pytest.fail(f"the MLflow server did not start: {(folder / 'server.log').read_text()[-2000:]}")
             time.sleep(0.2)
@@ -154,7 +154,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     )
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Whether a server answers there."""
     try:
         urllib.request.urlopen(url, timeout=2).close()
     except OSError:

@@ -25,24 +25,12 @@ from millrace.lakehouse.tables import (
     SILVER_EXCHANGES,
     SILVER_FEEDBACK,
 )
+from millrace.settings import PROJECT
 from millrace.stack import Stack
 
 pytestmark = [pytest.mark.long, pytest.mark.stack, pytest.mark.timeout(1200)]
 
-DAGS = (
-    "ingest_documents",
-    "refresh_embeddings",
-    "declare_release",
-    "ingest_feedback",
-    "finetune",
-    "optimize_prompt",
-    "evaluate_candidate",
-    "promote",
-    "rollout",
-    "monitor",
-    "batch_inference",
-    "maintain_lakehouse",
-)
+STAGES = sorted(path.stem for path in (PROJECT / "dags").glob("*.py"))
 
 
 def run(airflow: Airflow, dag_id: str, form: dict[str, Any], **about: Any) -> str:
@@ -54,7 +42,7 @@ def run(airflow: Airflow, dag_id: str, form: dict[str, Any], **about: Any) -> st
     return started
 
 
-@pytest.mark.parametrize("stage", DAGS)
+@pytest.mark.parametrize("stage", STAGES)
 def test_every_dag_runs_from_its_form_as_the_ui_sends_it(running_stack: Stack, told: Told, stage: str) -> None:
     with running_stack.airflow() as airflow:
         # The form opens with the defaults, and sends all of them with the moment of the click as logical date.

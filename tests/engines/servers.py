@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from millrace.engines.upstream import Upstream
-from tests.conftest import free_port
+from tests.conftest import answers, free_port
 
 VLLM = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "vllm"
 KEY = "the key of a test's vLLM"
@@ -74,7 +73,7 @@ def _running(
         )
     try:
         deadline = time.monotonic() + 300
-        while not _up(port):
+        while not answers(f"http://127.0.0.1:{port}/health"):
             if process.poll() is not None or time.monotonic() > deadline:
                 pytest.fail(f"{arguments[0]} did not start: {log.read_text()[-2000:]}")
             time.sleep(0.3)
@@ -83,11 +82,3 @@ def _running(
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-
-def _up(port: int) -> bool:
-    try:
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
-    except OSError:
-        return False
-    return True

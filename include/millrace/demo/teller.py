@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import httpx
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from millrace.airflow_api import Airflow, Run
@@ -80,9 +81,8 @@ class Teller:
 
     def counted(self, stage: Stage) -> bool:
         """Whether every exchange of the rollouts is in the Lakehouse, so that the report can count who met what."""
-        there = self.lake.read(
-            SILVER_EXCHANGES, ["completion_id"], where=pc.field("completion_id").isin(self.asked)
-        ).num_rows
+        asked = pc.field("completion_id").isin(pa.array(self.asked, pa.string()))
+        there = self.lake.read(SILVER_EXCHANGES, ["completion_id"], where=asked).num_rows
         if there < len(self.asked):
             told = stage.detail.split("; counting")[0]
             self.progress.say(stage, f"{told}; counting exchanges: {there} of {len(self.asked)}")
