@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from millrace.cli.common import ApplicationName, console, declaration, one_sentence
 from millrace.errors import CostError
@@ -140,8 +140,8 @@ def _shortenings(
 
 def _show_plan(planned: "CostPlan", inputs: "Inputs", history: "History") -> None:
     _show_basis(planned, inputs, history)
-    table = Table("a month", "machines", box=None, pad_edge=False)
-    for name in ("development", "production", "of it serving", "in all", "per 1,000 answers"):
+    table = Table(Column("a month", no_wrap=True), "machines", box=None, pad_edge=False)
+    for name in ("development", "production", "of it serving", "in all", "per 1,000"):
         table.add_column(name, justify="right")
     for line in planned.lines:
         usd = (line.development_usd, line.production_usd, line.serving_usd, line.month_usd, line.thousand_answers_usd)
@@ -155,7 +155,7 @@ def _show_plan(planned: "CostPlan", inputs: "Inputs", history: "History") -> Non
     for against in planned.break_even:
         _say(_broken_even(against))
     console.print()
-    saved = Table("a month saved by", "tokens less", "machine time", box=None, pad_edge=False)
+    saved = Table(Column("a month saved by", no_wrap=True), "tokens less", "machine time", box=None, pad_edge=False)
     for line in planned.lines:
         saved.add_column(line.name, justify="right")
     for saving in planned.savings:
@@ -210,7 +210,8 @@ def _broken_even(against: "BreakEven") -> str:
 
 
 def _show_check(held: "Check") -> None:
-    console.print(f"Planned from {held.planned_answers:,} answers, checked over {held.days:.3f} days", markup=False)
+    _say(f"Planned from {_of_whom(held.planned_from)}")
+    _say(f"Recorded in the {held.days:.3f} days after: {_of_whom(held.recorded)}")
     table = Table("what", "unit", box=None, pad_edge=False)
     for name in ("planned", "recorded", "error"):
         table.add_column(name, justify="right")
@@ -220,8 +221,13 @@ def _show_check(held: "Check") -> None:
     console.print(table)
 
 
+def _of_whom(by_version: dict[str, int]) -> str:
+    told = ", ".join(f"{n:,} of release {version}" for version, n in by_version.items())
+    return f"{sum(by_version.values()):,} answers ({told or 'none'})"
+
+
 def _usd(value: float) -> str:
-    return f"${value:,.2f}" if abs(value) >= 1 or not value else f"${value:.6f}"
+    return f"${value:,.2f}" if abs(value) >= 1 or not value else f"${value:.4g}"
 
 
 def _number(value: float) -> str:

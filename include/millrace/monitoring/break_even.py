@@ -16,7 +16,7 @@ OWN_MODEL = "own model"
 MOST = 12
 """Changes that are listed; what follows for good is told nevertheless."""
 ROUNDING = 1e-9
-"""Relative: a machine is full, two slopes are equal, and one load is another, within this."""
+"""Relative: a machine is full, two slopes are equal, within this; so are two loads, relative to a full machine's."""
 
 
 @dataclass(frozen=True)
@@ -96,17 +96,19 @@ def break_even(own: OwnModel, api: PaidApi) -> BreakEven:
     """
     line = _Line(own, api)
     stretches: list[tuple[float, float]] = []  # where the own model is cheaper: above the first, up to the second
-    machines: int | None = line.first
-    while machines is not None and len(stretches) <= MOST:
+    machines, sliver = line.first, ROUNDING * own.capacity
+    for _ in range(MOST + 2):  # each step from the first on begins a stretch, or none after it does
         begin, last = line.met(machines), float(machines)
-        if begin < machines * own.capacity * (1 - ROUNDING):
+        if begin < machines * own.capacity - sliver:
             last = line.last(machines)
-            if stretches and begin <= stretches[-1][1] * (1 + ROUNDING):
+            if stretches and begin <= stretches[-1][1] + sliver:
                 begin, _ = stretches.pop()
             stretches.append((begin, last * own.capacity))
         elif line.gain <= 0:
             break  # further machines only lose
-        machines = None if math.isinf(last) else int(last) + 1
+        if math.isinf(last):
+            break
+        machines = int(last) + 1
     changes = [
         Change(load, cheaper)
         for begin, end in stretches

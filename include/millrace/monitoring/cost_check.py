@@ -31,8 +31,11 @@ class Compared:
 class Check:
     days: float
     """That were predicted."""
-    planned_answers: int
-    """That the plan rests on."""
+    planned_from: dict[str, int]
+    """Answers that the plan rests on, by the release that gave them. Releases differ in tokens and speed, so a check
+    across a rollout shows the rollout, too."""
+    recorded: dict[str, int]
+    """Answers of the predicted days, the same way."""
     rows: tuple[Compared, ...]
 
 
@@ -79,7 +82,7 @@ def check(inputs: Inputs, earlier: History, later: History) -> Check:
         ]
     if inputs.policy.machine_hour is not None:
         rows += _ways(inputs, later)
-    return Check(real.days, earlier.answers.count, (*rows, *_development(inputs, earlier, later)))
+    return Check(real.days, earlier.answers.by_version, real.by_version, (*rows, *_development(inputs, earlier, later)))
 
 
 def _ways(inputs: Inputs, later: History) -> list[Compared]:

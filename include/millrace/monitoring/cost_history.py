@@ -66,6 +66,8 @@ class Answers:
     """Of them, from the gateway's cache: neither computed nor paid."""
     simulated: int
     """Of them, to users that are programs."""
+    by_version: dict[str, int]
+    """Of them, by the release that answered."""
     days: float
     """From the period's beginning, or the first answer, to its end, or whatever was recorded last."""
     prompt_tokens: int
@@ -138,6 +140,7 @@ def read_history(lake: Lake, prices: Prices, period: Period) -> History:
     """What `period` holds."""
     columns = [
         "release_id",
+        "release_version",
         "occurred_at",
         "simulated",
         "from_cache",
@@ -281,6 +284,7 @@ def _answers(rows: pa.Table, days: float, prices: Prices, chunks: dict[str, int]
         count=rows.num_rows,
         cached=rows.num_rows - computed.num_rows,
         simulated=pc.sum(rows["simulated"]).as_py() or 0,
+        by_version=dict(sorted(Counter(rows["release_version"].to_pylist()).items())),
         days=days,
         prompt_tokens=int(prompt.sum()),
         completion_tokens=int(completion.sum()),
