@@ -14,6 +14,7 @@ MillraceError
 ├── TrainingError          a training set or a fine-tune is unusable
 ├── PromptError            a prompt version isn't there, or a study of prompts can't be held
 ├── BatchError             a table of questions can't be used, or can't be answered
+├── CostError              a cost can't be planned from what is known
 ├── GateRefusal            a candidate did not pass; the message names the criterion
 └── ApprovalError          who answered may not decide this
 """
@@ -73,6 +74,10 @@ class PromptError(MillraceError):
 
 class BatchError(MillraceError):
     """A table of questions can't be used, or can't be answered."""
+
+
+class CostError(MillraceError):
+    """A cost can't be planned from what is known."""
 
 
 class GateRefusal(MillraceError):
