@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from millrace.monitoring.break_even import DAYS, MOST, OWN_MODEL, BreakEven, OwnModel, PaidApi, break_even
+from millrace.monitoring.break_even import DAYS, MOST, OWN_MODEL, BreakEven, Change, OwnModel, PaidApi, break_even
 
 
 def own_model(machine_usd: float, capacity: float = 1000.0, minimum: int = 1, fixed: float = 0.0) -> OwnModel:
@@ -106,9 +106,9 @@ def test_who_is_cheaper_for_good_is_so_at_all_higher_loads(pair: tuple[OwnModel,
     for factor in (1 + 1e-6, 1.01, 1.5, 2, 3, 10, 1000):
         for load in (start * factor, math.ceil(start * factor / own.capacity) * own.capacity * (1 + 1e-6)):
             assert cheaper(own, other, load) in (None, found.for_good)
-    if found.for_good_from:
-        just_below = found.for_good_from - 1e-6 * own.capacity  # of a machine: there may be millions
-        assert just_below <= 0 or cheaper(own, other, just_below) != found.for_good
+    if len(found.changes) < MOST:  # all are told, so the last of them is where it begins
+        last = found.changes[-1] if found.changes else Change(0.0, found.at_first)
+        assert (last.cheaper, last.queries_per_day) == (found.for_good, pytest.approx(found.for_good_from))
 
 
 @given(pairs(), st.floats(0.1, 1e7), st.floats(0.1, 1e7))
