@@ -66,7 +66,9 @@ def loads(own: OwnModel, found: BreakEven) -> Iterator[float]:
     steps = [machines * own.capacity for machines in range(1, own.minimum_machines + 40)]
     marks = sorted({*steps, *(change.queries_per_day for change in found.changes)})
     for before, mark in zip([0.0, *marks], marks, strict=False):
-        yield from (mark * (1 - 1e-6), mark * (1 + 1e-6), (before + mark) / 2)
+        yield from (mark * (1 - 1e-6), mark * (1 + 1e-6))
+        if mark - before > 1e-6 * mark:  # else within what counts as a full machine
+            yield (before + mark) / 2
 
 
 @st.composite
