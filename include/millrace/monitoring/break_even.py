@@ -142,7 +142,7 @@ class _Line:
         before = 0.0 if machines == self.own.minimum_machines else (machines - 1) * self.own.capacity
         step = self.gap + machines * self.own.machine_usd
         if self.slope == 0:
-            return before if step < 0 else math.inf
+            return before if step < -ROUNDING * self.own.machine_usd else math.inf
         return max(before, step / self.slope)
 
     def last(self, machines: int) -> float:
@@ -152,7 +152,7 @@ class _Line:
         if self.gain >= 0:
             gained = machines * self.gain
             return math.inf if gained >= joined * (1 - ROUNDING) and gained > self.gap else machines
-        return max(machines, math.ceil(joined / self.gain))
+        return max(machines, math.ceil(joined / self.gain * (1 - ROUNDING)))
 
     def settled(self) -> tuple[str | None, float | None]:
         """Who is cheaper at all high loads, and above which."""
