@@ -9,8 +9,11 @@ from millrace.applications import Application
 from millrace.engines.base_model import base_model_path
 from millrace.engines.engine import Engine
 from millrace.engines.openvino import OpenVinoEngine
+from millrace.engines.transformers import TransformersEngine
 from millrace.engines.upstream import Adapter, Upstream, UpstreamEngine, context_of
-from millrace.releases.manifest import Generator, ServedModel, Weights, describe_weights
+from millrace.errors import EngineError
+from millrace.releases.manifest import Generator, HuggingFaceModel, ServedModel, Weights, describe_weights
+from millrace.releases.package import MANIFEST
 from millrace.settings import Settings
 
 
@@ -51,5 +54,16 @@ def open_engine(generator: Generator, folder: Path, *, upstream: Upstream, threa
     """
     if isinstance(generator, Weights):
         return OpenVinoEngine(folder / generator.name, cache_gb=cache_gb, threads=threads)
+    if isinstance(generator, HuggingFaceModel):
+        _require_only(folder, generator)
+        return TransformersEngine(folder, threads=threads)
     adapter = Adapter(adapter_name(generator), folder) if generator.adapter else None
     return UpstreamEngine(upstream, generator.name, context_tokens=generator.context_tokens, adapter=adapter)
+
+
+def _require_only(folder: Path, generator: HuggingFaceModel) -> None:
+    """transformers reads what it finds: a file that somebody put beside the release's could be an adapter."""
+    known = {file.name for file in generator.files} | {MANIFEST}
+    strange = sorted(path.name for path in folder.iterdir() if path.name not in known)
+    if strange:
+        raise EngineError(f"{folder} holds {strange[0]}, which is no part of the release; remove it")
