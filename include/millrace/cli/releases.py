@@ -43,6 +43,26 @@ def release_add(
         _told(application, add_model(settings, declared, folder, name=name, run=run), evaluate)
 
 
+@release_app.command("add-chain")
+def release_add_chain(
+    name: Annotated[str, typer.Argument(help="Of its entry point in group millrace.chains.")],
+    parameters: Annotated[Path | None, typer.Option(help="A JSON file: what the chain is made with.")] = None,
+    context_tokens: Annotated[int, typer.Option(min=1, help="Prompt and answer together, at most.")] = 4096,
+    evaluate: Annotated[bool, typer.Option("--evaluate", help="Have the gate look at it now.")] = False,
+    application: ApplicationName = "qa",
+) -> None:
+    """Register the champion with this installed LangChain chain as its generator: a candidate like any other."""
+    from millrace.engines.huggingface import read_json
+    from millrace.releases.declare import add_chain
+
+    with one_sentence():
+        settings, declared = declaration(application)
+        run = f"millrace release add-chain by {getpass.getuser()}"
+        given = read_json(parameters) if parameters else {}
+        added = add_chain(settings, declared, name, parameters=given, context_tokens=context_tokens, run=run)
+        _told(application, added, evaluate)
+
+
 @release_app.command("container")
 def release_container(
     version: str,

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from millrace.applications import Application
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import GOLD_TRAINING_EXAMPLES, SILVER_DOCUMENTS
-from millrace.releases.manifest import HuggingFaceModel, Manifest, Weights
+from millrace.releases.manifest import Chain, HuggingFaceModel, Manifest, Weights
 from millrace.sources.questions import derive_questions
 
 ANY_QUESTION = "What are these documents about?"
@@ -64,6 +64,8 @@ def licences(manifest: Manifest, application: Application, files: Path) -> dict[
         model = f"{_licence(application.generator)} (package {application.generator}; a fine-tune is a derived work)"
     elif isinstance(generator, HuggingFaceModel):
         model = _said_by_its_readme(files / "README.md")
+    elif isinstance(generator, Chain):
+        model = f"{_licence(generator.package)} (package {generator.package}); and the terms of the models that it asks"
     else:
         model = "the terms of the server that has it"
     embedding = manifest.retrieval.embedding_model
@@ -143,6 +145,8 @@ def _base(manifest: Manifest, application: Application) -> str:
         return f"the weights of package {application.generator}"
     if isinstance(generator, HuggingFaceModel):
         return "a Hugging Face directory that somebody added; all of it is in the release"
+    if isinstance(generator, Chain):
+        return f"the chain of package {generator.package} {generator.package_version}, which is not in the release"
     return f"the model that its server calls {generator.name}" + (", with the adapter below" if generator.files else "")
 
 

@@ -5,11 +5,15 @@ another of the declared prompts, and the champion with a generator that somebody
 from pathlib import Path
 from typing import Any
 
+from pydantic import JsonValue
+
 from millrace.applications import Application
+from millrace.engines.langchain import installed_chain
 from millrace.engines.transformers import TransformersEngine
 from millrace.errors import ReleaseError
-from millrace.releases.generator import declared_generator
+from millrace.releases.generator import declared_generator, open_chain
 from millrace.releases.manifest import (
+    Chain,
     Generator,
     Manifest,
     PromptVersion,
@@ -88,6 +92,45 @@ def add_model(
     TransformersEngine(folder, threads=settings.threads).close()
     manifest = _starting(settings, application, generator, run)
     return register_once(settings, application, manifest, folder, run=run, tags={"millrace.origin": "added"})
+
+
+def add_chain(
+    settings: Settings,
+    application: Application,
+    name: str,
+    *,
+    parameters: dict[str, JsonValue],
+    context_tokens: int,
+    run: str,
+) -> dict[str, Any]:
+    """The same with an installed LangChain chain as the generator. It is made first; it is not asked anything.
+
+    Args:
+        name: of its entry point.
+        parameters: what its factory is given; they go into the registry, so no secrets.
+        context_tokens: most that prompt and completion may have together.
+        run: who registers.
+
+    Returns:
+        As `declare_release`.
+
+    Raises:
+        EngineError: it isn't installed, can't be made, or would ignore how to generate.
+        SettingsError: the declaration has no price for it.
+        ReleaseError: MLflow doesn't answer.
+    """
+    found = installed_chain(name)
+    generator = Chain(
+        name=name,
+        package=found.package,
+        package_version=found.version,
+        parameters=parameters,
+        context_tokens=context_tokens,
+    )
+    application.prices.of(generator.name)
+    open_chain(generator).close()
+    manifest = _starting(settings, application, generator, run)
+    return register_once(settings, application, manifest, settings.home, run=run, tags={"millrace.origin": "added"})
 
 
 def _starting(settings: Settings, application: Application, generator: Generator, run: str) -> Manifest:

@@ -10,15 +10,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from millrace.applications import Application, Generation
 from millrace.engines.huggingface import model_files
 from millrace.errors import ReleaseError
 
 FORMAT = 3
-"""1: the generator is a GGUF file. 2: it may be a model that a server has. 3: a Hugging Face directory.
-A manifest says the lowest that reads it."""
+"""1: the generator is a GGUF file. 2: it may be a model that a server has. 3: a Hugging Face directory or an installed
+chain. A manifest says the lowest that reads it."""
 
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -85,9 +85,32 @@ class HuggingFaceModel(Part):
         return _hash([[file.name, file.sha256] for file in self.files])
 
 
-Generator = Annotated[Weights | ServedModel | HuggingFaceModel, Field(discriminator="kind")]
+class Chain(Part):
+    """A generator that an installed package brings, a LangChain chain; the release holds what it is made with."""
 
-_FORMATS: dict[type[Part], int] = {Weights: 1, ServedModel: 2, HuggingFaceModel: 3}
+    kind: Literal["langchain"] = "langchain"
+    name: str
+    """Of its entry point, in group `millrace.chains`."""
+    package: str
+    package_version: str
+    parameters: dict[str, JsonValue] = {}
+    """What its factory is given. No secrets: whoever may read the registry reads them."""
+    context_tokens: int = Field(ge=1)
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        return ()
+
+    @property
+    def identity(self) -> str:
+        """Equal where the same code with the same parameters generates."""
+        made = json.dumps(self.parameters, sort_keys=True)
+        return _hash([self.name, self.package, self.package_version, made, self.context_tokens])
+
+
+Generator = Annotated[Weights | ServedModel | HuggingFaceModel | Chain, Field(discriminator="kind")]
+
+_FORMATS: dict[type[Part], int] = {Weights: 1, ServedModel: 2, HuggingFaceModel: 3, Chain: 3}
 """Kind of generator → the lowest format that reads it."""
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, distribution, version
 
 from millrace.errors import ReleaseError
-from millrace.releases.manifest import Generator, HuggingFaceModel, Manifest, Part, ServedModel, Weights
+from millrace.releases.manifest import Chain, Generator, HuggingFaceModel, Manifest, Part, ServedModel, Weights
 
 _EVERY = (
     "mlflow", "pandas", "numpy", "pyarrow", "deltalake", "pydantic", "pydantic-settings", "jinja2", "gguf",
@@ -18,6 +18,7 @@ _KINDS: dict[type[Part], tuple[str, ...]] = {
     Weights: ("openvino-genai",),
     ServedModel: ("openai", "httpx2"),
     HuggingFaceModel: (),
+    Chain: ("langchain-core",),
 }
 
 
@@ -45,7 +46,8 @@ def locked(manifest: Manifest) -> list[str]:
 
 
 def _kind(generator: Generator) -> tuple[str, ...]:
-    return _KINDS[type(generator)]
+    brought = (generator.package,) if isinstance(generator, Chain) else ()
+    return (*_KINDS[type(generator)], *brought)
 
 
 def _closure(names: Iterable[str]) -> dict[str, str]:
