@@ -135,9 +135,9 @@ def test_a_person_adds_a_model(
     typed = ["release", "add", str(tiny_model), "--application", application.name]
     done = CliRunner().invoke(app, typed)
     assert done.exit_code == 0, done.output
-    assert done.output.startswith("Candidate 1 (rel-")
-    assert f"; {application.name}.evaluate_candidate is next." in done.output
-    assert "which was registered before" in CliRunner().invoke(app, typed).output
+    assert done.stdout.startswith("Candidate 1 (rel-")
+    assert f"; {application.name}.evaluate_candidate is next." in done.stdout
+    assert "which was registered before" in CliRunner().invoke(app, typed).stdout
     (tag,) = versions(registry, application).values()
     assert tag["millrace.registered_by"].startswith("millrace release add by ")
     refused = CliRunner().invoke(app, ["release", "add", str(declared), "--application", application.name])
