@@ -251,6 +251,26 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_model(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face directory with few, random weights and the base model's tokenizer: quick, and what it says means
+    nothing."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = shutil.copytree(model_folder, tmp_path_factory.mktemp("tiny") / "model")
+    (folder / "model.safetensors").unlink()
+    known = json.loads((folder / "config.json").read_text())
+    tokens = {name: known[name] for name in ("vocab_size", "eos_token_id", "bos_token_id")}
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**size, **tokens, max_position_embeddings=2048))
+    model.save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Tiny\n")
+    return folder
+
+
 @pytest.fixture
 def free_ports() -> dict[str, int]:
     return choose_free_ports()

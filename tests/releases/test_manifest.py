@@ -8,6 +8,9 @@ from hypothesis import strategies as st
 from millrace.applications import Generation
 from millrace.errors import ReleaseError
 from millrace.releases.manifest import (
+    FORMAT,
+    File,
+    HuggingFaceModel,
     Manifest,
     PromptVersion,
     ServedModel,
@@ -54,8 +57,8 @@ def test_what_is_not_a_manifest_is_refused_in_one_sentence(text: str) -> None:
 
 
 def test_a_newer_format_is_refused() -> None:
-    newer = json.loads(manifest().canonical()) | {"format": 3, "unknown": True}
-    with pytest.raises(ReleaseError, match="has manifest format 3, this Millrace reads up to 2"):
+    newer = json.loads(manifest().canonical()) | {"format": FORMAT + 1, "unknown": True}
+    with pytest.raises(ReleaseError, match=f"has manifest format {FORMAT + 1}, this Millrace reads up to {FORMAT}"):
         read_manifest(json.dumps(newer), "here")
 
 
@@ -66,6 +69,21 @@ def test_a_model_that_a_server_has_needs_a_reader_of_format_2_and_weights_do_not
     assert read_manifest(served.canonical(), "a test") == served
     assert served.generator.files == ()
     assert served.generator.identity != weights.generator.identity
+
+
+def test_a_hugging_face_directory_needs_a_reader_of_format_3_and_is_its_files() -> None:
+    files = [
+        File(name=name, sha256=digit * 64, bytes=1) for name, digit in (("config.json", "0"), ("m.safetensors", "1"))
+    ]
+    model = HuggingFaceModel(name="smol", files=tuple(files))
+    whole = manifest().changed(generator=model)
+    assert whole.format == 3
+    assert read_manifest(whole.canonical(), "a test") == whole
+    other = files[1].model_copy(update={"sha256": "2" * 64})
+    assert HuggingFaceModel(name="smol", files=(files[0], other)).identity != model.identity
+    assert HuggingFaceModel(name="renamed", files=model.files).identity == model.identity
+    with pytest.raises(ValueError, match="should match pattern"):
+        File(name="../config.json", sha256="0" * 64, bytes=1)
 
 
 def test_an_adapter_is_described_by_its_two_files(tmp_path: Path) -> None:

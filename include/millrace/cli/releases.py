@@ -1,9 +1,14 @@
 """`millrace release`, `rollout` and `index`: what answers, what people decide about it, and where it searches."""
 
 import getpass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
 
 from millrace.cli.common import ApplicationName, Reason, console, declaration, group, one_sentence
+from millrace.settings import read_settings
+from millrace.stack import airflow_of
 
 release_app = group("Releases: list, and let one past the gate.")
 rollout_app = group("Rollouts: what people decide by hand, with a reason.")
@@ -20,6 +25,63 @@ def release_list(application: ApplicationName = "qa") -> None:
         for version, tags in versions(settings, declared).items():
             told = ", ".join(f"{key.removeprefix('millrace.')}={value}" for key, value in sorted(tags.items()))
             console.print(f"{version:>4}  {told}", markup=False, soft_wrap=True)
+
+
+@release_app.command("add")
+def release_add(
+    folder: Annotated[Path, typer.Argument(help="A Hugging Face directory: safetensors, configuration, tokenizer.")],
+    name: Annotated[str | None, typer.Option(help="What to call the model; empty: the folder's name.")] = None,
+    evaluate: Annotated[bool, typer.Option("--evaluate", help="Have the gate look at it now.")] = False,
+    application: ApplicationName = "qa",
+) -> None:
+    """Register the champion with this model as its generator: a candidate like any other."""
+    from millrace.releases.declare import add_model
+
+    with one_sentence():
+        settings, declared = declaration(application)
+        run = f"millrace release add by {getpass.getuser()}"
+        _told(application, add_model(settings, declared, folder, name=name, run=run), evaluate)
+
+
+@release_app.command("add-chain")
+def release_add_chain(
+    name: Annotated[str, typer.Argument(help="Of its entry point in group millrace.chains.")],
+    parameters: Annotated[Path | None, typer.Option(help="A JSON file: what the chain is made with.")] = None,
+    context_tokens: Annotated[int, typer.Option(min=1, help="Prompt and answer together, at most.")] = 4096,
+    evaluate: Annotated[bool, typer.Option("--evaluate", help="Have the gate look at it now.")] = False,
+    application: ApplicationName = "qa",
+) -> None:
+    """Register the champion with this installed LangChain chain as its generator: a candidate like any other."""
+    from millrace.engines.huggingface import read_json
+    from millrace.releases.declare import add_chain
+
+    with one_sentence():
+        settings, declared = declaration(application)
+        run = f"millrace release add-chain by {getpass.getuser()}"
+        given = read_json(parameters) if parameters else {}
+        added = add_chain(settings, declared, name, parameters=given, context_tokens=context_tokens, run=run)
+        _told(application, added, evaluate)
+
+
+@release_app.command("container")
+def release_container(
+    version: str,
+    folder: Annotated[Path, typer.Argument(help="To write; not there yet.")],
+    index_build: Annotated[str | None, typer.Option(help="To answer from; empty: the published one.")] = None,
+    application: ApplicationName = "qa",
+) -> None:
+    """Write a folder to build a container image from: model, index build, code, requirements, Dockerfile."""
+    from millrace.releases.container import write_container
+
+    with one_sentence():
+        settings, declared = declaration(application)
+        manifest = write_container(settings, declared, version, folder, build=index_build)
+        console.print(
+            f"{folder} holds {manifest.release_id}. With an engine: docker build --tag {application}:"
+            f"{manifest.release_id} {folder}\nWithout: python -m millrace.releases.serve {folder}",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 @release_app.command("admit")
@@ -81,6 +143,21 @@ def index_back(application: ApplicationName = "qa") -> None:
         settings, declared = declaration(application)
         moved = publish_previous(settings, declared)
         console.print(f"Published {moved.build} of {application}; before it was {moved.previous}.", markup=False)
+
+
+def _told(application: str, registered: dict[str, Any], evaluate: bool) -> None:
+    """What became of a candidate, and its next step."""
+    known = "" if registered["changed"] else ", which was registered before"
+    console.print(
+        f"Candidate {registered['version']} ({registered['release_id']}){known}; {application}.evaluate_candidate is "
+        "next.",
+        markup=False,
+        soft_wrap=True,
+    )
+    if evaluate:
+        with airflow_of(read_settings()) as airflow:
+            started = airflow.trigger(f"{application}.evaluate_candidate", {"candidate": registered["version"]})
+        console.print(f"Started {started.dag_id}, run {started.run_id}.", markup=False)
 
 
 def _decide(act: str, application: str, reason: str, **arguments: Any) -> None:

@@ -8,7 +8,6 @@ alone or in a batch: everything is computed in float32 (`_EXACT`). It does not k
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +15,11 @@ from millrace.applications import Generation
 from millrace.engines.chat import chat_prompt
 from millrace.engines.engine import FinishReason, Generated, Message
 from millrace.engines.gguf_header import read_gguf_header
+from millrace.engines.token_stream import Job, TokenStream
 from millrace.errors import EngineError
 
 _EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 """Reduced precision rounds differently with what else is in the batch: half the answers then changed a word."""
-
-_REPLACEMENT = "\ufffd"
-"""What a character decodes to while some of its bytes are still to come."""
-
-
-@dataclass
-class _Job:
-    """One request, between its caller and the engine's thread."""
-
-    prompt: Any
-    config: Any
-    tokens: "queue.SimpleQueue[list[int] | FinishReason | EngineError]" = field(default_factory=queue.SimpleQueue)
-    cancelled: threading.Event = field(default_factory=threading.Event)
 
 
 class OpenVinoEngine:
@@ -54,7 +41,7 @@ class OpenVinoEngine:
         self._pipeline: Any = _load(path, cache_gb, threads)
         self._tokenizer = self._pipeline.get_tokenizer()
         self._end = self._tokenizer.get_eos_token_id()
-        self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._refusal: str | None = None
         self._thread = threading.Thread(target=self._compute, name=f"engine {path.name}", daemon=True)
@@ -72,7 +59,7 @@ class OpenVinoEngine:
         stream.drain()
         return stream.result
 
-    def stream(self, messages: Sequence[Message], config: Generation) -> "OpenVinoStream":
+    def stream(self, messages: Sequence[Message], config: Generation) -> TokenStream:
         prompt = self._encoded(messages)
         length = int(prompt.shape[1])
         if length + config.max_new_tokens > self._context_tokens:
@@ -80,12 +67,12 @@ class OpenVinoEngine:
                 f"a prompt of {length} tokens and {config.max_new_tokens} new ones don't fit the context of "
                 f"{self._context_tokens}; shorten the prompt"
             )
-        job = _Job(prompt, self._generation_config(config))
+        job = Job(prompt, self._generation_config(config))
         with self._lock:
             if self._refusal:
                 raise EngineError(self._refusal)
             self._inbox.put(job)
-        return OpenVinoStream(job, self._tokenizer, length, self._end)
+        return TokenStream(job, self._decoded, length)
 
     def close(self) -> None:
         with self._lock:
@@ -98,6 +85,9 @@ class OpenVinoEngine:
 
     def _encoded(self, messages: Sequence[Message]) -> Any:
         return self._tokenizer.encode([chat_prompt(messages)], add_special_tokens=False).input_ids
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode([i for i in ids if i != self._end], skip_special_tokens=True))
 
     def _generation_config(self, config: Generation) -> Any:
         from openvino_genai import GenerationConfig
@@ -113,7 +103,7 @@ class OpenVinoEngine:
 
     def _compute(self) -> None:
         """The engine's thread: take what arrived, compute one token for all, hand out, until closed."""
-        running: dict[int, tuple[_Job, Any]] = {}
+        running: dict[int, tuple[Job, Any]] = {}
         sequence, closing = 0, False
         try:
             while not closing:
@@ -135,7 +125,7 @@ class OpenVinoEngine:
                 self._refusal = f"the engine of {self.path.name} broke: {_first_line(error)}; load the release again"
         self._give_up(running)
 
-    def _arrived(self, *, wait: bool) -> Iterator[_Job | None]:
+    def _arrived(self, *, wait: bool) -> Iterator[Job | None]:
         try:
             yield self._inbox.get(block=wait)
             while True:
@@ -143,7 +133,7 @@ class OpenVinoEngine:
         except queue.Empty:
             return
 
-    def _give_up(self, running: dict[int, tuple[_Job, Any]]) -> None:
+    def _give_up(self, running: dict[int, tuple[Job, Any]]) -> None:
         error = EngineError(self._refusal or "the engine stopped")
         for job, handle in running.values():
             handle.cancel()
@@ -151,62 +141,6 @@ class OpenVinoEngine:
         for waiting in self._arrived(wait=False):
             if waiting is not None:
                 waiting.tokens.put(error)
-
-
-class OpenVinoStream:
-    """One generation as it goes. Not for several threads, except `close`."""
-
-    def __init__(self, job: _Job, tokenizer: Any, prompt_tokens: int, end: int) -> None:
-        self._job = job
-        self._tokenizer = tokenizer
-        self._prompt_tokens = prompt_tokens
-        self._end = end
-        self._ids: list[int] = []
-        self._given = ""
-        self._reason: FinishReason | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        while self._reason is None:
-            self._take()
-            text = self._text()
-            complete = text if self._reason else text.rstrip(_REPLACEMENT)
-            if len(complete) > len(self._given):
-                piece, self._given = complete[len(self._given) :], complete
-                return piece
-        raise StopIteration
-
-    def drain(self) -> None:
-        """Wait for the end without looking at the pieces."""
-        while self._reason is None:
-            self._take()
-
-    def close(self) -> None:
-        self._job.cancelled.set()
-        # The engine's thread says "cancelled" after its current step; a reader in another thread hears it there.
-        self._job.tokens.put("cancelled")
-
-    @property
-    def result(self) -> Generated:
-        if self._reason is None:
-            if not self._job.cancelled.is_set():
-                raise EngineError("the stream is still running; read it to its end or close it")
-            self.drain()
-        return Generated(self._text(), self._prompt_tokens, len(self._ids), self._reason or "cancelled")
-
-    def _take(self) -> None:
-        item = self._job.tokens.get()
-        if isinstance(item, EngineError):
-            raise item
-        if isinstance(item, str):
-            self._reason = item
-        else:
-            self._ids += item
-
-    def _text(self) -> str:
-        return self._tokenizer.decode([i for i in self._ids if i != self._end], skip_special_tokens=True)
 
 
 def _load(path: Path, cache_gb: int, threads: int) -> Any:
@@ -221,7 +155,7 @@ def _load(path: Path, cache_gb: int, threads: int) -> Any:
         raise EngineError(f"OpenVINO can't load {path}: {_first_line(error)}; export the model again") from None
 
 
-def _handed_out(job: _Job, handle: Any) -> bool:
+def _handed_out(job: Job, handle: Any) -> bool:
     """Give the caller its new tokens; True if these were the last."""
     from openvino_genai.py_openvino_genai import GenerationFinishReason, GenerationStatus
 

@@ -6,7 +6,6 @@ Retries and time limits are those of the `openai` client. Two things are vLLM's 
 release is.
 """
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from millrace.applications import Generation
 from millrace.engines.chat import plain
 from millrace.engines.engine import FinishReason, Generated, Message
+from millrace.engines.estimate import estimated_prompt, estimated_tokens
+from millrace.engines.pulled_stream import PulledStream
 from millrace.errors import EngineError
 
 if TYPE_CHECKING:
@@ -25,11 +26,6 @@ _SECONDS = 120.0
 """Between two pieces of an answer, at most."""
 _CONNECT_SECONDS = 5.0
 _NO_SUCH_THING = (404, 405, 501)
-_BYTES_A_TOKEN = 3
-"""Fewer than tokenizers get out of most languages' text, so that an estimate is rather too high."""
-_TURN_TOKENS = 8
-_TEMPLATE_TOKENS = 32
-"""For what a chat template says of its own."""
 CONTEXT_TOKENS = 4096
 """Assumed where a server does not say how much its model reads."""
 
@@ -162,7 +158,7 @@ class UpstreamEngine:
             counted = self._counted(messages) if self._tokenizes else None
         if counted is not None:
             return counted
-        return sum(_estimated(message.content) + _TURN_TOKENS for message in messages) + _TEMPLATE_TOKENS
+        return estimated_prompt(messages)
 
     def _counted(self, messages: Sequence[Message]) -> int | None:
         """What `/tokenize` says; None, for good, where the server has no such thing."""
@@ -232,73 +228,32 @@ class UpstreamEngine:
         return True
 
 
-class UpstreamStream:
-    """One answer as it arrives. Not for several threads, except `close`."""
-
+class UpstreamStream(PulledStream):
     def __init__(self, engine: UpstreamEngine, messages: Sequence[Message], chunks: Any) -> None:
+        super().__init__()
         self._engine = engine
         self._messages = messages
         self._chunks = chunks
-        self._text = ""
         self._usage: Any = None
-        self._reason: FinishReason | None = None
-        self._ended = False
-        self._reading = threading.Lock()
-        self._cancelled = threading.Event()
 
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        while True:
-            with self._reading:
-                if self._cancelled.is_set():
-                    self._cancel()
-                if self._ended:
-                    raise StopIteration
-                piece = self._take()
-            if piece:
-                return piece
-
-    def close(self) -> None:
-        self._cancelled.set()
-        # Where another thread is reading, it hangs up itself, after the piece that it waits for.
-        if self._reading.acquire(blocking=False):
-            try:
-                self._cancel()
-            finally:
-                self._reading.release()
-
-    @property
-    def result(self) -> Generated:
-        with self._reading:
-            if self._cancelled.is_set():
-                self._cancel()
-            if not self._ended:
-                raise EngineError("the stream is still running; read it to its end or close it")
-        return _generated(self._engine, self._messages, self._text, self._usage, self._reason or "stop")
-
-    def _take(self) -> str:
+    def _take(self) -> str | None:
         with _told(self._engine._upstream):
             chunk = next(self._chunks, None)
         if chunk is None:
-            self._ended = True
-            return ""
+            return None
         self._usage = chunk.usage or self._usage
         if not chunk.choices:
             return ""
         choice = chunk.choices[0]
         if choice.finish_reason:
             self._reason = _finish(choice.finish_reason)
-        piece = choice.delta.content or ""
-        self._text += piece
-        return str(piece)
+        return str(choice.delta.content or "")
 
-    def _cancel(self) -> None:
-        """Hang up: the server stops generating for whoever is gone."""
-        if not self._ended:
-            self._ended, self._reason = True, "cancelled"
-            self._chunks.close()
+    def _hang_up(self) -> None:
+        self._chunks.close()
+
+    def _generated(self, text: str, reason: FinishReason) -> Generated:
+        return _generated(self._engine, self._messages, text, self._usage, reason)
 
 
 def _generated(
@@ -307,15 +262,11 @@ def _generated(
     """With the server's counts, or, where it said none, with ours."""
     if usage is not None:
         return Generated(text, usage.prompt_tokens, usage.completion_tokens, reason)
-    return Generated(text, engine.count_tokens(messages), _estimated(text), reason)
+    return Generated(text, engine.count_tokens(messages), estimated_tokens(text), reason)
 
 
 def _wire(messages: Sequence[Message]) -> list[dict[str, str]]:
     return [{"role": message.role, "content": plain(message.content)} for message in messages]
-
-
-def _estimated(text: str) -> int:
-    return -(-len(text.encode()) // _BYTES_A_TOKEN)
 
 
 def _finish(said: str | None) -> FinishReason:

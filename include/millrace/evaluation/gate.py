@@ -201,7 +201,7 @@ def _cost(
 def _leak_criterion(leaks: list[tuple[str, Example]], training_set: str | None) -> Criterion:
     count = float(len(leaks))
     if training_set is None:
-        why = "the candidate was not trained on anything"
+        why = "the candidate was not trained here"
     elif leaks:
         why = f"{len(leaks)} questions of training set {training_set} are, or nearly are, evaluation questions"
     else:

@@ -8,9 +8,13 @@ from pathlib import Path
 from millrace.applications import Application
 from millrace.engines.base_model import base_model_path
 from millrace.engines.engine import Engine
+from millrace.engines.langchain import LangChainEngine
 from millrace.engines.openvino import OpenVinoEngine
+from millrace.engines.transformers import TransformersEngine
 from millrace.engines.upstream import Adapter, Upstream, UpstreamEngine, context_of
-from millrace.releases.manifest import Generator, ServedModel, Weights, describe_weights
+from millrace.errors import EngineError
+from millrace.releases.manifest import Chain, Generator, HuggingFaceModel, ServedModel, Weights, describe_weights
+from millrace.releases.package import MANIFEST
 from millrace.settings import Settings
 
 
@@ -46,10 +50,37 @@ def open_engine(generator: Generator, folder: Path, *, upstream: Upstream, threa
     """The engine of a release whose files are in `folder`.
 
     Raises:
-        EngineError: the weights can't be loaded, or the server doesn't answer, has no such model or can't load the
-            adapter.
+        EngineError: the weights can't be loaded, the server doesn't answer, has no such model or can't load the
+            adapter, or the chain isn't installed as the release has it.
     """
     if isinstance(generator, Weights):
         return OpenVinoEngine(folder / generator.name, cache_gb=cache_gb, threads=threads)
+    if isinstance(generator, HuggingFaceModel):
+        _require_only(folder, generator)
+        return TransformersEngine(folder, threads=threads)
+    if isinstance(generator, Chain):
+        return open_chain(generator)
     adapter = Adapter(adapter_name(generator), folder) if generator.adapter else None
     return UpstreamEngine(upstream, generator.name, context_tokens=generator.context_tokens, adapter=adapter)
+
+
+def open_chain(generator: Chain) -> LangChainEngine:
+    """
+    Raises:
+        EngineError: the chain isn't installed as the release has it, or can't be made.
+    """
+    return LangChainEngine(
+        generator.name,
+        generator.package,
+        generator.package_version,
+        generator.parameters,
+        context_tokens=generator.context_tokens,
+    )
+
+
+def _require_only(folder: Path, generator: HuggingFaceModel) -> None:
+    """transformers reads what it finds: a file that somebody put beside the release's could be an adapter."""
+    known = {file.name for file in generator.files} | {MANIFEST}
+    strange = sorted(path.name for path in folder.iterdir() if path.name not in known)
+    if strange:
+        raise EngineError(f"{folder} holds {strange[0]}, which is no part of the release; remove it")

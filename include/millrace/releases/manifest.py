@@ -10,13 +10,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from millrace.applications import Application, Generation
+from millrace.engines.huggingface import model_files
 from millrace.errors import ReleaseError
 
-FORMAT = 2
-"""1: the generator is weights. 2: it may be a model that a server has. A manifest says the lowest that reads it."""
+FORMAT = 3
+"""1: the generator is a GGUF file. 2: it may be a model that a server has. 3: a Hugging Face directory or an installed
+chain. A manifest says the lowest that reads it."""
 
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -29,7 +31,7 @@ class Part(BaseModel):
 class File(Part):
     """A file of the release, by content."""
 
-    name: str
+    name: str = Field(pattern=r"^[^/\\]+$")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     bytes: int = Field(ge=1)
 
@@ -66,12 +68,50 @@ class ServedModel(Part):
     @property
     def identity(self) -> str:
         """Equal where the same model with the same adapter and context generates."""
-        return hashlib.sha256(
-            json.dumps([self.name, self.context_tokens, *(file.sha256 for file in self.adapter)]).encode()
-        ).hexdigest()
+        return _hash([self.name, self.context_tokens, *(file.sha256 for file in self.adapter)])
 
 
-Generator = Annotated[Weights | ServedModel, Field(discriminator="kind")]
+class HuggingFaceModel(Part):
+    """A generator that this process computes with `transformers`: a directory as `save_pretrained` writes it."""
+
+    kind: Literal["huggingface"] = "huggingface"
+    name: str = Field(min_length=1)
+    """What people call it, and prices and tables by that."""
+    files: tuple[File, ...] = Field(min_length=1)
+
+    @property
+    def identity(self) -> str:
+        """Equal where the same files generate."""
+        return _hash([[file.name, file.sha256] for file in self.files])
+
+
+class Chain(Part):
+    """A generator that an installed package brings, a LangChain chain; the release holds what it is made with."""
+
+    kind: Literal["langchain"] = "langchain"
+    name: str
+    """Of its entry point, in group `millrace.chains`."""
+    package: str
+    package_version: str
+    parameters: dict[str, JsonValue] = {}
+    """What its factory is given. No secrets: whoever may read the registry reads them."""
+    context_tokens: int = Field(ge=1)
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        return ()
+
+    @property
+    def identity(self) -> str:
+        """Equal where the same code with the same parameters generates."""
+        made = json.dumps(self.parameters, sort_keys=True)
+        return _hash([self.name, self.package, self.package_version, made, self.context_tokens])
+
+
+Generator = Annotated[Weights | ServedModel | HuggingFaceModel | Chain, Field(discriminator="kind")]
+
+_FORMATS: dict[type[Part], int] = {Weights: 1, ServedModel: 2, HuggingFaceModel: 3, Chain: 3}
+"""Kind of generator → the lowest format that reads it."""
 
 
 class PromptVersion(Part):
@@ -95,9 +135,7 @@ class Manifest(Part):
 
     application: str
     generator: Generator
-    format: int = Field(
-        default_factory=lambda known: 1 if isinstance(known.get("generator"), Weights) else FORMAT, ge=1
-    )
+    format: int = Field(default_factory=lambda known: _FORMATS.get(type(known.get("generator")), FORMAT), ge=1)
     prompt: PromptVersion
     retrieval: RetrievalLineage
     generation: Generation
@@ -160,6 +198,15 @@ def describe_adapter(folder: Path) -> tuple[File, ...]:
     return tuple(File(**_described(file)) for file in files)
 
 
+def describe_huggingface(folder: Path, name: str) -> HuggingFaceModel:
+    """The generator part for the Hugging Face directory `folder`; reads its files once.
+
+    Raises:
+        EngineError: as `engines.huggingface.model_files`.
+    """
+    return HuggingFaceModel(name=name, files=tuple(File(**_described(file)) for file in model_files(folder)))
+
+
 def declared_manifest(application: Application, generator: Generator, prompt: PromptVersion, lineage: str) -> Manifest:
     """The release that `application` declares, with this generator, prompt and retrieval lineage."""
     return Manifest(
@@ -173,6 +220,10 @@ def declared_manifest(application: Application, generator: Generator, prompt: Pr
         ),
         generation=application.generation,
     )
+
+
+def _hash(parts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _described(file: Path) -> dict[str, Any]:

@@ -1,19 +1,21 @@
 """A release as files: the MLflow model that is uploaded, and the verified local folder that is loaded.
 
-Knows the disk only. The MLflow model is `MLmodel` and `data/release/{manifest.json, <weights or adapter>}`, loaded by
-`millrace.releases.pyfunc`: no pickle, no code.
+Knows the disk only. The MLflow model is `MLmodel`, requirements, an input example, a model card and
+`data/release/{manifest.json, <the generator's files>}`, loaded by `millrace.releases.pyfunc`: no pickle, no code.
 """
 
 import os
 import shutil
-from importlib.metadata import version
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from millrace.errors import ReleaseError
 from millrace.releases.manifest import Manifest, file_sha256, read_manifest
+from millrace.releases.requirements import requirements
 
 MANIFEST = "manifest.json"
+CARD = "model_card.md"
 DATA = "release"
 
 LOAD_CONFIG: dict[str, Any] = {
@@ -28,19 +30,27 @@ LOAD_CONFIG: dict[str, Any] = {
     "upstream_url": "",  # OpenAI-compatible server (`https://host:port/v1`), for releases whose model it has
     "upstream_api_key": "",  # its key; empty: it asks for none
 }
-"""What `load_model(..., model_config=…)` may set. MLflow drops keys that the model was not saved with."""
+"""What `load_model(..., model_config=…)` may set; where a command leaves no room for that (`mlflow models predict`,
+`mlflow models serve`), the variable `MLFLOW_PYFUNC_INFERENCE_CONFIG`, as JSON. MLflow drops keys that the model was not
+saved with."""
 
 
-def write_model(manifest: Manifest, files: Path, folder: Path) -> Path:
+def write_model(
+    manifest: Manifest, files: Path, folder: Path, *, card: str, question: str, licences: Mapping[str, str]
+) -> Path:
     """The MLflow model of a release, in `folder`/model.
 
     Args:
         files: the folder with the generator's files.
+        card: its model card, Markdown.
+        question: its input example.
+        licences: part of the release → licence, for programs; the card tells people.
 
     Raises:
-        ReleaseError: they are not those that the manifest names.
+        ReleaseError: they are not those that the manifest names, or what the release needs isn't installed.
     """
     import mlflow.pyfunc
+    import pandas as pd
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema
     from mlflow.types.schema import Array
@@ -67,11 +77,13 @@ def write_model(manifest: Manifest, files: Path, folder: Path) -> Path:
                 ]
             ),
         ),
+        input_example=pd.DataFrame({"question": [question]}),
         # Named, or MLflow would load the model in another process to find out.
-        pip_requirements=[f"millrace=={version('millrace')}"],
+        pip_requirements=requirements(manifest),
         model_config=LOAD_CONFIG,
-        metadata={"release_id": manifest.release_id},
+        metadata={"release_id": manifest.release_id, "licences": dict(licences)},
     )
+    (model / CARD).write_text(card, encoding="utf-8")
     return model
 
 
@@ -141,7 +153,7 @@ def _require_bytes(manifest: Manifest, files: Path) -> None:
 def _same_bytes(source: Path, target: Path) -> None:
     """A hard link where the disk allows it: 100 MB need not be written twice to be uploaded once."""
     try:
-        os.link(source, target)
+        os.link(source.resolve(), target)  # Hugging Face's cache is links
     except OSError:
         shutil.copyfile(source, target)
 

@@ -3,7 +3,7 @@
 Needs the installed package and index builds, but no Millrace server: a release holds no documents, and an answer
 without them would not be the release's. Builds are in a folder (`<home>/indexes/<environment>/<application>`) or on a
 Qdrant server: `{"qdrant_url": …, "environment": …}`. A release whose model a server has needs `upstream_url`. All that
-`model_config` takes is in `package.LOAD_CONFIG`.
+`model_config` takes is in `package.LOAD_CONFIG`; MLflow reads the same from `MLFLOW_PYFUNC_INFERENCE_CONFIG`.
 """
 
 import os
@@ -80,7 +80,8 @@ def _builds(config: dict[str, Any], manifest: Manifest) -> Builds:
         return LibraryBuilds(Path(config["index_builds"]) / lineage)
     raise ReleaseError(
         'a release answers from an index: load it with model_config={"index_builds": "<home>/indexes/<environment>/'
-        '<application>"}, or {"qdrant_url": "https://<host>:<port>", "environment": "<environment>"}'
+        '<application>"}, or {"qdrant_url": "https://<host>:<port>", "environment": "<environment>"}; for a command, '
+        "the same as JSON in MLFLOW_PYFUNC_INFERENCE_CONFIG"
     )
 
 

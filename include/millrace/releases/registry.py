@@ -15,9 +15,11 @@ from pydantic import ValidationError
 
 from millrace.applications import Application
 from millrace.errors import ReleaseError
+from millrace.lakehouse.lake import Lake
+from millrace.releases.card import example_question, licences, model_card, training_data
 from millrace.releases.manifest import Manifest, PromptVersion
 from millrace.releases.mlflow_server import ensure_experiment, mlflow_client
-from millrace.releases.package import install, read_release, write_model
+from millrace.releases.package import DATA, install, read_release, verify_release, write_model
 from millrace.releases.prompt import check_template
 from millrace.releases.split import Split
 from millrace.settings import Settings
@@ -71,7 +73,8 @@ def register_release(
             model_type="millrace.release",
         )
         with tempfile.TemporaryDirectory(prefix=".upload-", dir=local_releases(settings)) as scratch:
-            client.log_model_artifacts(model.model_id, str(write_model(manifest, files, Path(scratch))))
+            written = _write(settings, application, manifest, files, Path(scratch), tags)
+            client.log_model_artifacts(model.model_id, str(written))
         client.finalize_logged_model(model.model_id, "READY")
         mine = client.create_model_version(
             application.name,
@@ -137,28 +140,29 @@ def fetch_release(settings: Settings, application: Application, version: str) ->
         release_id = _release_id(client, application.name, version)
         folder = local_releases(settings) / release_id
         if not folder.is_dir():
-            removed = client.get_model_version(application.name, version).tags.get(FILES_TAG)
-            if removed:
-                raise ReleaseError(
-                    f"the files of release {application.name}@{version} were {removed}, since nobody was given it any "
-                    "more; declare or train it again"
-                )
-            from mlflow.artifacts import download_artifacts
-
             with tempfile.TemporaryDirectory(prefix=".download-", dir=folder.parent) as scratch:
-                source = client.get_model_version_download_uri(application.name, version)
-                model = Path(
-                    download_artifacts(
-                        artifact_uri=f"{source}/data",
-                        dst_path=scratch,
-                        tracking_uri=settings.mlflow_url,
-                        registry_uri=settings.mlflow_url,
-                    )
-                )
-                install(model / "release", folder, release_id)
+                model = _download(client, settings, application.name, version, "/data", Path(scratch))
+                install(model / DATA, folder, release_id)
     read_release(folder)
     os.utime(folder)  # used now: upkeep removes copies that nobody has used for long
     return folder
+
+
+def fetch_model(settings: Settings, application: Application, version: str, folder: Path) -> Manifest:
+    """The whole MLflow model of a registered release, downloaded, verified, then named `folder`.
+
+    Raises:
+        ReleaseError: as `fetch_release`.
+    """
+    with (
+        mlflow_client(settings, f"fetch release {application.name}@{version}") as client,
+        tempfile.TemporaryDirectory(prefix=".download-", dir=folder.parent) as scratch,
+    ):
+        release_id = _release_id(client, application.name, version)
+        model = _download(client, settings, application.name, version, "", Path(scratch))
+        manifest = verify_release(model / "data" / DATA, release_id)
+        model.rename(folder)
+    return manifest
 
 
 def release_manifest(settings: Settings, application: Application, version: str) -> Manifest:
@@ -235,6 +239,23 @@ def read_aliases(settings: Settings, application: str) -> dict[str, str]:
         return _aliases(_model(client, application))
 
 
+def _write(
+    settings: Settings, application: Application, manifest: Manifest, files: Path, scratch: Path, tags: dict[str, str]
+) -> Path:
+    """The MLflow model, with what this deployment knows of where the release is from."""
+    lake = Lake.of(settings, application.name)
+    trained_on = training_data(lake, tags["training_set"]) if "training_set" in tags else None
+    licensed = licences(manifest, application, files)
+    return write_model(
+        manifest,
+        files,
+        scratch,
+        card=model_card(manifest, application, licensed, tags, trained_on),
+        question=example_question(lake, application),
+        licences=licensed,
+    )
+
+
 def _builder(run: str) -> dict[str, str]:
     person = run.partition(" by ")[2]
     return {BUILDER_TAG: person} if person else {}
@@ -279,6 +300,30 @@ def _release_id(client: Any, application: str, version: str) -> str:
     if RELEASE_TAG not in tags:
         raise ReleaseError(f"model version {application}@{version} carries no release (no tag {RELEASE_TAG})")
     return str(tags[RELEASE_TAG])
+
+
+def _download(client: Any, settings: Settings, application: str, version: str, part: str, folder: Path) -> Path:
+    """
+    Raises:
+        ReleaseError: the files were removed since.
+    """
+    from mlflow.artifacts import download_artifacts
+
+    removed = client.get_model_version(application, version).tags.get(FILES_TAG)
+    if removed:
+        raise ReleaseError(
+            f"the files of release {application}@{version} were {removed}, since nobody was given it any more; declare "
+            "or train it again"
+        )
+    source = client.get_model_version_download_uri(application, version)
+    return Path(
+        download_artifacts(
+            artifact_uri=f"{source}{part}",
+            dst_path=str(folder),
+            tracking_uri=settings.mlflow_url,
+            registry_uri=settings.mlflow_url,
+        )
+    )
 
 
 def _model(client: Any, application: str) -> Any | None:

@@ -98,6 +98,17 @@ class LibraryBuilds:
     def open(self, build: str) -> "LibraryBuild":
         return LibraryBuild(self.folder, self.manifest(build))
 
+    def copy(self, build: str, folder: Path) -> None:
+        """A build for another place: `LibraryBuilds(folder)` has it then, not yet published.
+
+        Raises:
+            RetrievalError: there is no such build.
+        """
+        self.manifest(build)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(self.folder, ".open.lock"):
+            shutil.copytree(self.folder / build, folder / build)
+
     def collect(self, keep: str) -> list[str]:
         with _alone(self.folder, ".build.lock"):
             gone = superfluous(self.manifests(), self.published(), keep)
