@@ -1,6 +1,6 @@
 """What a model costs in fewer bits, and what it then still answers.
 
-    python benchmarks/quantised.py [--weights FILE] [--examples N] [--questions N]
+    python benchmarks/quantised.py [--weights FILE] [--examples N] [--questions N] [--alone N]
 
 Peer: the same weights in F16, in the same run, on the same questions. The weights are the base model's after a short
 fine-tune on N questions of the documents (0: as they are). Each format is loaded in a process of its own, so that the
@@ -41,8 +41,6 @@ from millrace.training.quantise import in_format, write_quantised
 from millrace.training.rewrite import open_gguf, read_weights, rewrite
 from millrace.training.spec import Spec
 
-ALONE = 24
-"""Questions that are also asked one by one."""
 PEER = "F16"
 
 
@@ -142,6 +140,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="a GGUF file; empty: the base model of `qa`")
     parser.add_argument("--examples", type=int, default=160, help="questions to fine-tune on; 0: none")
     parser.add_argument("--questions", type=int, default=1000, help="questions to ask at most")
+    parser.add_argument("--alone", type=int, default=24, help="of them, questions that are also asked one by one")
     arguments = parser.parse_args()
     began, threads = time.perf_counter(), os.cpu_count() or 1
     application = load_application(Settings(), "qa")
@@ -172,7 +171,7 @@ def main() -> None:
         rows: dict[str, Row] = {}
         for name, file in files.items():
             tokens = application.generation.max_new_tokens
-            one = measure(file, prompts, max_new_tokens=tokens, alone=ALONE, threads=threads)
+            one = measure(file, prompts, max_new_tokens=tokens, alone=arguments.alone, threads=threads)
             pairs = zip(one.answers, held_out, strict=True)
             scores = np.array([token_f1(answer, question.answer) for answer, (question, _) in pairs])
             rows[name] = Row(file.stat().st_size, one, scores)

@@ -14,7 +14,15 @@ from millrace.engines.base_model import base_model_path
 from millrace.errors import EngineError, TrainingError
 from millrace.training.compress import PROBES, agreement_of
 from millrace.training.measure import measure
-from millrace.training.quantise import FORMATS, encode_q4_0, encode_q4_1, in_format, quantised_name, write_quantised
+from millrace.training.quantise import (
+    FORMATS,
+    encode_q4_0,
+    encode_q4_1,
+    in_format,
+    quantised_name,
+    saved_bytes,
+    write_quantised,
+)
 
 BLOCKS = arrays(np.float32, (3, 32), elements=st.floats(-1e3, 1e3, width=32))
 Q4_0, Q4_1 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1
@@ -44,7 +52,10 @@ def weights() -> np.ndarray:
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_model_keeps_all_but_the_format_of_its_matrices(name: str, tmp_path: Path, weights: np.ndarray) -> None:
     source, target = model(tmp_path / "f32.gguf", weights), tmp_path / f"{name}.gguf"
+    saved = saved_bytes(source, name)
     write_quantised(source, target, name)
+    padding = 3 * 32  # each tensor begins at a multiple of 32 bytes
+    assert abs(saved - (source.stat().st_size - target.stat().st_size)) <= padding < saved
     before, after = GGUFReader(source), GGUFReader(target)
     assert [(t.name, list(t.shape)) for t in after.tensors] == [(t.name, list(t.shape)) for t in before.tensors]
     embedding, matrix, norm = after.tensors

@@ -30,7 +30,7 @@ from millrace.releases.registry import (
 from millrace.scoring.overlap import token_f1
 from millrace.settings import Settings
 from millrace.training.measure import Measured, measure
-from millrace.training.quantise import in_format, known_format, quantised_name, write_quantised
+from millrace.training.quantise import in_format, known_format, quantised_name, saved_bytes, write_quantised
 
 log = logging.getLogger("millrace.training")
 
@@ -84,6 +84,7 @@ def compress_release(
             the model or costs as much memory.
         EngineError: the result can't be loaded.
         ReleaseError: there is no such release, or MLflow doesn't answer.
+        SettingsError: the declaration has no price for the result.
     """
     known_format(format_name)
     result = _compress(settings, application, version or _champion(settings, application), format_name, run)
@@ -135,15 +136,16 @@ def _compress(settings: Settings, application: Application, version: str, format
     source = folder / generator.name
     if in_format(source, format_name):
         return _unchanged(f"release {version} is in {format_name} already")
+    saved = saved_bytes(source, format_name)
+    if saved <= 0:
+        return _unchanged(
+            f"release {version} has {_megabytes(generator.bytes)} now, {_megabytes(generator.bytes - saved)} in "
+            f"{format_name}: nothing is gained"
+        )
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix=".quantise-", dir=local_releases(settings)) as scratch:
         target = Path(scratch) / quantised_name(generator.name, format_name)
         write_quantised(source, target, format_name)
-        if target.stat().st_size >= generator.bytes:
-            return _unchanged(
-                f"release {version} has {_megabytes(generator.bytes)} now, {_megabytes(target.stat().st_size)} in "
-                f"{format_name}: nothing is gained"
-            )
         smaller = manifest.changed(generator=describe_weights(target))
         application.prices.of(smaller.generator.name)  # refused here rather than when it is loaded to answer
         known = find_version(settings, application, smaller.release_id)

@@ -103,7 +103,7 @@ def measured(request: dict[str, Any]) -> Measured:
             for _ in stream:
                 pass
             seconds, tokens = (time.process_time() - began) / request["threads"], stream.result.completion_tokens - 1
-            paces.append(seconds / tokens if tokens else None)
+            paces.append(seconds / tokens if tokens > 0 else None)
         began = time.process_time()
         with ThreadPoolExecutor(AT_ONCE) as pool:
             answers = list(pool.map(lambda prompt: engine.generate(prompt, config), prompts))

@@ -99,6 +99,21 @@ def in_format(source: Path, name: str) -> bool:
     return not _kinds(open_gguf(source), known_format(name))
 
 
+def saved_bytes(source: Path, name: str) -> int:
+    """By how much the model in `source` would shrink in the format called `name`; negative: it would grow. Raises as
+    `write_quantised`."""
+    from gguf import GGML_QUANT_SIZES
+
+    reader = open_gguf(source)
+    kinds = _kinds(reader, known_format(name))
+    saved = 0
+    for tensor in reader.tensors:
+        if tensor.name in kinds:
+            block, size = GGML_QUANT_SIZES[kinds[tensor.name]]
+            saved += int(tensor.n_bytes) - int(tensor.n_elements) // block * size
+    return saved
+
+
 def quantised_name(name: str, format_name: str) -> str:
     """The file name of a model called `name` in another format: its own, with the format before `.gguf`."""
     stem = name.removesuffix(".gguf")
