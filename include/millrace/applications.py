@@ -107,6 +107,7 @@ class Deadlines(Declared):
     declare_release: float = Field(30, gt=0)
     ingest_feedback: float = Field(60, gt=0)
     finetune: float = Field(1440, gt=0)
+    compress: float = Field(60, gt=0)
     optimize_prompt: float = Field(240, gt=0)
     evaluate_candidate: float = Field(240, gt=0)
     promote: float = Field(4 * 60, gt=0)

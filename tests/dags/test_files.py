@@ -67,7 +67,9 @@ def test_every_stage_has_a_runbook_a_deadline_and_an_alert(read: dict) -> None:
 
 def test_what_a_person_can_fill_in_is_typed_described_and_has_a_default(read: dict) -> None:
     forms = {name: dag["params"] for name, dag in read["dags"].items() if dag["params"]}
-    assert {"qa.finetune", "qa.optimize_prompt", "qa.batch_inference", "qa.evaluate_candidate"} <= set(forms)
+    assert {"qa.finetune", "qa.compress", "qa.optimize_prompt", "qa.batch_inference", "qa.evaluate_candidate"} <= set(
+        forms
+    )
     for name, fields in forms.items():
         for field, schema in fields.items():
             assert schema.get("description"), (name, field)

@@ -10,7 +10,7 @@ from millrace.cli.common import ApplicationName, Reason, console, declaration, g
 from millrace.settings import read_settings
 from millrace.stack import airflow_of
 
-release_app = group("Releases: list, and let one past the gate.")
+release_app = group("Releases: list, let one past the gate, make one smaller.")
 rollout_app = group("Rollouts: what people decide by hand, with a reason.")
 index_app = group("Index builds: list, and publish the one before again.")
 
@@ -88,6 +88,25 @@ def release_container(
 def release_admit(version: str, reason: Reason, application: ApplicationName = "qa") -> None:
     """Let a registered release roll out whatever the gate says; recorded with your name."""
     _decide("admit", application, reason, version=version)
+
+
+@release_app.command("quantise")
+def release_quantise(
+    version: str,
+    format_name: Annotated[str, typer.Option("--format", help="q8_0, q4_1 or q4_0.")] = "q8_0",
+    application: ApplicationName = "qa",
+) -> None:
+    """Register the same release with its weights in fewer bits as a candidate, in this process, as the DAG does."""
+    from millrace.training.compress import compress_release
+
+    with one_sentence():
+        settings, declared = declaration(application)
+        run = f"millrace release quantise by {getpass.getuser()}"
+        made = compress_release(settings, declared, format_name=format_name, version=version, run=run)
+        console.print(made["why"], markup=False, soft_wrap=True)
+        if made["changed"]:
+            told = f"Candidate {made['version']} ({made['release_id']}); {application}.evaluate_candidate is next."
+            console.print(told, markup=False, soft_wrap=True)
 
 
 @rollout_app.command("freeze")

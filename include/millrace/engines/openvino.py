@@ -21,13 +21,18 @@ from millrace.errors import EngineError
 _EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 """Reduced precision rounds differently with what else is in the batch: half the answers then changed a word."""
 
+READABLE = ("F16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
+"""Types of a GGUF file's matrices that it computes with; with others it refuses to load (norms may also be F32). See
+openvino.genai's `gguf_utils/building_blocks.cpp`, `make_weights_subgraph`."""
+
 
 class OpenVinoEngine:
     """A loaded GGUF model.
 
     Args:
         path: the file.
-        cache_gb: memory for the keys and values of running and remembered prompts, GiB.
+        cache_gb: memory for the keys and values of running and remembered prompts, GiB, taken at once; 0: as much as
+            they need, as they come.
         threads: to compute with.
 
     Raises:

@@ -5,7 +5,6 @@ what was learnt. It knows the file format, and nothing of how the adapter came a
 """
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from millrace.applications import Generation
 from millrace.engines.engine import Engine, Message
 from millrace.errors import TrainingError
 from millrace.scoring.overlap import token_f1
+from millrace.training.rewrite import open_gguf, read_fields, read_weights, rewrite
 
 AGREEMENT = 0.7
 """Mean token-F1 between the exported and the trained model's answers. Quantisation moves single words; a tensor
@@ -31,38 +31,21 @@ def write_merged(base: Path, adapter: Path, target: Path) -> None:
     Raises:
         TrainingError: the adapter doesn't fit the base model.
     """
-    from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize, quantize
+    from gguf import GGMLQuantizationType, quantize
 
-    reader = GGUFReader(base)
-    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    deltas = _deltas(adapter, fields)
+    reader = open_gguf(base)
+    deltas = _deltas(adapter, read_fields(reader))
     if unknown := sorted(deltas.keys() - {tensor.name for tensor in reader.tensors}):
         raise TrainingError(
             f"the adapter {adapter} changes {unknown[0]}, which {base} doesn't have; train on this base"
         )
-    building = target.with_name(f".{target.name}.{os.getpid()}")
-    writer = GGUFWriter(building, fields["general.architecture"])
-    for name, field in reader.fields.items():
-        if name in fields and name != "general.architecture":
-            kinds = [*field.types, None]
-            writer.add_key_value(name, fields[name], kinds[0], kinds[1])
-    for tensor in reader.tensors:
-        if tensor.name in deltas:
-            weights = dequantize(tensor.data, tensor.tensor_type) + deltas[tensor.name]
-            kind = GGMLQuantizationType.Q8_0
-            writer.add_tensor(tensor.name, quantize(weights.astype(np.float32), kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(tensor.name, np.asarray(tensor.data), raw_dtype=tensor.tensor_type)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        with building.open("rb") as file:
-            os.fsync(file.fileno())
-        building.replace(target)
-    finally:
-        building.unlink(missing_ok=True)
+    kind = GGMLQuantizationType.Q8_0
+    rewrite(
+        reader,
+        target,
+        kinds=dict.fromkeys(deltas, kind),
+        encode=lambda tensor: quantize(read_weights(tensor) + deltas[tensor.name], kind),
+    )
 
 
 def verify_answers(engine: Engine, answers: Sequence[dict[str, str]]) -> float:
