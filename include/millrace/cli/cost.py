@@ -92,7 +92,7 @@ def cost_plan(
     with one_sentence():
         settings, declared = declaration(application)
         lake, period = Lake.of(settings, declared.name), Period.of(since, until)
-        given = {
+        given: dict[str, Any] = {
             "queries_per_day": queries_per_day,
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,

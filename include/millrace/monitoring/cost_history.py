@@ -238,7 +238,8 @@ def measured_speed(prompt: Floats, completion: Floats, seconds: Floats, busy_sec
     if slopes is None:
         return Speed.even(float(prompt.sum() + completion.sum()) / busy_seconds)
     fitted = float(prompt.sum() * slopes[0] + completion.sum() * slopes[1])
-    return Speed(*(float(slope) * busy_seconds / fitted for slope in slopes), told_apart=True)
+    scale = busy_seconds / fitted
+    return Speed(float(slopes[0]) * scale, float(slopes[1]) * scale, told_apart=True)
 
 
 def _slopes(columns: Floats, values: Floats) -> Floats | None:
