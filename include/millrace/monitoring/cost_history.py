@@ -309,7 +309,7 @@ def _booked(computed: pa.Table, prices: Prices) -> TokenPrice | None:
         prompt, completion = row["prompt_tokens_sum"], row["completion_tokens_sum"]
         differences = [abs(price.answer(prompt, completion) - row["cost_usd_sum"]) for price in prices.declared]
         paid.append((prompt, completion, prices.declared[int(np.argmin(differences))]))
-    prompts, completions = (sum(row[i] for row in paid) for i in (0, 1))
+    prompts, completions = sum(prompt for prompt, _, _ in paid), sum(completion for _, completion, _ in paid)
     if not prompts or not completions:
         return None
     return TokenPrice(
