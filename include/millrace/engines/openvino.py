@@ -156,7 +156,7 @@ def _load(path: Path, cache_gb: int, threads: int) -> Any:
     scheduler.enable_prefix_caching = True
     try:
         return ContinuousBatchingPipeline(str(path), scheduler, "CPU", {**_EXACT, "INFERENCE_NUM_THREADS": threads})
-    except RuntimeError as error:
+    except (RuntimeError, IndexError) as error:  # The latter for metadata that it looks for in vain.
         raise EngineError(f"OpenVINO can't load {path}: {_first_line(error)}; export the model again") from None
 
 

@@ -81,8 +81,9 @@ def measure(weights: Path, prompts: Sequence[str], *, max_new_tokens: int, alone
         told = lines[-1] if lines else f"its process ended with status {ran.returncode}"
         raise EngineError(f"{weights.name} can't be measured: {told}")
     # The engine may print lines of its own.
-    said: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
-    values: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in said.items()}
+    values: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    for name in ("seconds_per_token", "answers"):
+        values[name] = tuple(values[name])
     return Measured(**values)
 
 
