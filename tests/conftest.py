@@ -155,6 +155,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     )
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """xdist says a group in the test's id. With a pytest that it doesn't know it says none, and two processes would
+    each start every server."""
+    if hasattr(session.config, "workerinput") and session.config.getvalue("loadgroup"):
+        lost = [one for one in session.items if one.get_closest_marker("xdist_group") and "@" not in one.nodeid]
+        if lost:
+            raise RuntimeError(f"xdist lost the group of {lost[0].nodeid}: use the versions of requirements.txt")
+
+
 def answers(url: str) -> bool:
     """Whether a server answers there."""
     try:
