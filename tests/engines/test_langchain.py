@@ -159,5 +159,5 @@ def test_a_last_step_that_gives_no_text_is_said(served: Served, made: LangChainE
 def test_a_server_that_is_gone_is_one_sentence(served: Served, made: LangChainEngine) -> None:
     os.killpg(served.process.pid, signal.SIGKILL)  # the last test of this file
     served.process.wait()
-    with pytest.raises(EngineError, match="chain 'concise' failed: APIConnectionError"):
+    with pytest.raises(EngineError, match="chain 'concise' failed: OpenAIConnectionError: Connection error"):
         made.generate(CAPITAL, Generation(max_new_tokens=2))
