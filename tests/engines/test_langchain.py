@@ -16,7 +16,7 @@ from millrace.errors import EngineError
 from tests.engines.chains import PACKAGE, install
 from tests.engines.servers import Served, transformers_server
 
-pytestmark = [pytest.mark.model, pytest.mark.long]
+pytestmark = pytest.mark.model
 
 CAPITAL = [Message("user", "What is the capital of France?")]
 COUNT = [Message("user", "Count from one to one thousand.")]
