@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -84,25 +84,12 @@ def running_spark(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
     arguments, environment = spark_server.command(settings)
     environment["PYTHONPATH"] = str(Path(__file__).parents[1])  # workers import the tests' functions by name
     log = settings.home / "server.log"
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            arguments, env=os.environ | environment, stdout=output, stderr=output, start_new_session=True
-        )
-    try:
-        deadline = time.monotonic() + 180
-        while not spark_server.ready(settings):
-            if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"the Spark Connect server did not start: {log.read_text()[-2000:]}")
-            time.sleep(0.2)
+    with running(arguments, os.environ | environment, log, lambda: spark_server.ready(settings)) as process:
         yield process
-    finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
 
 
 @pytest.fixture(scope="session")
@@ -110,27 +97,63 @@ def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """One MLflow server on SQLite for the whole session, on a free port. Tests share it: name things of your own."""
     folder = tmp_path_factory.mktemp("mlflow")
     uri = f"http://127.0.0.1:{(port := free_port())}"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-         "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts")],
-        env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        cwd=folder,
-        stdout=(log := (folder / "server.log").open("wb")),
-        stderr=log,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 180
-        while not answers(f"{uri}/health"):
-            if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"the MLflow server did not start: {(folder / 'server.log').read_text()[-2000:]}")
-            time.sleep(0.2)
+    arguments = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", port, "--workers", "1",
+                 "--backend-store-uri", f"sqlite:///{folder}/mlflow.db",
+                 "--artifacts-destination", folder / "artifacts"]  # fmt: skip
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with running(arguments, environment, folder / "server.log", lambda: answers(f"{uri}/health")):
         yield uri
+
+
+@contextmanager
+def running(
+    arguments: Sequence[object],
+    environment: Mapping[str, str],
+    log: Path,
+    ready: Callable[[], bool],
+    *,
+    seconds: float = 180,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A server in a process group of its own: ready inside the `with`, killed after.
+
+    Args:
+        environment: all of it.
+        log: where its output goes; it runs in that folder.
+        seconds: how long it may take to be ready.
+    """
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [str(one) for one in arguments],
+            env=dict(environment),
+            cwd=log.parent,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + seconds
+        while not ready():
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"{arguments[0]} did not start: {log.read_text()[-3000:]}")
+            time.sleep(0.2)
+        yield process
     finally:
-        log.close()
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def gateway_environment(settings: Settings) -> dict[str, str]:
+    """What `python -m millrace.serving` needs to serve as `settings` say."""
+    return os.environ | {
+        "MILLRACE_HOME": str(settings.home),
+        "MILLRACE_APPLICATIONS": str(settings.applications),
+        "MILLRACE_GATEWAY_PORT": str(settings.gateway_port),
+        "MILLRACE_MLFLOW_URI": settings.mlflow_uri,
+        "MILLRACE_COMPLETION_KEY": settings.completion_key.get_secret_value(),
+        "MILLRACE_PSEUDONYM_KEY": settings.pseudonym_key.get_secret_value(),
+        "MILLRACE_THREADS": str(settings.threads),
+    }
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist looks for groups in the same hook
