@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -27,12 +27,17 @@ from millrace.lakehouse.lake import Lake
 from millrace.settings import Settings
 from millrace.stack import Stack
 
+if TYPE_CHECKING:
+    from tests.engines.servers import Served
+
 # Index builds of the tests are folders, but for the tests that ask for the caller's Qdrant server by these names.
 for _name in ("URL", "API_KEY"):
     if f"MILLRACE_QDRANT_{_name}" in os.environ:
         os.environ[f"TEST_QDRANT_{_name}"] = os.environ.pop(f"MILLRACE_QDRANT_{_name}")
 
 DECLARATIONS = Path(__file__).parent / "applications"
+SERVERS = {"spark_url": "spark", "mlflow_uri": "mlflow"}
+"""Fixture → the mark of the tests that use it."""
 TEMPLATE = "{% for chunk in chunks %}{{ chunk.text }}\n{% endfor %}Question: {{ question }}\nAnswer:"
 
 
@@ -158,15 +163,14 @@ def gateway_environment(settings: Settings) -> dict[str, str]:
 
 @pytest.hookimpl(tryfirst=True)  # xdist looks for groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Whatever asks for the MLflow server carries its mark (starting it takes longer than `make unit` may), and tests
-    of one server stay in one process, however many there are. The loop leaves a used stack behind, so whoever looks at
+    """Whatever asks for a server carries its mark (starting it takes longer than `make unit` may), and tests of one
+    server stay in one process, however many there are. The loop leaves a used stack behind, so whoever looks at
     a fresh one comes before; beside others it is the longest, and they begin."""
     for item in items:
-        asked = {*getattr(item, "fixturenames", ())}
-        if "mlflow_uri" in asked:
-            item.add_marker("mlflow")
-        servers = [server for server in ("spark_url", "mlflow_uri") if server in asked]
-        group = "stack" if item.get_closest_marker("stack") else next(iter(servers), None)
+        for server, mark in SERVERS.items():
+            if server in getattr(item, "fixturenames", ()):
+                item.add_marker(mark)
+        group = next((mark for mark in ("stack", *SERVERS.values()) if item.get_closest_marker(mark)), None)
         if group:
             item.add_marker(pytest.mark.xdist_group(group))
     beside_others = hasattr(config, "workerinput")
@@ -281,6 +285,15 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plain.save_pretrained(folder)
     model_tokenizer(base).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def model_server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator["Served"]:
+    """One `transformers serve` of the base model for the whole session."""
+    from tests.engines.servers import transformers_server
+
+    with transformers_server(model_folder, tmp_path_factory.mktemp("server")) as served:
+        yield served
 
 
 @pytest.fixture(scope="session")
