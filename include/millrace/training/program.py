@@ -22,7 +22,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from millrace.engines.tokenizer import model_tokenizer
+from millrace.engines.converted import hugging_face_folder
 from millrace.errors import MillraceError, TrainingError
 from millrace.training.batches import Encoded, Schedule, encode, schedule, split_held_out
 from millrace.training.spec import TARGETS, Spec, read_spec
@@ -81,7 +81,7 @@ def _train(spec: Spec, rendezvous: str | None) -> None:
             "start as many as application.training.processes says"
         )
     torch.manual_seed(spec.seed)
-    tokenizer, base = _load(spec.base)
+    tokenizer, base = _load(spec)
     prompts, examples, left_out = _examples(spec, tokenizer)
     training, held_out = split_held_out(len(examples), spec.held_out, spec.seed)
     plan = schedule(
@@ -287,13 +287,13 @@ def _examples(spec: Spec, tokenizer: Any) -> tuple[list[str], list[Encoded], int
     return [prompt for prompt, _ in fitting], [encoded for _, encoded in fitting], len(given) - len(fitting)
 
 
-def _load(base: Path) -> tuple[Any, Any]:
+def _load(spec: Spec) -> tuple[Any, Any]:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = model_tokenizer(base)
-    model = AutoModelForCausalLM.from_pretrained(base.parent, gguf_file=base.name, dtype=torch.float32)
-    return tokenizer, model
+    folder = hugging_face_folder(spec.base, spec.cache)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return AutoTokenizer.from_pretrained(folder), model
 
 
 def _save_adapter(model: Any, target: Path) -> None:

@@ -77,6 +77,8 @@ class Spec(Strict):
 
     base: Path
     """The base model, a GGUF file."""
+    cache: Path
+    """Of the machine; the base is there as the program reads it (`engines/converted.py`)."""
     examples: Path
     """JSON lines with `prompt` (one user message) and `answer`."""
     folder: Path
