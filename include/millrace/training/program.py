@@ -62,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(spec: Spec, rendezvous: str | None) -> None:
+    # Before the processes meet: of those that have met, transformers lets only the first one write.
+    base_folder = hugging_face_folder(spec.base, spec.cache)
     deepspeed = _deepspeed()
     import torch
     from peft import LoraConfig, get_peft_model
@@ -81,7 +83,7 @@ def _train(spec: Spec, rendezvous: str | None) -> None:
             "start as many as application.training.processes says"
         )
     torch.manual_seed(spec.seed)
-    tokenizer, base = _load(spec)
+    tokenizer, base = _load(base_folder)
     prompts, examples, left_out = _examples(spec, tokenizer)
     training, held_out = split_held_out(len(examples), spec.held_out, spec.seed)
     plan = schedule(
@@ -287,11 +289,10 @@ def _examples(spec: Spec, tokenizer: Any) -> tuple[list[str], list[Encoded], int
     return [prompt for prompt, _ in fitting], [encoded for _, encoded in fitting], len(given) - len(fitting)
 
 
-def _load(spec: Spec) -> tuple[Any, Any]:
+def _load(folder: Path) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = hugging_face_folder(spec.base, spec.cache)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return AutoTokenizer.from_pretrained(folder), model
 
