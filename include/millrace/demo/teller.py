@@ -98,10 +98,9 @@ class Teller:
         """Whether every exchange of the rollouts is in the Lakehouse, so that the report can count who met what."""
         asked = pc.field("completion_id").isin(pa.array(self.asked, pa.string()))
         there = self.lake.read(SILVER_EXCHANGES, ["completion_id"], where=asked).num_rows
-        if there < len(self.asked):
-            told = stage.detail.split("; counting")[0]
-            self.progress.say(stage, f"{told}; counting exchanges: {there} of {len(self.asked)}")
-        return there == len(self.asked)
+        told, all_there = stage.detail.split("; counting")[0], there == len(self.asked)
+        self.progress.say(stage, told if all_there else f"{told}; counting exchanges: {there} of {len(self.asked)}")
+        return all_there
 
     def decided(self, version: str) -> bool:
         """Whether a rollout of it has ended: none starts again by itself."""
