@@ -47,7 +47,9 @@ def stack(open_folder: Path) -> Iterator[Stack]:
 
 
 def test_two_days_are_backfilled_twice_to_equal_tables(stack: Stack) -> None:
-    end = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+    # Where the last interval of both schedules has ended.
+    end = (datetime.now(UTC) - timedelta(minutes=15)).replace(minute=0, second=0, microsecond=0)
+    end -= timedelta(hours=end.hour % 4)
     start = end - timedelta(hours=HOURS)
     write_events(stack.settings, start)
     lake = Lake.of(stack.settings, "qa")

@@ -80,7 +80,8 @@ def test_a_repeat_of_the_monitor_changes_nothing(running_stack: Stack, told: Tol
     before = content()
     last = qa_lake.read(GOLD_METRICS_HOURLY, ["interval_start"])["interval_start"].to_pylist()[-1]
     with running_stack.airflow() as airflow:
-        run(airflow, "qa.monitor", {}, logical_date=last, data_interval=(last, last + timedelta(hours=1)))
+        interval = (last, last + timedelta(hours=1))
+        run(airflow, "qa.monitor", {}, logical_date=datetime.now(UTC), data_interval=interval)
     assert content() == before
 
 
