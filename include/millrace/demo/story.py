@@ -223,7 +223,7 @@ class Story(Teller):
             verdict = self.evaluate(stage, broken)
             require(verdict.word == "refused", f"the gate let the broken release pass ({verdict})")
             tolerated = self.application.rollout.steps[-1].margin
-            if verdict.quality_lost <= tolerated:
+            if verdict.quality_lost is not None and verdict.quality_lost <= tolerated:
                 stage.state = "refused"
                 self.progress.say(
                     stage,

@@ -46,8 +46,8 @@ class Verdict:
     word: Literal["passed", "refused", "is champion already"]
     failed: tuple[str, ...] = ()
     """Names of the criteria that it did not meet."""
-    quality_lost: float = 0.0
-    """Mean token-F1 of the champion minus the candidate's."""
+    quality_lost: float | None = None
+    """Mean token-F1 of the champion minus the candidate's; None where a leak was refused before either answered."""
 
     def __str__(self) -> str:
         return f"{self.word} ({', '.join(self.failed)})" if self.failed else self.word
@@ -137,7 +137,7 @@ class Teller:
         return Verdict(
             "passed" if rows["passed"][-1].as_py() else "refused",
             tuple(one["name"] for one in criteria if not one["passed"]),
-            next((-one["estimate"] for one in criteria if one["name"] == "quality"), 0.0),
+            next((-one["estimate"] for one in criteria if one["name"] == "quality"), None),
         )
 
     def users(self, split: str, crowd: str, *, corrections: bool) -> SimulatedUsers:
