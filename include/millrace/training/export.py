@@ -1,12 +1,13 @@
-"""A trained adapter becomes a file that the engine reads: the base model's GGUF with the adapter merged in.
+"""What was trained becomes a file that the engine reads: the base model's GGUF with an adapter merged in, or with all
+its weights replaced.
 
 Tensors that training didn't touch keep their bytes; the others are written as Q8_0, which loses next to nothing of
-what was learnt. It knows the file format, and nothing of how the adapter came about.
+what was learnt. It knows the file format, and nothing of how the weights came about.
 """
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ AGREEMENT = 0.7
 written wrongly leaves nothing in common."""
 
 
+Weights = npt.NDArray[np.float32]
+
+
 def write_merged(base: Path, adapter: Path, target: Path) -> None:
     """Write `base` with the LoRA `adapter` (a folder as peft saves it) merged in to `target`, whole or not at all.
 
@@ -31,15 +35,51 @@ def write_merged(base: Path, adapter: Path, target: Path) -> None:
     Raises:
         TrainingError: the adapter doesn't fit the base model.
     """
-    from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize, quantize
+    from gguf import GGUFReader, dequantize
 
     reader = GGUFReader(base)
-    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    deltas = _deltas(adapter, fields)
-    if unknown := sorted(deltas.keys() - {tensor.name for tensor in reader.tensors}):
+    deltas = _deltas(adapter, _fields(reader))
+    held = {tensor.name: tensor for tensor in reader.tensors}
+    if unknown := sorted(deltas.keys() - held.keys()):
         raise TrainingError(
             f"the adapter {adapter} changes {unknown[0]}, which {base} doesn't have; train on this base"
         )
+
+    def changed(name: str) -> Weights | None:
+        if name not in deltas:
+            return None
+        return dequantize(held[name].data, held[name].tensor_type) + deltas[name]
+
+    _write(reader, changed, target)
+
+
+def write_full(base: Path, weights: Path, target: Path) -> None:
+    """Write `base` with all its weights replaced by `weights` (safetensors, transformers' names) to `target`, whole or
+    not at all. Metadata and tokenizer are copied.
+
+    Raises:
+        TrainingError: the weights aren't those of the base model.
+    """
+    from gguf import GGUFReader
+    from safetensors.numpy import load_file
+
+    reader = GGUFReader(base)
+    named = _named_as_gguf(load_file(weights), _fields(reader), weights)
+    shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in reader.tensors}
+    given = {name: tensor.shape for name, tensor in named.items()}
+    if wrong := sorted(name for name in shapes.keys() | given.keys() if given.get(name) != shapes.get(name)):
+        raise TrainingError(
+            f"{weights} doesn't hold the weights of {base}: the shape of {wrong[0]} is {given.get(wrong[0])} and "
+            f"should be {shapes.get(wrong[0])}; train on this base"
+        )
+    _write(reader, named.get, target)
+
+
+def _write(reader: Any, changed: Callable[[str], Weights | None], target: Path) -> None:
+    """The file that `reader` has read, with the tensors that `changed` gives: matrices as Q8_0, vectors as F32."""
+    from gguf import GGMLQuantizationType, GGUFWriter, quantize
+
+    fields = _fields(reader)
     building = target.with_name(f".{target.name}.{os.getpid()}")
     writer = GGUFWriter(building, fields["general.architecture"])
     for name, field in reader.fields.items():
@@ -47,12 +87,12 @@ def write_merged(base: Path, adapter: Path, target: Path) -> None:
             kinds = [*field.types, None]
             writer.add_key_value(name, fields[name], kinds[0], kinds[1])
     for tensor in reader.tensors:
-        if tensor.name in deltas:
-            weights = dequantize(tensor.data, tensor.tensor_type) + deltas[tensor.name]
-            kind = GGMLQuantizationType.Q8_0
-            writer.add_tensor(tensor.name, quantize(weights.astype(np.float32), kind), raw_dtype=kind)
-        else:
+        weights = changed(tensor.name)
+        if weights is None:
             writer.add_tensor(tensor.name, np.asarray(tensor.data), raw_dtype=tensor.tensor_type)
+        else:
+            kind = GGMLQuantizationType.Q8_0 if weights.ndim > 1 else GGMLQuantizationType.F32
+            writer.add_tensor(tensor.name, quantize(weights.astype(np.float32), kind), raw_dtype=kind)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -85,34 +125,45 @@ def verify_answers(engine: Engine, answers: Sequence[dict[str, str]]) -> float:
     return agreement
 
 
-def _deltas(adapter: Path, fields: dict[str, Any]) -> dict[str, npt.NDArray[np.float32]]:
+def _fields(reader: Any) -> dict[str, Any]:
+    """The file's metadata."""
+    return {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+
+
+def _deltas(adapter: Path, fields: dict[str, Any]) -> dict[str, Weights]:
     """GGUF tensor name → what is added to it."""
-    from gguf import MODEL_ARCH, get_tensor_name_map
     from safetensors.numpy import load_file
 
-    arch = fields["general.architecture"]
-    if arch != "llama":
-        raise TrainingError(f"the base model is of architecture {arch!r}; only 'llama' can be exported")
-    heads = {"q_proj": fields["llama.attention.head_count"], "k_proj": fields["llama.attention.head_count_kv"]}
-    names = get_tensor_name_map(MODEL_ARCH.LLAMA, fields["llama.block_count"])
     config = json.loads((adapter / "adapter_config.json").read_text())
     scale = config["lora_alpha"] / config["r"]
     tensors = load_file(adapter / "adapter_model.safetensors")
     deltas = {}
     for key in sorted(key for key in tensors if key.endswith(".lora_A.weight")):
         module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        delta = scale * (tensors[key.replace(".lora_A.", ".lora_B.")] @ tensors[key])
-        kind = module.rsplit(".", 1)[-1]
-        if kind in heads:
-            delta = _rotary_rows(delta, heads[kind])
-        name = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
+        deltas[f"{module}.weight"] = scale * (tensors[key.replace(".lora_A.", ".lora_B.")] @ tensors[key])
+    return _named_as_gguf(deltas, fields, adapter)
+
+
+def _named_as_gguf(tensors: dict[str, Weights], fields: dict[str, Any], origin: Path) -> dict[str, Weights]:
+    """Tensors by GGUF's names instead of transformers', with rows in GGUF's order."""
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    arch = fields["general.architecture"]
+    if arch != "llama":
+        raise TrainingError(f"the base model is of architecture {arch!r}; only 'llama' can be exported")
+    heads = {"q_proj": fields["llama.attention.head_count"], "k_proj": fields["llama.attention.head_count_kv"]}
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, fields["llama.block_count"])
+    renamed = {}
+    for key, weights in tensors.items():
+        name = names.get_name(key, try_suffixes=(".weight",))
         if name is None:
-            raise TrainingError(f"the adapter {adapter} changes {module}, which GGUF has no name for")
-        deltas[name] = delta
-    return deltas
+            raise TrainingError(f"{origin} changes {key}, which GGUF has no name for")
+        kind = key.removesuffix(".weight").rsplit(".", 1)[-1]
+        renamed[name] = _rotary_rows(weights, heads[kind]) if kind in heads else weights
+    return renamed
 
 
-def _rotary_rows(weights: npt.NDArray[np.float32], heads: int) -> npt.NDArray[np.float32]:
+def _rotary_rows(weights: Weights, heads: int) -> Weights:
     """Rows in GGUF's order: each head's halves, which rotate together, interleaved (`convert_hf_to_gguf.py`)."""
     rows, columns = weights.shape
     return weights.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
