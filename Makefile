@@ -12,7 +12,7 @@ run: $(INSTALLED)
 	MILLRACE_PACE=$${MILLRACE_PACE:-demo} exec $(BIN)/millrace run $(if $(ONCE),--once)
 
 test: $(INSTALLED)
-	exec $(BIN)/pytest -m "not long"
+	exec $(BIN)/pytest -n 2 --dist loadgroup -m "not long"
 
 unit: $(INSTALLED)
 	exec $(BIN)/pytest -n auto --dist loadgroup -m "$(FAST)"

@@ -133,6 +133,7 @@ def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         process.wait()
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist looks for groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Whatever asks for the MLflow server carries its mark (starting it takes longer than `make unit` may), and tests
     of one server stay in one process, however many there are. The loop leaves a used stack behind, so whoever looks at

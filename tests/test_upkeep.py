@@ -6,6 +6,7 @@ import uuid
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from millrace.applications import Application
@@ -16,12 +17,15 @@ from millrace.releases.manifest import PromptVersion, declared_manifest, describ
 from millrace.releases.registry import fetch_release, publish_split, register_release, versions
 from millrace.releases.retention import remove_files
 from millrace.releases.split import Split
+from millrace.retrieval.builds import FORMAT, BuildManifest
 from millrace.retrieval.embed import lineage_id
+from millrace.retrieval.index import builds_of
 from millrace.settings import Settings
 from millrace.sources.completion_id import issue
 from millrace.sources.event_log import EventLog, Feedback
 from millrace.sources.feedback import land_events
 from millrace.upkeep import remove_unused
+from tests.retrieval.stand_in import StandIn
 
 KEY = b"test completion key"
 LONG_AGO = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) - timedelta(days=100)
@@ -90,6 +94,36 @@ def test_lineages_and_copies_of_releases_that_users_cannot_meet_go(
     kept = {path.name for path in tracked.index_builds(application.name).iterdir()}
     assert kept == {"lineage of champion", "lineage of lately used", lineage_id(application)}
     assert fetch_release(tracked, application, "2").is_dir(), "the registry keeps what was removed here"
+
+
+@pytest.mark.filterwarnings("ignore:.*ocal (mode|Qdrant)")
+def test_on_a_qdrant_server_a_lineage_goes_with_a_key_that_may_only_write(tracked: Settings, qa: Application) -> None:
+    application = qa.model_copy(update={"name": f"upkeep_{uuid.uuid4().hex[:8]}"})
+    stand_in = StandIn(keys={"admin": "m", "writer": "rw"})
+    about = {"qdrant_url": stand_in.url, "qdrant_api_key": "admin"}
+    served = Settings.model_validate(tracked.model_dump() | about)
+    names = ("old", "lately built", lineage_id(application))
+    for lineage in names:
+        built = datetime.now(UTC) - timedelta(days=0 if lineage == "lately built" else 30)
+        manifest = BuildManifest(
+            **{
+                "format": FORMAT,
+                "build": "b",
+                "lineage": lineage,
+                "content_sha": "c",
+                "built_at": built,
+                "run": "test",
+            },
+            **dict.fromkeys(("chunks_version", "embeddings_version", "chunks", "documents"), 0),
+        )
+        builds_of(served, application.name, lineage).make(manifest, pa.table({"chunk_id": [], "content_hash": []}))
+
+    writing = Settings.model_validate(served.model_dump() | {"qdrant_api_key": "writer"})
+    assert remove_unused(writing, application)["lineages"] == ["old"]
+    assert remove_unused(writing, application)["lineages"] == []
+    kept = [lineage for lineage in names if builds_of(writing, application.name, lineage).manifests()]
+    assert kept == ["lately built", lineage_id(application)]
+    stand_in.stop()
 
 
 def test_task_logs_go_when_they_are_old_and_only_this_applications(tracked: Settings, qa: Application) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from millrace.errors import SettingsError
-from millrace.policies import Monitor, Prices
+from millrace.policies import Monitor, Plan, Prices
 from millrace.settings import Settings
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -267,6 +267,7 @@ class Application(Declared):
     monitor: Monitor = Monitor()
     retention: Retention = Retention()
     prices: Prices = Prices()
+    plan: Plan = Plan()
     demo: Demo = Demo()
 
 

@@ -15,6 +15,7 @@ MillraceError
 │   └── OutOfMemory        a training process needs more memory than there is
 ├── PromptError            a prompt version isn't there, or a study of prompts can't be held
 ├── BatchError             a table of questions can't be used, or can't be answered
+├── CostError              a cost can't be planned from what is known
 ├── GateRefusal            a candidate did not pass; the message names the criterion
 └── ApprovalError          who answered may not decide this
 """
@@ -78,6 +79,10 @@ class PromptError(MillraceError):
 
 class BatchError(MillraceError):
     """A table of questions can't be used, or can't be answered."""
+
+
+class CostError(MillraceError):
+    """A cost can't be planned from what is known."""
 
 
 class GateRefusal(MillraceError):

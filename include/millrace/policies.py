@@ -1,9 +1,10 @@
-"""What an application declares of money and of what may not go wrong: prices, and bounds on what is watched.
+"""What an application declares of money and of what may not go wrong: prices, what a plan of costs counts with, and
+bounds on what is watched.
 
 Parts of a declaration (`applications.py`), as data; prices know how to count. Nothing here knows a release or a table.
 """
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -17,8 +18,14 @@ class Policy(BaseModel):
 class TokenPrice(Policy):
     """Of one generator, in US dollars."""
 
-    prompt_million_tokens: float = Field(ge=0)
-    completion_million_tokens: float = Field(ge=0)
+    prompt_million_tokens: float = Field(ge=0, allow_inf_nan=False)
+    completion_million_tokens: float = Field(ge=0, allow_inf_nan=False)
+
+    def answer(self, prompt_tokens: float, completion_tokens: float) -> float:
+        """What one answer, or the sum of many, costs in US dollars."""
+        return (
+            prompt_tokens * self.prompt_million_tokens + completion_tokens * self.completion_million_tokens
+        ) / 1_000_000
 
 
 Stage = Literal["embedding", "training", "evaluation", "optimisation", "batch"]
@@ -54,10 +61,7 @@ class Prices(Policy):
         Raises:
             SettingsError: it has no price.
         """
-        price = self.of(model)
-        return (
-            prompt_tokens * price.prompt_million_tokens + completion_tokens * price.completion_million_tokens
-        ) / 1_000_000
+        return self.of(model).answer(prompt_tokens, completion_tokens)
 
     def of(self, model: str) -> TokenPrice:
         """The price of the generator called `model`.
@@ -68,11 +72,23 @@ class Prices(Policy):
         fitting = max((name for name in self.models if model.startswith(name)), key=len, default=None)
         if fitting is not None:
             return self.models[fitting]
+        if (price := self._of_all_others) is not None:
+            return price
+        raise SettingsError(
+            f"generator {model!r} has no price: [prices.models] names {', '.join(sorted(self.models))}; add one "
+            "that it begins with, or prompt_million_tokens and completion_million_tokens to [prices] for all others"
+        )
+
+    @property
+    def declared(self) -> tuple[TokenPrice, ...]:
+        """Every price that an answer can have."""
+        others = self._of_all_others
+        return (*self.models.values(), *(() if others is None else (others,)))
+
+    @property
+    def _of_all_others(self) -> TokenPrice | None:
         if self.prompt_million_tokens is None or self.completion_million_tokens is None:
-            raise SettingsError(
-                f"generator {model!r} has no price: [prices.models] names {', '.join(sorted(self.models))}; add one "
-                "that it begins with, or prompt_million_tokens and completion_million_tokens to [prices] for all others"
-            )
+            return None
         return TokenPrice(
             prompt_million_tokens=self.prompt_million_tokens, completion_million_tokens=self.completion_million_tokens
         )
@@ -81,6 +97,27 @@ class Prices(Policy):
         """What `seconds` of a machine cost in a stage, in US dollars."""
         hour: float = getattr(self, f"{stage}_hour")
         return seconds / 3600 * hour
+
+
+class Plan(Policy):
+    """What `millrace cost plan` counts with beside `Prices`: what the same answers would cost elsewhere, in US
+    dollars. Nobody's prices are known here: machines and APIs cost what the declaration says."""
+
+    machine_hour: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """Of one machine that answers with the own model, whether it is busy or waits."""
+    apis: dict[str, TokenPrice] = {}
+    """Paid APIs that the own model is compared with, by any name. Their tokens are taken to be as many as ours."""
+    tokens_per_second: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Prompt and completion tokens together that one busy machine does; empty: measured from the exchanges."""
+    utilisation: float = Field(0.7, gt=0, le=1)
+    """Share of its time that a machine may be busy at the highest load; the rest keeps answers from queueing."""
+    peak_factor: float = Field(2.0, ge=1, allow_inf_nan=False)
+    """The highest load that machines must carry, as a multiple of the day's mean."""
+    minimum_machines: int = Field(1, ge=1)
+    """Rented however low the load is: 2 outlive the loss of one."""
+    monthly: dict[Stage, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
+    """How often a month: fine-tunes, evaluations, studies of prompts, refreshes of embeddings, runs over a table of
+    questions. A stage that is not named goes on as often as it was recorded."""
 
 
 Metric = Literal[

@@ -25,7 +25,7 @@ from millrace.releases.package import read_release
 from millrace.releases.registry import RELEASE_TAG, local_releases, read_aliases, release_manifest, versions
 from millrace.releases.retention import delete_traces, remove_files
 from millrace.retrieval.embed import lineage_id
-from millrace.retrieval.index import builds_of
+from millrace.retrieval.index import builds_of, kept_lineages
 from millrace.settings import Settings
 from millrace.sources.event_log import HOUR, segment_hour
 
@@ -67,16 +67,17 @@ def remove_unused(settings: Settings, application: Application) -> dict[str, lis
 
     Raises:
         ReleaseError: the registry does not answer; what it need not be asked about was removed.
+        RetrievalError: the Qdrant server does not answer; the same.
         EngineError: the server that has an unused release's adapter does not answer: that release stays, the rest went.
     """
     gone = {"segments": _segments(settings, application), "logs": _logs(settings, application)}
     live = _live(settings, application)
     problems: list[str] = []
     gone |= {
-        "lineages": _lineages(settings, application, live),
         "releases": _releases(settings, application, live, problems),
         "files": remove_files(settings, application, before=_before(application.retention.release_files)),
         "traces": [str(delete_traces(settings, application.name, before=_before(application.retention.traces)))],
+        "lineages": _lineages(settings, application, live),
     }
     if problems:
         raise EngineError("; ".join(problems))
@@ -93,15 +94,16 @@ def _live(settings: Settings, application: Application) -> list[Manifest]:
 
 
 def _lineages(settings: Settings, application: Application, live: list[Manifest]) -> list[str]:
-    """Folders only: on a Qdrant server a lineage is a collection, which its operator removes. What changed lately may
-    be a candidate's."""
+    """What changed lately may be a candidate's."""
     needed = {lineage_id(application), *(manifest.retrieval.lineage for manifest in live)}
-    before = time.time() - application.retention.unused_releases * DAY
-    folders = (path for path in sorted(settings.index_builds(application.name).glob("*")) if path.is_dir())
-    doomed = [path for path in folders if path.name not in needed and path.stat().st_mtime < before]
-    for path in doomed:
-        shutil.rmtree(path)
-    return [path.name for path in doomed]
+    before = _before(application.retention.unused_releases)
+    gone = []
+    for lineage in kept_lineages(settings, application.name):
+        builds = builds_of(settings, application.name, lineage)
+        if lineage not in needed and (changed := builds.changed_at()) and changed < before:
+            builds.remove()
+            gone.append(lineage)
+    return gone
 
 
 def _releases(settings: Settings, application: Application, live: list[Manifest], problems: list[str]) -> list[str]:

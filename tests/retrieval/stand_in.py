@@ -17,6 +17,7 @@ from qdrant_client import QdrantClient, models
 from qdrant_client.conversions.common_types import PointsSelector
 
 WRITES = {("PUT", "/points"), ("POST", "/points/payload"), ("POST", "/points/delete"), ("PUT", "/index"), ("PUT", "")}
+LISTED = "every collection"
 SELECTOR: TypeAdapter[PointsSelector] = TypeAdapter(models.FilterSelector | models.PointIdsList)
 
 
@@ -74,10 +75,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         stand_in = self.server
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        match = re.fullmatch(r"/collections/([^/]+)(.*)", urlsplit(self.path).path)
+        match = re.fullmatch(r"/collections(?:/([^/]+)(.*))?", urlsplit(self.path).path)
         if match is None:
             return self._say(404, "no such route")
-        name, route = match[1], (self.command, match[2])
+        name, route = match[1] or "", (self.command, match[2] if match[1] else LISTED)
         while stand_in.hangs:
             time.sleep(0.05)
         writes = route in WRITES
@@ -197,6 +198,7 @@ def _set_payload(disk: Disk, name: str, body: dict[str, Any]) -> Any:
 
 
 _ROUTES: dict[tuple[str, str], Route] = {
+    ("GET", LISTED): lambda disk, name, body: disk.store.get_collections(),
     ("GET", "/exists"): lambda disk, name, body: {"exists": disk.store.collection_exists(name)},
     ("GET", ""): _describe,
     ("PUT", ""): _create,

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,7 +15,7 @@ from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import SILVER_CHUNKS
 from millrace.retrieval.builds import FORMAT, PAYLOAD, BuildManifest, current
-from millrace.retrieval.index import build_index, publish_previous
+from millrace.retrieval.index import build_index, kept_lineages, publish_previous
 from millrace.retrieval.search import Retriever
 from millrace.settings import Settings
 from tests.retrieval.conftest import chunked, vector_of, vectors_without_a_model
@@ -84,6 +84,25 @@ def test_a_build_never_changes_whatever_is_built_after_it(kept: Kept, notes: Pat
         if text is not None:
             write_note(notes, text)
     assert len(contents) == 3  # the third state was the first one again
+
+
+def test_a_lineage_that_is_removed_is_gone_and_can_be_built_again(kept: Kept) -> None:
+    assert kept.builds.changed_at() is None
+    began = datetime.now(UTC)
+    build = built(kept)
+    kept.builds.publish(build)
+    changed = kept.builds.changed_at()
+    assert changed is not None
+    assert began - timedelta(seconds=1) < changed <= datetime.now(UTC)
+    assert kept_lineages(kept.settings, kept.application.name) == [kept.builds.manifest(build).lineage]
+
+    kept.builds.remove()
+
+    assert kept.builds.changed_at() is None
+    assert kept.builds.published() is None
+    assert kept.builds.manifests() == []
+    assert built(kept) == build
+    assert kept.builds.open(build).manifest.chunks == 3
 
 
 def test_publishing_moves_the_pointer_once_and_remembers_the_way_back(kept: Kept, notes: Path) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from millrace.applications import AirflowConfigSource
 from millrace.errors import SourceError
 from millrace.sources.airflow_config import OptionFacts, describe, plain, read_facts
-from millrace.sources.document import read_source
+from millrace.sources.reading import read_source
 
 LINE = st.text(string.ascii_letters + string.digits + " .:[]{}%_-/'\"", min_size=1).map(str.strip).filter(bool)
 NAME = st.text(string.ascii_lowercase + "_", min_size=1)

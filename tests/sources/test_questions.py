@@ -6,8 +6,8 @@ import pytest
 from millrace.applications import Application, load_application
 from millrace.lakehouse.tables import SILVER_DOCUMENTS
 from millrace.settings import Settings
-from millrace.sources.document import read_source
 from millrace.sources.questions import MAX_ANSWER_WORDS, derive_questions, first_sentence
+from millrace.sources.reading import read_source
 
 
 def silver(application: Application) -> pa.Table:

@@ -3,15 +3,14 @@
 import getpass
 import json
 from contextlib import ExitStack
-from dataclasses import asdict
-from datetime import datetime
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from millrace.cli.batch import batch_app
-from millrace.cli.common import ApplicationName, console, declaration, one_sentence
+from millrace.cli.common import ApplicationName, console, one_sentence
+from millrace.cli.cost import cost_app
 from millrace.cli.prompts import prompt_app
 from millrace.cli.releases import index_app, release_app, rollout_app
 from millrace.errors import StackError
@@ -26,6 +25,7 @@ app.add_typer(rollout_app, name="rollout")
 app.add_typer(prompt_app, name="prompt")
 app.add_typer(index_app, name="index")
 app.add_typer(batch_app, name="batch")
+app.add_typer(cost_app, name="cost")
 
 
 @app.callback()
@@ -119,32 +119,6 @@ def ask_command(
     for number, citation in enumerate(answer.citations, 1):
         console.print(f"  [{number}] {citation}", markup=False, style="dim", soft_wrap=True)
     console.print(f"  {answer.about}", markup=False, style="dim", soft_wrap=True)
-
-
-@app.command("cost")
-def cost_command(
-    application: ApplicationName = "qa",
-    since: Annotated[datetime | None, typer.Option(help="Only from this moment on, UTC; empty: ever.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-) -> None:
-    """What an application cost at its declared prices, by stage and by release; both add up to the total."""
-    from millrace.monitoring.cost import costs
-
-    with one_sentence():
-        settings, declared = declaration(application)
-        found = costs(settings, declared, since)
-    if as_json:
-        print(json.dumps(asdict(found), indent=1, default=str))
-        return
-    for title, lines in (("stage", found.by_stage), ("release", found.by_release)):
-        table = Table(title, "version", "uses", "tokens", "machine", "cost", box=None, pad_edge=False)
-        for line in lines:
-            used = (f"{line.uses:,}", f"{line.tokens:,}", f"{line.seconds / 60:.1f} min", f"${line.cost_usd:.6f}")
-            table.add_row(line.name, line.version, *used)
-        console.print(table)
-    answers = next((line for line in found.by_stage if line.name == "serving"), None)
-    told = f"; {answers.simulated:,} of {answers.uses:,} answers to simulated users" if answers else ""
-    console.print(f"${found.total_usd:.6f} in all{told}", markup=False)
 
 
 def places(settings: Settings) -> str:

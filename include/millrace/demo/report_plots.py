@@ -4,13 +4,11 @@ from datetime import datetime
 from typing import Any
 
 import altair as alt
-import vl_convert
 
 from millrace.demo.report_model import CriterionEntry, GuardrailEntry, RolloutEntry
+from millrace.plots import BLUE, FAINT, GREEN, GREY, RED, data, svg
 
-INK, FAINT, GRID = "#1c2430", "#6b7684", "#e6e9ee"
-CHALLENGER, GOOD, BAD, QUIET = "#2f6db3", "#2a8a5c", "#c2432d", "#8a94a3"
-"""Told apart by people who don't see red and green too: the two are never the only difference."""
+CHALLENGER, GOOD, BAD, QUIET = BLUE, GREEN, RED, GREY
 
 KIND_COLOURS = {
     "promote": GOOD,
@@ -21,8 +19,6 @@ KIND_COLOURS = {
     "rollback": BAD,
     "freeze": BAD,
 }
-WIDTH, HEIGHT = 470, 270
-"""Of a whole picture, in pixels: titles and axes included, so that two beside each other stand level."""
 
 
 def share_plot(rollout: RolloutEntry) -> str:
@@ -34,19 +30,19 @@ def share_plot(rollout: RolloutEntry) -> str:
     taken = [(minutes, d) for minutes, d in decided if d.kind != "hold"]
     x = alt.X("minutes:Q", title="minutes since the rollout began", scale=alt.Scale(nice=False))
     y = alt.Y("share:Q", title=None, axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1.08], clamp=True))
-    line = alt.Chart(_data(steps)).mark_line(interpolate="step-after", color=CHALLENGER, strokeWidth=2)
-    area = alt.Chart(_data(steps)).mark_area(interpolate="step-after", color=CHALLENGER, opacity=0.12)
+    line = alt.Chart(data(steps)).mark_line(interpolate="step-after", color=CHALLENGER, strokeWidth=2)
+    area = alt.Chart(data(steps)).mark_area(interpolate="step-after", color=CHALLENGER, opacity=0.12)
     colour = alt.Color(
         "kind:N",
         legend=None,
         scale=alt.Scale(domain=list(KIND_COLOURS), range=list(KIND_COLOURS.values())),
     )
-    named = alt.Chart(_data([{"minutes": minutes, "share": d.share, "kind": d.kind} for minutes, d in taken]))
+    named = alt.Chart(data([{"minutes": minutes, "share": d.share, "kind": d.kind} for minutes, d in taken]))
     points = named.mark_point(filled=True, size=55, opacity=1).encode(x=x, y=y, color=colour)
     words = [
         # A word at the right end stands left of its point, or it would be cut off.
         alt.Chart(
-            _data(
+            data(
                 [
                     {"minutes": minutes, "share": d.share, "kind": d.kind, "label": f"{d.kind} · {d.share:.0%}"}
                     for minutes, d in taken
@@ -59,7 +55,7 @@ def share_plot(rollout: RolloutEntry) -> str:
         for right in (False, True)
     ]
     layers = alt.layer(area.encode(x=x, y=y), line.encode(x=x, y=y), points, *words)
-    return _svg(layers, f"Traffic to version {rollout.challenger}", _of_whom(rollout))
+    return svg(layers, f"Traffic to version {rollout.challenger}", _of_whom(rollout))
 
 
 def evidence_plot(rollout: RolloutEntry, guardrail: GuardrailEntry) -> str:
@@ -83,7 +79,7 @@ def evidence_plot(rollout: RolloutEntry, guardrail: GuardrailEntry) -> str:
     def y(field: str) -> alt.Y:
         return alt.Y(f"{field}:Q", title=None, scale=scale, axis=alt.Axis(format="+.1f"))
 
-    base = alt.Chart(_data(rows))
+    base = alt.Chart(data(rows))
     band = base.mark_area(color=CHALLENGER, opacity=0.16).encode(x=x, y=y("low"), y2="high:Q")
     edges = [
         base.mark_line(color=CHALLENGER, opacity=0.6, strokeWidth=1).encode(x=x, y=y(side)) for side in ("low", "high")
@@ -91,23 +87,23 @@ def evidence_plot(rollout: RolloutEntry, guardrail: GuardrailEntry) -> str:
     margin = base.mark_line(color=BAD, strokeDash=[4, 3], strokeWidth=1.2, interpolate="step-after").encode(
         x=x, y=y("margin")
     )
-    estimated = alt.Chart(_data([row for row in rows if "estimate" in row]))
+    estimated = alt.Chart(data([row for row in rows if "estimate" in row]))
     line = estimated.mark_line(color=CHALLENGER, strokeWidth=2).encode(x=x, y=y("estimate"))
     dots = estimated.mark_point(color=CHALLENGER, filled=True, size=24, opacity=1).encode(x=x, y=y("estimate"))
-    zero = alt.Chart(_data([{"zero": 0.0}])).mark_rule(color=FAINT, strokeWidth=1).encode(y=y("zero"))
+    zero = alt.Chart(data([{"zero": 0.0}])).mark_rule(color=FAINT, strokeWidth=1).encode(y=y("zero"))
     zero_named = (
-        alt.Chart(_data([{"zero": 0.0, "said": "no difference"}]))
+        alt.Chart(data([{"zero": 0.0, "said": "no difference"}]))
         .mark_text(align="left", dy=-6, dx=4, fontSize=11, color=FAINT)
         .encode(x=alt.value(0), y=y("zero"), text="said:N")
     )
     margin_named = (
-        alt.Chart(_data([{"margin": row["margin"], "said": "harm to exclude"} for row in rows[-1:]]))
+        alt.Chart(data([{"margin": row["margin"], "said": "harm to exclude"} for row in rows[-1:]]))
         .mark_text(align="right", dy=10, dx=-2, fontSize=11, color=BAD)
         .encode(x=alt.value("width"), y=y("margin"), text="said:N")
     )
     last = guardrail.points[-1]
     whom = "simulated users" if rollout.simulated else "users"
-    return _svg(
+    return svg(
         alt.layer(zero, band, *edges, margin, line, dots, zero_named, margin_named),
         f"{guardrail.name.capitalize()}: challenger minus champion",
         f"confidence sequence; {last.champion_users} champion and {last.challenger_users} challenger {whom}",
@@ -144,40 +140,6 @@ def criterion_plot(criterion: CriterionEntry) -> str:
 def _of_whom(rollout: RolloutEntry) -> str:
     whom = "simulated users" if rollout.simulated else "users"
     return f"{rollout.users_on_challenger} of {rollout.users} {whom} met it"
-
-
-def _svg(chart: Any, title: str, subtitle: str) -> str:
-    titled = chart.properties(
-        width=WIDTH,
-        height=HEIGHT,
-        autosize=alt.AutoSizeParams(type="fit", contains="padding"),
-        title=alt.TitleParams(title, subtitle=subtitle, anchor="start", offset=12),
-        background="transparent",
-    )
-    spec = titled.to_dict() | {
-        "config": {
-            "font": "Helvetica, Arial, sans-serif",
-            "view": {"stroke": None},
-            "title": {"fontSize": 14, "fontWeight": 600, "color": INK, "subtitleColor": FAINT, "subtitleFontSize": 12},
-            "axis": {
-                "labelColor": FAINT,
-                "titleColor": FAINT,
-                "titleFontWeight": "normal",
-                "titleFontSize": 12,
-                "labelFontSize": 12,
-                "gridColor": GRID,
-                "domainColor": GRID,
-                "tickColor": GRID,
-                "tickCount": 5,
-            },
-        }
-    }
-    svg = str(vl_convert.vegalite_to_svg(spec))
-    return svg[svg.index("<svg") :]
-
-
-def _data(rows: list[dict[str, Any]]) -> alt.Data:
-    return alt.Data(values=rows)
 
 
 def _end(rollout: RolloutEntry) -> datetime:

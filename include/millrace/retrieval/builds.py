@@ -124,6 +124,14 @@ class Builds(Protocol):
         """Delete what `superfluous` says. Returns what went."""
         ...
 
+    def changed_at(self) -> datetime | None:
+        """When a build was made or published last; None: never, as far as one can see."""
+        ...
+
+    def remove(self) -> None:
+        """Delete everything. Not for a lineage that a release needs or that is being built."""
+        ...
+
 
 def current(builds: Builds) -> str | None:
     """The published build; None: there is none."""

@@ -21,7 +21,7 @@ from millrace.retrieval.builds import FORMAT, BuildManifest, Builds, Published, 
 from millrace.retrieval.embed import cursor_name, lineage_id
 from millrace.retrieval.library import LibraryBuilds
 from millrace.retrieval.server import connect
-from millrace.retrieval.service import ServiceBuilds, collection_name
+from millrace.retrieval.service import ServiceBuilds, collected_lineages, collection_name
 from millrace.settings import Settings
 
 
@@ -31,6 +31,14 @@ def builds_of(settings: Settings, application: str, lineage: str) -> Builds:
         server = connect(settings.qdrant_url, settings.qdrant_api_key.get_secret_value())
         return ServiceBuilds(server, collection_name(settings.environment, application, lineage))
     return LibraryBuilds(settings.index_builds(application) / lineage)
+
+
+def kept_lineages(settings: Settings, application: str) -> list[str]:
+    """Lineages of `application` that this deployment keeps builds of. Raises as the place of the builds does."""
+    if settings.qdrant_url:
+        server = connect(settings.qdrant_url, settings.qdrant_api_key.get_secret_value())
+        return collected_lineages(server, settings.environment, application)
+    return sorted(path.name for path in settings.index_builds(application).glob("*") if path.is_dir())
 
 
 def declared_builds(settings: Settings, application: Application) -> Builds:

@@ -108,6 +108,15 @@ class LibraryBuilds:
                 shutil.rmtree(doomed)
         return gone
 
+    def changed_at(self) -> datetime | None:
+        try:
+            return datetime.fromtimestamp(self.folder.stat().st_mtime, UTC)
+        except FileNotFoundError:
+            return None
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder)
+
 
 class LibraryBuild:
     """A folder that is open."""

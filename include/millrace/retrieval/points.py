@@ -95,6 +95,13 @@ def manifest_points() -> "Filter":
     return Filter(must=[FieldCondition(key="kind", match=MatchValue(value="build"))])
 
 
+def all_points() -> "Filter":
+    """Whatever there is."""
+    from qdrant_client.models import Filter
+
+    return Filter()
+
+
 def upsert(collection: str, points: list["PointStruct"], client: "QdrantClient") -> None:
     client.upsert(collection, points, wait=True)
 

@@ -33,6 +33,7 @@ from millrace.retrieval.membership import OPEN, Member, Plan, gaps, next_serial,
 from millrace.retrieval.points import (
     INDEXED,
     VECTOR,
+    all_points,
     between_builds,
     chunk_points,
     delete_points,
@@ -68,6 +69,17 @@ SEARCH_EFFORT = 256
 def collection_name(environment: str, application: str, lineage: str) -> str:
     """Of an application's lineage in an environment: what a token names."""
     return f"millrace-{environment}-{application}-{lineage}"
+
+
+def collected_lineages(server: Server, environment: str, application: str) -> list[str]:
+    """The application's lineages that have a collection which this key may see.
+
+    Raises:
+        RetrievalError: the server doesn't answer.
+    """
+    begin = collection_name(environment, application, "")
+    found = server.ask("list collections", lambda client: client.get_collections()).collections
+    return sorted(one.name.removeprefix(begin) for one in found if one.name.startswith(begin))
 
 
 class ServiceBuilds:
@@ -162,6 +174,16 @@ class ServiceBuilds:
             for earlier, later in gaps(self._serials().values()):
                 self._delete(between_builds(earlier, later))
         return gone
+
+    def changed_at(self) -> datetime | None:
+        pointer = self.published()
+        times = [one.built_at for one in self.manifests()] + ([pointer.published_at] if pointer else [])
+        return max(times, default=None)
+
+    def remove(self) -> None:
+        """The collection stays, empty: a token for one collection may not delete it."""
+        self._delete(manifest_points())
+        self._delete(all_points())
 
     def ask(self, what: str, request: Callable[["QdrantClient"], T], waits: tuple[float, ...] | None = None) -> T:
         """One request about this collection; see `Server.ask`."""

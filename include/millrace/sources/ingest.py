@@ -19,7 +19,8 @@ from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import BRONZE_DOCUMENTS, SILVER_DOCUMENTS
 from millrace.settings import Settings
-from millrace.sources.document import Document, read_source
+from millrace.sources.document import Document
+from millrace.sources.reading import read_source
 
 log = logging.getLogger("millrace.sources")
 

@@ -4,7 +4,7 @@ import pytest
 
 from millrace.applications import PythonTopicsSource, TextFolderSource
 from millrace.errors import SourceError
-from millrace.sources.document import read_source
+from millrace.sources.reading import read_source
 
 
 def folder(path: Path, pattern: str = "**/*.txt") -> TextFolderSource:
