@@ -19,7 +19,7 @@ WORKDIR /opt/millrace
 
 # Changes least, takes longest: first.
 COPY requirements.txt ./
-RUN pip install uv==0.13.9 && uv pip install --system --no-deps -r requirements.txt
+RUN pip install uv==0.13.9 && uv pip install --system --compile-bytecode --no-deps -r requirements.txt
 
 COPY pyproject.toml README.md LICENSE ./
 COPY include ./include

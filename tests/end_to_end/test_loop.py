@@ -26,7 +26,7 @@ from millrace.stack import Stack
 from millrace.stack.environment import settings_variables
 from tests.conftest import Webhook
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(3600)]
 
 
 def test_the_loop_turns_once_and_every_stage_does_its_work(running_stack: Stack, told: Told) -> None:

@@ -28,7 +28,7 @@ from millrace.lakehouse.tables import (
 from millrace.settings import PROJECT
 from millrace.stack import Stack
 
-pytestmark = [pytest.mark.long, pytest.mark.stack, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.long, pytest.mark.stack, pytest.mark.timeout(3600)]
 
 STAGES = sorted(path.stem for path in (PROJECT / "dags").glob("*.py"))
 

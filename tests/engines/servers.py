@@ -2,11 +2,9 @@
 has one of its own (`make test-long` builds it)."""
 
 import os
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from millrace.engines.upstream import Upstream
-from tests.conftest import answers, free_port
+from tests.conftest import answers, free_port, running
 
 VLLM = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "vllm"
 KEY = "the key of a test's vLLM"
@@ -35,9 +33,9 @@ def transformers_server(model: Path, scratch: Path) -> Iterator[Served]:
     program = Path(sys.executable).with_name("transformers")
     # It lists what is in Hugging Face's cache, and fails where there is none.
     (cache := scratch / "hub").mkdir(exist_ok=True)
-    environment = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), "OMP_NUM_THREADS": "2"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), "OMP_NUM_THREADS": "2"}
     arguments = [program, "serve", model, "--host", "127.0.0.1", "--port", port, "--device", "cpu"]
-    with _running(arguments, environment, port, scratch / "transformers.log") as process:
+    with running(arguments, environment, scratch / "transformers.log", _healthy(port), seconds=300) as process:
         yield Served(Upstream(f"http://127.0.0.1:{port}/v1"), str(model), process)
 
 
@@ -46,7 +44,7 @@ def vllm_server(model: Path, scratch: Path, port: int | None = None) -> Iterator
     if not VLLM.exists():
         pytest.skip(f"no vLLM in {VLLM.parents[1].name}: `make test-long` installs it")
     port = port or free_port()
-    environment = {
+    environment = os.environ | {
         "VLLM_API_KEY": KEY,
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
         "VLLM_NO_USAGE_STATS": "1",
@@ -55,30 +53,9 @@ def vllm_server(model: Path, scratch: Path, port: int | None = None) -> Iterator
     }
     arguments = [VLLM, "serve", model, "--served-model-name", "smol", "--host", "127.0.0.1", "--port", port,
                  "--enable-lora", "--max-model-len", 4096, "--dtype", "float32", "--enforce-eager"]  # fmt: skip
-    with _running(arguments, environment, port, scratch / "vllm.log") as process:
+    with running(arguments, environment, scratch / "vllm.log", _healthy(port), seconds=300) as process:
         yield Served(Upstream(f"http://127.0.0.1:{port}/v1", KEY), "smol", process)
 
 
-@contextmanager
-def _running(
-    arguments: Sequence[object], environment: Mapping[str, str], port: int, log: Path
-) -> Iterator["subprocess.Popen[bytes]"]:
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            [str(one) for one in arguments],
-            env=os.environ | environment,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-    try:
-        deadline = time.monotonic() + 300
-        while not answers(f"http://127.0.0.1:{port}/health"):
-            if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"{arguments[0]} did not start: {log.read_text()[-2000:]}")
-            time.sleep(0.3)
-        yield process
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+def _healthy(port: int) -> Callable[[], bool]:
+    return lambda: answers(f"http://127.0.0.1:{port}/health")

@@ -1,7 +1,5 @@
 """The example's chain over a real server, found by its real entry point."""
 
-import os
-import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -13,10 +11,11 @@ from millrace.applications import Generation
 from millrace.engines.engine import Message
 from millrace.engines.langchain import LangChainEngine, installed_chain
 from millrace.errors import EngineError
+from tests.conftest import free_port
 from tests.engines.chains import PACKAGE, install
-from tests.engines.servers import Served, transformers_server
+from tests.engines.servers import Served
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.xdist_group("mlflow")]  # as in test_upstream.py
 
 CAPITAL = [Message("user", "What is the capital of France?")]
 COUNT = [Message("user", "Count from one to one thousand.")]
@@ -53,17 +52,11 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     sys.path.remove(str(folder))
 
 
-@pytest.fixture(scope="module")
-def served(packages: None, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with transformers_server(model_folder, tmp_path_factory.mktemp("server")) as running:
-        yield running
-
-
 @pytest.fixture
-def made(served: Served, monkeypatch: pytest.MonkeyPatch) -> LangChainEngine:
-    monkeypatch.setenv("OPENAI_BASE_URL", served.upstream.url)
+def made(packages: None, model_server: Served, monkeypatch: pytest.MonkeyPatch) -> LangChainEngine:
+    monkeypatch.setenv("OPENAI_BASE_URL", model_server.upstream.url)
     monkeypatch.setenv("OPENAI_API_KEY", "none")
-    return a_chain("concise", served.model)
+    return a_chain("concise", model_server.model)
 
 
 def a_chain(name: str, model: str = "any", version: str = "1.0.0") -> LangChainEngine:
@@ -151,13 +144,13 @@ def test_two_packages_with_one_name_are_refused(
         installed_chain("concise")
 
 
-def test_a_last_step_that_gives_no_text_is_said(served: Served, made: LangChainEngine) -> None:
+def test_a_last_step_that_gives_no_text_is_said(model_server: Served, made: LangChainEngine) -> None:
     with pytest.raises(EngineError, match="the chain gave list; its last step must give text or a message"):
-        a_chain("listing", served.model).generate(CAPITAL, Generation(max_new_tokens=2))
+        a_chain("listing", model_server.model).generate(CAPITAL, Generation(max_new_tokens=2))
 
 
-def test_a_server_that_is_gone_is_one_sentence(served: Served, made: LangChainEngine) -> None:
-    os.killpg(served.process.pid, signal.SIGKILL)  # the last test of this file
-    served.process.wait()
-    with pytest.raises(EngineError, match="chain 'concise' failed: APIConnectionError"):
-        made.generate(CAPITAL, Generation(max_new_tokens=2))
+def test_a_server_that_is_gone_is_one_sentence(packages: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{free_port()}/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    with pytest.raises(EngineError, match="chain 'concise' failed: OpenAIConnectionError: Connection error"):
+        a_chain("concise").generate(CAPITAL, Generation(max_new_tokens=2))

@@ -17,7 +17,8 @@ from millrace.errors import EngineError
 from tests.conftest import free_port
 from tests.engines.servers import Served, transformers_server, vllm_server
 
-pytestmark = pytest.mark.model
+# One process has the model server, and releases ask it, too.
+pytestmark = [pytest.mark.model, pytest.mark.xdist_group("mlflow")]
 
 CAPITAL = [Message("user", "What is the capital of France?")]
 COUNT = [Message("user", "Count from one to one thousand.")]
@@ -26,14 +27,16 @@ LONG = Generation(max_new_tokens=120)
 
 @pytest.fixture(
     scope="module",
-    params=[transformers_server, pytest.param(vllm_server, marks=[pytest.mark.long, pytest.mark.timeout(600)])],
-    ids=["transformers", "vllm"],
+    params=["transformers", pytest.param("vllm", marks=[pytest.mark.long, pytest.mark.timeout(600)])],
 )
 def served(
     request: pytest.FixtureRequest, model_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
-    with request.param(model_folder, tmp_path_factory.mktemp("server")) as running:
-        yield running
+    if request.param == "transformers":
+        yield request.getfixturevalue("model_server")
+    else:
+        with vllm_server(model_folder, tmp_path_factory.mktemp("server")) as running:
+            yield running
 
 
 @pytest.fixture

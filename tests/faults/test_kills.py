@@ -1,9 +1,6 @@
 """A stage that is killed between any two of its writes, and run again, leaves the tables that it leaves undisturbed."""
 
-import pickle
 import signal
-import subprocess
-import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,7 +15,7 @@ from millrace.retrieval.index import declared_builds
 from millrace.settings import Settings
 from millrace.sources.completion_id import issue
 from millrace.sources.event_log import Accepted, Completed, EventLog, Feedback
-from tests.faults.killed import HOUR, stage
+from tests.faults.killed import HOUR, run_until_write, stage
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(900)]
 
@@ -66,15 +63,12 @@ def test_every_stage_killed_after_each_write_and_run_again_leaves_equal_tables(
 def run_until_done(name: str, settings: Settings, application: Application) -> int:
     """How often the stage was killed before it ended. It is killed after its first write, again and again; where that
     left nothing that lasts (a file in a folder that is thrown away), after the second, and so on."""
-    given = settings.home / "given.pickle"
-    given.write_bytes(pickle.dumps({"settings": settings, "application": application}))
-    command = [sys.executable, str(Path(__file__).parent / "killed.py"), name, str(given)]
     writes, kept = 1, lasting(settings, application)
     for kills in range(MOST_KILLS):
-        ended = subprocess.run([*command, str(writes)], capture_output=True, text=True)
-        if ended.returncode == 0:
+        status = run_until_write(name, settings, application, writes)
+        if status == 0:
             return kills
-        assert ended.returncode == -signal.SIGKILL, ended.stderr
+        assert status == -signal.SIGKILL, "the stage failed: see its output"
         before, kept = kept, lasting(settings, application)
         writes = writes + 1 if kept == before else 1
     raise AssertionError(f"{name} writes something at every run: a repeat is not free")

@@ -77,7 +77,8 @@ def pairs(draw: Any) -> tuple[OwnModel, PaidApi]:
     machine = draw(st.one_of(st.just(0.0), st.floats(1, 1e4)))
     own = own_model(machine, capacity, draw(st.integers(1, 4)), draw(st.floats(0, 1e4)))
     # Near what a full machine costs, where there are many crossings, and anywhere.
-    full = draw(st.one_of(st.floats(0.8, 1.25).map(lambda share: share * machine), st.floats(0, 1e5)))
+    near = st.floats(0.8, 1.25).map(lambda share: share * machine)
+    full = draw(st.one_of(near, st.just(0.0), st.floats(1e-6, 1e5)))
     return own, api(full / capacity, draw(st.floats(0, 1e4)))
 
 
@@ -85,6 +86,7 @@ def pairs(draw: Any) -> tuple[OwnModel, PaidApi]:
 @example((own_model(100), api(0.16)))
 @example((own_model(100), api(0.1, fixed=50)))
 @example((own_model(100), api(0.0999, fixed=1e4)))
+@example((own_model(1 + 2e-16, 1), PaidApi("api", 0.03287671232876713, development_usd=1)))
 def test_every_change_is_told_and_every_change_told_is_one(pair: tuple[OwnModel, PaidApi]) -> None:
     own, other = pair
     found = break_even(own, other)

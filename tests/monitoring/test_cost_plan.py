@@ -415,7 +415,7 @@ def test_a_person_reads_a_plan_and_a_program_reads_the_same(
 ) -> None:
     told = typed("--queries-per-day", "200000", "--plot", str(tmp_path / "plan.svg"))
     assert told.exit_code == 0, told.output
-    assert "200,000.0 queries a day" in told.output
+    assert "200,000 queries a day" in told.output
     assert "Break-even with large, queries a day: at first large; above 13," in told.output
     assert "Break-even with small: none, small is cheaper at every load" in told.output
     assert "one chunk less" in told.output

@@ -2,9 +2,7 @@
 
 import os
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import distribution
@@ -12,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 
-from tests.conftest import answers, free_port
+from tests.conftest import answers, free_port, running
 
 NOWHERE = "http://127.0.0.1:9"
 """Nobody listens there: what is told this address and works needs no MLflow server."""
@@ -41,28 +38,12 @@ def serving(
     """Runs `python <arguments> --host --port`; its address. It must end by itself after SIGTERM."""
     url = f"http://127.0.0.1:{(port := free_port())}"
     known = {name: value for name, value in os.environ.items() if not name.startswith("MILLRACE_")}
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            [sys.executable, *map(str, arguments), "--host", "127.0.0.1", "--port", str(port)],
-            env=known | {"MLFLOW_TRACKING_URI": NOWHERE, "HF_HUB_OFFLINE": "1"} | dict(environment),
-            cwd=log.parent,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-    try:
-        deadline = time.monotonic() + 180
-        while not answers(f"{url}/ping"):
-            if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"{arguments} did not start: {log.read_text()[-3000:]}")
-            time.sleep(0.2)
+    whole = known | {"MLFLOW_TRACKING_URI": NOWHERE, "HF_HUB_OFFLINE": "1"} | dict(environment)
+    command = [sys.executable, *arguments, "--host", "127.0.0.1", "--port", port]
+    with running(command, whole, log, lambda: answers(f"{url}/ping")) as process:
         yield url
         os.killpg(process.pid, signal.SIGTERM)
         assert process.wait(60) in ends_with, log.read_text()[-3000:]
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 def invoked(url: str, questions: Sequence[str]) -> list[dict[str, Any]]:

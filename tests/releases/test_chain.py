@@ -20,7 +20,7 @@ from millrace.releases.pyfunc import load_config
 from millrace.releases.registry import fetch_release, release_manifest, versions
 from millrace.releases.requirements import locked, requirements
 from tests.engines.chains import PACKAGE, install
-from tests.engines.servers import Served, transformers_server
+from tests.engines.servers import Served
 from tests.releases.conftest import Answering
 
 pytestmark = pytest.mark.model
@@ -36,17 +36,11 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     sys.path.remove(str(folder))
 
 
-@pytest.fixture(scope="module")
-def served(package: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with transformers_server(tiny_model, tmp_path_factory.mktemp("server")) as running:
-        yield running
-
-
 @pytest.fixture
-def parameters(served: Served, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    monkeypatch.setenv("OPENAI_BASE_URL", served.upstream.url)
+def parameters(package: Path, model_server: Served, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    monkeypatch.setenv("OPENAI_BASE_URL", model_server.upstream.url)
     monkeypatch.setenv("OPENAI_API_KEY", "none")
-    return {"model": served.model, "instruction": "Answer in one short sentence."}
+    return {"model": model_server.model, "instruction": "Answer in one short sentence."}
 
 
 def a_chain(application: Application, **parameters: str) -> Manifest:

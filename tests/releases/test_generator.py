@@ -1,8 +1,5 @@
 """A release whose model a real server has: declared, registered, loaded, and answering as any other."""
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import mlflow.pyfunc
 import pandas as pd
 import pytest
@@ -17,7 +14,7 @@ from millrace.releases.registry import fetch_release, publish_split, release_man
 from millrace.releases.split import Split
 from millrace.settings import Settings
 from tests.conftest import free_port
-from tests.engines.servers import transformers_server
+from tests.engines.servers import Served
 from tests.releases.conftest import Answering
 
 pytestmark = pytest.mark.model
@@ -26,13 +23,10 @@ QUESTION = "What is the DAG folder?"
 
 
 @pytest.fixture(scope="module")
-def served(
-    answering: Answering, model_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Settings, Application]]:
+def served(answering: Answering, model_server: Served) -> tuple[Settings, Application]:
     """Settings that name a server and its model, and the application of `answering` with an index build."""
-    with transformers_server(model_folder, tmp_path_factory.mktemp("server")) as server:
-        changes = {"upstream_url": server.upstream.url, "upstream_model": server.model}
-        yield Settings.model_validate(answering.settings.model_dump() | changes), answering.application
+    changes = {"upstream_url": model_server.upstream.url, "upstream_model": model_server.model}
+    return Settings.model_validate(answering.settings.model_dump() | changes), answering.application
 
 
 def test_one_setting_makes_new_releases_answer_from_the_server(

@@ -1,6 +1,5 @@
 """The gateway as `millrace up` runs it: `python -m millrace.serving` over MLflow, a real index and a real model."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from millrace.retrieval.index import build_index
 from millrace.settings import Settings
 from millrace.sources.event_log import read_events
 from millrace.sources.ingest import land_documents, refine_documents
-from tests.conftest import DECLARATIONS, choose_free_ports
+from tests.conftest import DECLARATIONS, choose_free_ports, gateway_environment
 from tests.serving.parrot import EVER
 
 pytestmark = pytest.mark.model
@@ -116,16 +115,7 @@ def test_a_rollout_is_followed_and_taken_back_without_a_failed_request(whole: Wh
 
 @contextmanager
 def _process(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
-    environment = os.environ | {
-        "MILLRACE_HOME": str(settings.home),
-        "MILLRACE_APPLICATIONS": str(settings.applications),
-        "MILLRACE_GATEWAY_PORT": str(settings.gateway_port),
-        "MILLRACE_MLFLOW_URI": settings.mlflow_uri,
-        "MILLRACE_COMPLETION_KEY": settings.completion_key.get_secret_value(),
-        "MILLRACE_PSEUDONYM_KEY": settings.pseudonym_key.get_secret_value(),
-        "MILLRACE_THREADS": str(settings.threads),
-    }
-    process = subprocess.Popen([sys.executable, "-m", "millrace.serving"], env=environment)
+    process = subprocess.Popen([sys.executable, "-m", "millrace.serving"], env=gateway_environment(settings))
     try:
         yield process
     finally:

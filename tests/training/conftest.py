@@ -79,6 +79,7 @@ def spec_in(where: Path, base: Path, examples: list[dict[str, str]] = EXAMPLES, 
     path.write_text("".join(json.dumps(example) + "\n" for example in examples))
     fields: dict[str, Any] = {
         "base": base,
+        "cache": base.parent / "cache",
         "examples": path,
         "folder": where,
         "epochs": 2,

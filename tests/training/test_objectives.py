@@ -16,7 +16,7 @@ pytestmark = pytest.mark.model
 
 @pytest.fixture(scope="module")
 def loaded(two_blocks: Path) -> tuple[Any, Any]:
-    return load(two_blocks)
+    return load(two_blocks, two_blocks.parent / "cache")
 
 
 @pytest.fixture(scope="module")

@@ -92,7 +92,7 @@ def cost_plan(
     with one_sentence():
         settings, declared = declaration(application)
         lake, period = Lake.of(settings, declared.name), Period.of(since, until)
-        given = {
+        given: dict[str, Any] = {
             "queries_per_day": queries_per_day,
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
@@ -174,7 +174,7 @@ def _show_plan(planned: "CostPlan", inputs: "Inputs", history: "History") -> Non
 def _show_basis(planned: "CostPlan", inputs: "Inputs", history: "History") -> None:
     answers, usage = history.answers, planned.usage
     _say(
-        f"{planned.queries_per_day:,.1f} queries a day; an answer takes {usage.prompt_tokens:,.1f} prompt and "
+        f"{planned.queries_per_day:,.10g} queries a day; an answer takes {usage.prompt_tokens:,.1f} prompt and "
         f"{usage.completion_tokens:,.1f} completion tokens, {usage.cached_share:.1%} come from the cache"
     )
     _say(

@@ -187,9 +187,9 @@ class Story(Teller):
                 verdict = self.evaluate(stage, version)
                 verdicts.append(f"version {version} {verdict}")
                 self.progress.say(stage, "; ".join(verdicts))
-                if verdict != "refused":
-                    stage.state = "nothing new" if verdict == "is champion already" else "running"
-                    return version if verdict == "passed" else None
+                if verdict.word != "refused":
+                    stage.state = "nothing new" if verdict.word == "is champion already" else "running"
+                    return version if verdict.word == "passed" else None
             stage.state = "refused"
             return None
 
@@ -221,7 +221,16 @@ class Story(Teller):
             run = self.run_dag(stage, "declare_release", {"variant": "broken"})
             broken = str(self.airflow.result(self.dag("declare_release"), run.run_id, "declare")["version"])
             verdict = self.evaluate(stage, broken)
-            require(verdict == "refused", f"the gate let the broken release pass ({verdict})")
+            require(verdict.word == "refused", f"the gate let the broken release pass ({verdict})")
+            tolerated = self.application.rollout.steps[-1].margin
+            if verdict.quality_lost <= tolerated:
+                stage.state = "refused"
+                self.progress.say(
+                    stage,
+                    f"version {broken} {verdict}, and stays out: the champion answers so poorly that a broken release "
+                    f"costs users {verdict.quality_lost:.2f}, no more than the rollout tolerates ({tolerated:g})",
+                )
+                return
             people.admit(
                 self.settings,
                 self.application,
@@ -270,11 +279,11 @@ class Story(Teller):
                 return
             verdict = self.evaluate(stage, version)
             told = f"{found}; version {version} {verdict}"
-            if verdict == "passed":
+            if verdict.word == "passed":
                 end = self.traffic_until_decided(stage, version)
                 require(end != "freeze", f"the rollout of version {version} froze: {stage.detail}")
                 told += f", and its rollout ended with {end}"
-            stage.state = "refused" if verdict == "refused" else "running"
+            stage.state = "refused" if verdict.word == "refused" else "running"
             self.progress.say(stage, told)
 
     def monitor(self) -> None:

@@ -4,11 +4,12 @@ It knows Airflow's runs, the tables and the split; which stages there are, and w
 `story.py`'s business.
 """
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import pyarrow as pa
@@ -36,6 +37,20 @@ ASSET_SECONDS = 120
 
 class StoryError(MillraceError):
     """A stage ended without what it should have left behind."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate said of a candidate."""
+
+    word: Literal["passed", "refused", "is champion already"]
+    failed: tuple[str, ...] = ()
+    """Names of the criteria that it did not meet."""
+    quality_lost: float = 0.0
+    """Mean token-F1 of the champion minus the candidate's."""
+
+    def __str__(self) -> str:
+        return f"{self.word} ({', '.join(self.failed)})" if self.failed else self.word
 
 
 @dataclass
@@ -96,27 +111,35 @@ class Teller:
         split = self.split_now()
         return split is not None and split.challenger != candidate
 
-    def evaluate(self, stage: Stage, candidate: str) -> str:
-        """`passed`, `refused` or `is champion already`; evaluates unless that was done against this champion."""
+    def evaluate(self, stage: Stage, candidate: str) -> Verdict:
+        """The gate's word; evaluates unless that was done against this champion."""
         champion = self.champion_now()
         if candidate == champion:
-            return "is champion already"
+            return Verdict("is champion already")
         # A new version's asset has started a run, or will: what it leaves unevaluated is asked for by name.
         for run in self.airflow.runs(self.dag("evaluate_candidate"), since=self.started, run_type="asset_triggered"):
             self.follow(stage, run, may_fail=True)
         if self.verdict(candidate, champion) is None:
             self.run_dag(stage, "evaluate_candidate", {"candidate": candidate}, may_fail=True)
         verdict = self.verdict(candidate, champion)
-        require(verdict is not None, f"version {candidate} was not evaluated against version {champion}")
-        return "passed" if verdict else "refused"
+        if verdict is None:
+            raise StoryError(f"version {candidate} was not evaluated against version {champion}")
+        return verdict
 
-    def verdict(self, candidate: str, champion: str) -> bool | None:
+    def verdict(self, candidate: str, champion: str) -> Verdict | None:
         rows = self.lake.read(
             OPS_EVALUATIONS,
-            ["passed", "evaluated_at"],
+            ["passed", "criteria", "evaluated_at"],
             where=(pc.field("candidate") == candidate) & (pc.field("champion") == champion),
         ).sort_by("evaluated_at")
-        return bool(rows["passed"][-1].as_py()) if rows.num_rows else None
+        if not rows.num_rows:
+            return None
+        criteria = json.loads(rows["criteria"][-1].as_py())
+        return Verdict(
+            "passed" if rows["passed"][-1].as_py() else "refused",
+            tuple(one["name"] for one in criteria if not one["passed"]),
+            next((-one["estimate"] for one in criteria if one["name"] == "quality"), 0.0),
+        )
 
     def users(self, split: str, crowd: str, *, corrections: bool) -> SimulatedUsers:
         return SimulatedUsers(

@@ -15,7 +15,7 @@ from millrace.applications import Generation
 from millrace.engines.chat import chat_prompt
 from millrace.engines.engine import FinishReason, Generated, Message
 from millrace.engines.gguf_header import read_gguf_header
-from millrace.engines.token_stream import Job, TokenStream
+from millrace.engines.token_stream import Job, TokenStream, require_room
 from millrace.errors import EngineError
 
 _EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
@@ -60,18 +60,12 @@ class OpenVinoEngine:
         return int(self._encoded(messages).shape[1])
 
     def generate(self, messages: Sequence[Message], config: Generation) -> Generated:
-        stream = self.stream(messages, config)
-        stream.drain()
-        return stream.result
+        return self.stream(messages, config).drain()
 
     def stream(self, messages: Sequence[Message], config: Generation) -> TokenStream:
         prompt = self._encoded(messages)
         length = int(prompt.shape[1])
-        if length + config.max_new_tokens > self._context_tokens:
-            raise EngineError(
-                f"a prompt of {length} tokens and {config.max_new_tokens} new ones don't fit the context of "
-                f"{self._context_tokens}; shorten the prompt"
-            )
+        require_room(length, config, self._context_tokens)
         job = Job(prompt, self._generation_config(config))
         with self._lock:
             if self._refusal:
@@ -156,7 +150,7 @@ def _load(path: Path, cache_gb: int, threads: int) -> Any:
     scheduler.enable_prefix_caching = True
     try:
         return ContinuousBatchingPipeline(str(path), scheduler, "CPU", {**_EXACT, "INFERENCE_NUM_THREADS": threads})
-    except RuntimeError as error:
+    except (RuntimeError, IndexError) as error:  # The latter for metadata that it looks for in vain.
         raise EngineError(f"OpenVINO can't load {path}: {_first_line(error)}; export the model again") from None
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from millrace.applications import Generation
 from millrace.engines.engine import FinishReason, Generated
 from millrace.errors import EngineError
 
@@ -24,6 +25,17 @@ class Job:
     config: Any
     tokens: "queue.SimpleQueue[list[int] | FinishReason | EngineError]" = field(default_factory=queue.SimpleQueue)
     cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+def require_room(prompt_tokens: int, config: Generation, context_tokens: int) -> None:
+    """Raises:
+    EngineError: the prompt and what `config` lets come after it don't fit the model's context.
+    """
+    if prompt_tokens + config.max_new_tokens > context_tokens:
+        raise EngineError(
+            f"a prompt of {prompt_tokens} tokens and {config.max_new_tokens} new ones don't fit the context of "
+            f"{context_tokens}; shorten the prompt"
+        )
 
 
 class TokenStream:
@@ -50,10 +62,11 @@ class TokenStream:
                 return piece
         raise StopIteration
 
-    def drain(self) -> None:
-        """Wait for the end without looking at the pieces."""
+    def drain(self) -> Generated:
+        """Wait for the end without looking at the pieces. Returns the result."""
         while self._reason is None:
             self._take()
+        return self.result
 
     def close(self) -> None:
         self._job.cancelled.set()
@@ -65,8 +78,8 @@ class TokenStream:
         if self._reason is None:
             if not self._job.cancelled.is_set():
                 raise EngineError("the stream is still running; read it to its end or close it")
-            self.drain()
-        return Generated(self._text(), self._prompt_tokens, len(self._ids), self._reason or "cancelled")
+            return self.drain()
+        return Generated(self._text(), self._prompt_tokens, len(self._ids), self._reason)
 
     def _take(self) -> None:
         item = self._job.tokens.get()

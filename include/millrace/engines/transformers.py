@@ -14,7 +14,7 @@ from typing import Any
 from millrace.applications import Generation
 from millrace.engines.engine import FinishReason, Generated, Message
 from millrace.engines.huggingface import model_files
-from millrace.engines.token_stream import Job, TokenStream
+from millrace.engines.token_stream import Job, TokenStream, require_room
 from millrace.errors import EngineError
 
 _NO_CLOCK = "{%- macro strftime_now(format) -%}1 January 2025{%- endmacro -%}"
@@ -55,18 +55,12 @@ class TransformersEngine:
         return int(self._encoded(messages)["input_ids"].shape[1])
 
     def generate(self, messages: Sequence[Message], config: Generation) -> Generated:
-        stream = self.stream(messages, config)
-        stream.drain()
-        return stream.result
+        return self.stream(messages, config).drain()
 
     def stream(self, messages: Sequence[Message], config: Generation) -> TokenStream:
         prompt = self._encoded(messages)
         length = int(prompt["input_ids"].shape[1])
-        if length + config.max_new_tokens > self._context_tokens:
-            raise EngineError(
-                f"a prompt of {length} tokens and {config.max_new_tokens} new ones don't fit the context of "
-                f"{self._context_tokens}; shorten the prompt"
-            )
+        require_room(length, config, self._context_tokens)
         job = Job(prompt, self._generation_config(config))
         with self._lock:
             if self._closed.is_set():

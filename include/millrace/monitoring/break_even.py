@@ -130,6 +130,9 @@ class _Line:
         gain = full - own.machine_usd
         self.gain = gain if abs(gain) > ROUNDING * max(full, own.machine_usd) else 0.0
         """Dollars a month that each further full machine saves against the API."""
+        joined = self.gap + own.machine_usd
+        self.joined = joined if abs(joined) > ROUNDING * own.machine_usd else 0.0
+        """What full machines must have gained to carry an empty one."""
 
     @property
     def first(self) -> int:
@@ -148,15 +151,14 @@ class _Line:
     def last(self, machines: int) -> float:
         """The last step of the stretch that begins within this one: until then no further machine, however empty,
         makes the API cheaper. Infinite: never."""
-        joined = self.gap + self.own.machine_usd  # what full machines must have gained to carry an empty one
         if self.gain >= 0:
             gained = machines * self.gain
-            return math.inf if gained >= joined * (1 - ROUNDING) and gained > self.gap else machines
-        return max(machines, math.ceil(joined / self.gain * (1 - ROUNDING)))
+            return math.inf if gained >= self.joined * (1 - ROUNDING) and gained > self.gap else machines
+        return max(machines, math.ceil(self.joined / self.gain * (1 - ROUNDING)))
 
     def settled(self) -> tuple[str | None, float | None]:
         """Who is cheaper at all high loads, and above which."""
-        own, joined = self.own, self.gap + self.own.machine_usd
+        own, joined = self.own, self.joined
         if self.gain > 0:
             return own.name, self.met(max(own.minimum_machines, math.ceil(joined / self.gain * (1 - ROUNDING))))
         if self.gain < 0:

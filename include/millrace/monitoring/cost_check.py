@@ -6,7 +6,7 @@ Pure: both periods are handed in.
 from dataclasses import dataclass, field
 
 from millrace.errors import CostError
-from millrace.monitoring.break_even import DAYS
+from millrace.monitoring.break_even import DAYS, OwnModel, PaidApi
 from millrace.monitoring.cost_history import History, inputs_of
 from millrace.monitoring.cost_plan import Inputs, options
 
@@ -88,13 +88,15 @@ def check(inputs: Inputs, earlier: History, later: History) -> Check:
 def _ways(inputs: Inputs, later: History) -> list[Compared]:
     """Serving with each declared price, on the plan's inputs and on what was recorded."""
     recorded = inputs_of(later, inputs.policy, inputs.prices, shortest_days=0)
-    planned, real = (
-        {way.name: way.serving_usd(one.queries_per_day) for way in (own, *apis)}
-        for one in (inputs, recorded)
-        for own, apis in [options(one, one.usage)]
-    )
+    planned, real = _serving(inputs), _serving(recorded)
     months = later.answers.days / DAYS
     return [Compared(f"serving, {name}", "USD", planned[name] * months, real[name] * months) for name in planned]
+
+
+def _serving(inputs: Inputs) -> dict[str, float]:
+    own, apis = options(inputs, inputs.usage)
+    ways: list[OwnModel | PaidApi] = [own, *apis]
+    return {way.name: way.serving_usd(inputs.queries_per_day) for way in ways}
 
 
 def _development(inputs: Inputs, earlier: History, later: History) -> list[Compared]:

@@ -238,7 +238,8 @@ def measured_speed(prompt: Floats, completion: Floats, seconds: Floats, busy_sec
     if slopes is None:
         return Speed.even(float(prompt.sum() + completion.sum()) / busy_seconds)
     fitted = float(prompt.sum() * slopes[0] + completion.sum() * slopes[1])
-    return Speed(*(float(slope) * busy_seconds / fitted for slope in slopes), told_apart=True)
+    scale = busy_seconds / fitted
+    return Speed(float(slopes[0]) * scale, float(slopes[1]) * scale, told_apart=True)
 
 
 def _slopes(columns: Floats, values: Floats) -> Floats | None:
@@ -308,7 +309,7 @@ def _booked(computed: pa.Table, prices: Prices) -> TokenPrice | None:
         prompt, completion = row["prompt_tokens_sum"], row["completion_tokens_sum"]
         differences = [abs(price.answer(prompt, completion) - row["cost_usd_sum"]) for price in prices.declared]
         paid.append((prompt, completion, prices.declared[int(np.argmin(differences))]))
-    prompts, completions = (sum(row[i] for row in paid) for i in (0, 1))
+    prompts, completions = sum(prompt for prompt, _, _ in paid), sum(completion for _, completion, _ in paid)
     if not prompts or not completions:
         return None
     return TokenPrice(

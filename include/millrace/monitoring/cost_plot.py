@@ -58,12 +58,13 @@ def write_plot(inputs: Inputs, planned: CostPlan, path: Path) -> None:
 
 def _chart(inputs: Inputs, planned: CostPlan) -> Any:
     own, apis = options(inputs, planned.usage)
+    ways: list[OwnModel | PaidApi] = [own, *apis]
     met = [change.queries_per_day for against in planned.break_even for change in against.changes]
     load = planned.queries_per_day
     low, high = min([load, *met]) / 4, max([load, *met]) * 4
     curves = [
         {"load": at, "usd": usd, "way": way.name}
-        for way in (own, *apis)
+        for way in ways
         for at, usd in _curve(way, low, high)
         if usd > 0  # a logarithmic scale has no 0
     ]
@@ -75,7 +76,7 @@ def _chart(inputs: Inputs, planned: CostPlan) -> Any:
         axis=alt.Axis(format="~s"),
     )
     y = alt.Y("usd:Q", title="US dollars a month", scale=alt.Scale(type="log"), axis=alt.Axis(format="~s"))
-    names = [own.name, *(api.name for api in apis)]
+    names = [way.name for way in ways]
     colours = [BLUE, RED, GREEN, GREY]
     colour = alt.Color("way:N", title=None, scale=alt.Scale(domain=names, range=_as_many(colours, names)))
     dash = alt.StrokeDash("way:N", title=None, scale=alt.Scale(domain=names, range=_as_many(DASHES, names)))

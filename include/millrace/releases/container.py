@@ -48,7 +48,7 @@ WORKDIR /opt/release
 
 # Changes least, takes longest: first.
 COPY requirements.txt ./
-RUN pip install uv==0.13.9 && uv pip install --system --no-deps -r requirements.txt
+RUN pip install uv==0.13.9 && uv pip install --system --compile-bytecode --no-deps -r requirements.txt
 COPY code ./code
 RUN uv pip install --system --no-deps ./code
 

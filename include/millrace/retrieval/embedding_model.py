@@ -4,15 +4,13 @@ Converting needs torch and transformers for some seconds; what was converted sta
 and opening it needs neither.
 """
 
-import os
-import shutil
-import tempfile
 from hashlib import file_digest
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from millrace.cache import made_once
 from millrace.errors import RetrievalError
 
 CONVERSION = 1
@@ -49,25 +47,11 @@ def model_version(package: str) -> str:
 
 
 def converted_model(folder: Path, cache: Path) -> Path:
-    """The model as OpenVINO reads it, converted if it isn't in the cache yet.
-
-    Several processes may convert at once; each renames a complete folder, and the first one stays.
-    """
+    """The model as OpenVINO reads it, converted if it isn't in the cache yet."""
     with (folder / "model.safetensors").open("rb") as weights:
         key = file_digest(weights, "sha256").hexdigest()[:16]
     ready = cache / "embedders" / f"{key}-openvino-{version('openvino')}-{CONVERSION}"
-    if not ready.is_dir():
-        ready.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=".building-", dir=ready.parent))
-        try:
-            _convert(folder, building / "model.xml")
-            os.replace(building, ready)
-        except OSError:
-            if not ready.is_dir():
-                raise
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
-    return ready / "model.xml"
+    return made_once(ready, lambda building: _convert(folder, building / "model.xml")) / "model.xml"
 
 
 def _convert(folder: Path, target: Path) -> None:

@@ -85,7 +85,7 @@ def finetune(settings: Settings, application: Application, *, training_set: str,
     name = fingerprint(training, training_set, base_sha256)
     runs = settings.home / "training" / settings.environment / application.name
     folder = runs / name
-    spec = _spec(application.name, training, base, folder)
+    spec = _spec(settings, application.name, training, base, folder)
     folder.mkdir(parents=True, exist_ok=True)
     folder.touch()  # in use: among the last to be removed
     _forget(runs, keep=KEPT)
@@ -241,11 +241,12 @@ def _progress(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def _spec(application: str, training: Training, base: Path, folder: Path) -> Spec:
+def _spec(settings: Settings, application: str, training: Training, base: Path, folder: Path) -> Spec:
     dpo = training.method == "dpo"
     try:
         return Spec(
             base=base,
+            cache=settings.cache,
             examples=folder / "examples.jsonl",
             folder=folder,
             epochs=training.epochs,

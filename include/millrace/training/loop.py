@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from millrace.engines.chat import END_OF_TURN
-from millrace.engines.tokenizer import model_tokenizer
+from millrace.engines.converted import hugging_face_folder
 from millrace.errors import TrainingError
 from millrace.training.batches import (
     Encoded,
@@ -75,7 +75,7 @@ def train(spec: Spec, rendezvous: str | None) -> None:
             "change nothing; remove offload_optimizer and offload_param from [training.deepspeed]"
         )
     torch.manual_seed(spec.seed)
-    tokenizer, base = load(spec.base)
+    tokenizer, base = load(spec.base, spec.cache)
     prompts, examples, left_out = _examples(spec, tokenizer)
     training, held_out = split_held_out(len(examples), spec.held_out, spec.seed)
     development: list[int] = []
@@ -289,17 +289,18 @@ def require_fitting(tokenizer: Any, vocabulary: int) -> None:
         )
 
 
-def load(base: Path) -> tuple[Any, Any]:
+def load(base: Path, cache: Path) -> tuple[Any, Any]:
     """Tokenizer and model of the GGUF file `base`, the weights as 32-bit floats.
 
     Raises:
         TrainingError: they don't fit each other.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = model_tokenizer(base)
-    model = AutoModelForCausalLM.from_pretrained(base.parent, gguf_file=base.name, dtype=torch.float32)
+    folder = hugging_face_folder(base, cache)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     require_fitting(tokenizer, model.config.vocab_size)
     return tokenizer, model
 

@@ -81,8 +81,10 @@ def measure(weights: Path, prompts: Sequence[str], *, max_new_tokens: int, alone
         told = lines[-1] if lines else f"its process ended with status {ran.returncode}"
         raise EngineError(f"{weights.name} can't be measured: {told}")
     # The engine may print lines of its own.
-    values = json.loads(ran.stdout.splitlines()[-1])
-    return Measured(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    values: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    for name in ("seconds_per_token", "answers"):
+        values[name] = tuple(values[name])
+    return Measured(**values)
 
 
 def measured(request: dict[str, Any]) -> Measured:

@@ -139,7 +139,7 @@ def encode_q4_0(blocks: Floats) -> Bytes:
     """Blocks of 32 weights, (n, 32), as Q4_0, (n, 18) bytes: w = scale · (code − 8), codes 0 to 15."""
     furthest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1, keepdims=True), axis=1)
     zero = np.full_like(furthest, 8)
-    scale, codes = _fitted(blocks, furthest / -8, zero, 8)
+    scale, codes = _fitted(blocks, furthest / np.float32(-8), zero, 8)
     return np.concatenate([_half(scale), _packed(codes)], axis=1)
 
 
@@ -217,4 +217,4 @@ def _half(values: Floats) -> Bytes:
 
 def _packed(codes: Bytes) -> Bytes:
     """Codes of 4 bits, two a byte: the first half of a block in the low bits."""
-    return codes[:, :16] | codes[:, 16:] << 4
+    return (codes[:, :16] | codes[:, 16:] << 4).astype(np.uint8)

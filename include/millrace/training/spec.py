@@ -106,6 +106,8 @@ class Spec(Strict):
 
     base: Path
     """The base model, a GGUF file."""
+    cache: Path
+    """Of the machine; the base is there as the program reads it (`engines/converted.py`)."""
     examples: Path
     """JSON lines with `prompt` (one user message) and `answer`; for dpo `chosen` and `rejected` instead of that."""
     folder: Path
