@@ -12,7 +12,7 @@ run: $(INSTALLED)
 	MILLRACE_PACE=$${MILLRACE_PACE:-demo} exec $(BIN)/millrace run $(if $(ONCE),--once)
 
 test: $(INSTALLED)
-	exec $(BIN)/pytest -n 2 --dist loadgroup -m "not long"
+	exec $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not long"
 
 unit: $(INSTALLED)
 	exec $(BIN)/pytest -n auto --dist loadgroup -m "$(FAST)"
@@ -36,7 +36,7 @@ lock: $(BIN)/uv
 # Compiled at once: where PYTHONDONTWRITEBYTECODE is set, as in many images, every process would compile it all again.
 # The project itself is linked, not copied, and without an environment of its own to build in: setuptools is in the lock.
 $(INSTALLED): requirements.txt pyproject.toml | $(BIN)/uv
-	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --no-deps -r requirements.txt
+	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode --no-deps -r requirements.txt
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	touch $@
 

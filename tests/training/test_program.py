@@ -66,7 +66,8 @@ def gone(spec: Spec, seconds: float = 20) -> bool:
 
 
 def test_a_fine_tune_that_is_killed_ends_where_an_undisturbed_one_ends(make_spec: MakeSpec, tmp_path: Path) -> None:
-    undisturbed = make_spec("undisturbed", checkpoint_steps=1, learning_rate=5e-3)
+    # Both processes find an empty cache.
+    undisturbed = make_spec("undisturbed", checkpoint_steps=1, learning_rate=5e-3, cache=tmp_path / "cache")
     result = train(undisturbed)
     assert result["steps"] == 4
     assert result["held_out"] == 1

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from millrace.cache import made_once
 from millrace.engines.tokenizer import model_tokenizer
+from millrace.errors import EngineError
 
 CONVERSION = 1
 """Raise when the same file is converted otherwise: what is in caches is made anew then."""
@@ -14,7 +15,11 @@ CONVERSION = 1
 
 def hugging_face_folder(path: Path, cache: Path) -> Path:
     """Tokenizer and model (safetensors, the weights as 32-bit floats) of the GGUF file at `path`, converted if they
-    aren't in the cache yet."""
+    aren't in the cache yet. Not in a process that has joined a group of torch's: only its first one may write.
+
+    Raises:
+        EngineError: transformers wrote no weights.
+    """
     with path.open("rb") as weights:
         key = file_digest(weights, "sha256").hexdigest()[:16]
     ready = cache / "generators" / f"{key}-transformers-{version('transformers')}-{CONVERSION}"
@@ -33,3 +38,5 @@ def _convert(path: Path, target: Path) -> None:
     del model.config.quantization_config  # of the file that it was read from
     model.save_pretrained(target)
     model_tokenizer(path).save_pretrained(target)
+    if not (target / "model.safetensors").exists():
+        raise EngineError(f"transformers wrote no weights of {path}; convert it outside of torch's process groups")

@@ -51,6 +51,8 @@ def train(spec: Spec, rendezvous: str | None) -> None:
     Raises:
         TrainingError: the examples, the base or the configuration are unusable, or the loss is not a number.
     """
+    # Before the processes meet: of those that have met, transformers lets only the first one write.
+    hugging_face_folder(spec.base, spec.cache)
     deepspeed = _deepspeed()
     import torch
 
