@@ -1,4 +1,4 @@
-"""`<application>.finetune`: training set → DeepSpeed LoRA fine-tune → candidate release."""
+"""`<application>.finetune`: training set → DeepSpeed fine-tune → candidate release."""
 
 from datetime import timedelta
 
@@ -12,23 +12,20 @@ from millrace_airflow import HEAVY, asset, run_name, stage
 
 BELATED = timedelta(minutes=10)
 """How long after its time the very first run may still start; a parse in between would else skip a week."""
-
 RUNBOOK = """
 ### What it does
-Writes a training set (`gold/training_examples`) from documents' questions and users' corrections, none of them near
-an evaluation question; trains a LoRA adapter with DeepSpeed (curves in MLflow, experiment `<application>/finetune`);
-merges it into the base model and registers the result as a candidate release. The gate comes next, by itself.
-By hand: trigger with `max_examples` to train on fewer than `[training]` declares.
+Writes a training set, none of it near an evaluation question: answers (sft: documents' questions and users'
+corrections, `gold/training_examples`) or preferences (dpo: corrections and ratings, `gold/preference_examples`). Trains
+with DeepSpeed (curves in MLflow, experiment `<application>/finetune`), writes the result in the base model's format,
+registers it as a candidate release. The gate comes next, by itself. What the form says overrides `[training]`.
 
 ### Healthy
-Green once a week, and after a breach whose action is retrain. A set and configuration that were trained before are
-not trained again: the same version results.
+Green once a week, and after a breach whose action is retrain. The same set and configuration give the same version.
 
 ### When it fails
-*build_set*: too few examples (the message counts what was left out and why), no index build, or an evaluation question
-among them. *train*: the message names the process's reason; its logs and the last checkpoint are in
-`<home>/training`. Clear the task: it continues behind the checkpoint. *release*: the exported file doesn't answer like
-the trained model, or MLflow doesn't answer. Clear it: nothing is trained again. Safe to clear any time.
+*build_set*: too few examples (counted: what was left out and why), no index build, or a leak. *train*: the message says
+why; logs and the last checkpoint are in `<home>/training`. *release*: the exported file doesn't answer like the trained
+model, or MLflow doesn't answer. Clear the task: it goes on from the checkpoint. Safe to clear any time.
 
 ### Backfill
 There is none: a training set is made of what is there now. Trigger it once.
@@ -47,20 +44,23 @@ def finetune(application: Application) -> DAG:
             timetable=CronTriggerTimetable(application.schedules.finetune, timezone="UTC", run_immediately=BELATED),
             assets=[asset(application.name, "breaches/retrain")],
         ),
-        params={"max_examples": Param(None, type=["null", "integer"], minimum=8, description="Empty: as declared")},
+        params={
+            "max_examples": Param(None, type=["null", "integer"], minimum=8, description="Empty: as declared"),
+            "method": Param(None, enum=[None, "sft", "dpo"], description="Answers or preferences; empty: as declared"),
+        },
     ) as dag:
 
         @task
         def build_set(*, params: dict) -> dict:
-            from millrace.training.sets import build_training_set
+            from millrace.training import finetune
 
-            return build_training_set(read_settings(), application, run=run_name(), max_examples=params["max_examples"])
+            return finetune.build_set(read_settings(), application, run=run_name(), **params)
 
         @task(pool=HEAVY)
         def train(built: dict) -> dict:
-            from millrace.training.finetune import finetune as train
+            from millrace.training import finetune
 
-            return train(read_settings(), application, training_set=built["training_set"], run=run_name())
+            return finetune.finetune(read_settings(), application, training_set=built["training_set"], run=run_name())
 
         @task(pool=HEAVY, outlets=[releases])
         def release(trained: dict, *, outlet_events) -> dict:

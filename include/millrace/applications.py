@@ -118,21 +118,41 @@ class Deadlines(Declared):
     batch_inference: float = Field(1440, gt=0)
 
 
+class Dpo(Declared):
+    """Direct preference optimisation: what is other there than in supervised fine-tuning."""
+
+    beta: float = Field(0.1, gt=0)
+    """How dearly leaving the base model is paid for: the smaller, the further it goes."""
+    learning_rate: float = Field(1e-4, gt=0)
+
+
 class Training(Declared):
     max_examples: int = Field(2000, ge=1)
     epochs: int = Field(1, ge=1)
+    method: Literal["sft", "dpo"] = "sft"
+    """Supervised fine-tuning on answers, or direct preference optimisation on pairs of a better and a worse answer."""
     learning_rate: float = Field(1e-3, gt=0)
-    lora_rank: int = Field(16, ge=1)
+    """For an adapter. All weights (`lora_rank = 0`) want a tenth of it or less."""
+    lora_rank: int = Field(16, ge=0)
+    """Of the adapter (LoRA); 0: none, all weights are trained."""
     lora_layers: int = Field(0, ge=0)
     """Adapt the last so many blocks, which saves the way back through the others; 0: all blocks."""
     micro_batch: int = Field(1, ge=1)
+    packing: bool = False
+    """Put a micro-batch's examples into one row without padding, none of them seeing another."""
     gradient_accumulation: int = Field(2, ge=1)
+    evaluate_steps: int = Field(0, ge=0)
+    """Every so many steps measure the loss on a development split, and keep the best weights; 0: train to the end."""
+    patience: int = Field(3, ge=1)
+    """Measurements in a row without a better one, after which training stops."""
     max_tokens: int = Field(640, ge=64)
     """Longer examples are left out, and counted."""
     processes: int = Field(2, ge=1)
     seed: int = 0
+    dpo: Dpo = Dpo()
     deepspeed: dict[str, Any] = {}
-    """Overrides of DeepSpeed's configuration, by section; `training/spec.py` has the keys, others are refused."""
+    """Overrides of DeepSpeed's configuration, by section (`zero_optimization = { stage = 3 }`); `training/spec.py` has
+    the keys, others are refused."""
 
 
 class Optimize(Declared):

@@ -12,6 +12,7 @@ MillraceError
 ├── EngineError            a generator can't be loaded or doesn't answer
 ├── ServingError           a request can't be answered as asked
 ├── TrainingError          a training set or a fine-tune is unusable
+│   └── OutOfMemory        a training process needs more memory than there is
 ├── PromptError            a prompt version isn't there, or a study of prompts can't be held
 ├── BatchError             a table of questions can't be used, or can't be answered
 ├── CostError              a cost can't be planned from what is known
@@ -66,6 +67,10 @@ class ServingError(MillraceError):
 
 class TrainingError(MillraceError):
     """A training set or a fine-tune is unusable."""
+
+
+class OutOfMemory(TrainingError):
+    """A training process needs more memory than there is."""
 
 
 class PromptError(MillraceError):

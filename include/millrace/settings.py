@@ -18,6 +18,10 @@ PACKAGE = Path(__file__).parent
 PROJECT = PACKAGE.parents[1]
 
 
+Launcher = Literal["local", "torchrun", "deepspeed", "spark"]
+"""What starts the processes of a fine-tune."""
+
+
 class Settings(BaseSettings):
     """Read from `MILLRACE_<FIELD>`. Construct with `read_settings()`, which turns mistakes into one sentence."""
 
@@ -67,6 +71,10 @@ class Settings(BaseSettings):
     """Spark tasks that answer a table of questions at once, each with a generator of its own in memory."""
     batch_slice: int = Field(200, ge=1)
     """Questions between commits of their answers: what a killed run has to ask again."""
+
+    training_launcher: Launcher = "local"
+    """`local`, `torchrun` and `deepspeed` start a fine-tune's processes on this machine, `spark` as tasks of the Spark
+    Connect server, which needs `home` in reach of its workers; docs/training.md says more."""
 
     answer_cache: bool = True
     """Answer an identical request to the same release and index build from memory."""

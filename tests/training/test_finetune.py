@@ -1,31 +1,34 @@
 """The stage, with a lake on disk, MLflow on SQLite and the program in two processes."""
 
+import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
 from millrace.applications import Application
-from millrace.errors import ReleaseError, TrainingError
+from millrace.errors import OutOfMemory, ReleaseError, TrainingError
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import GOLD_TRAINING_EXAMPLES, OPS_COSTS
+from millrace.lakehouse.tables import GOLD_PREFERENCE_EXAMPLES, GOLD_TRAINING_EXAMPLES, OPS_COSTS
 from millrace.releases.declare import declare_release
 from millrace.releases.generator import adapter_name
 from millrace.releases.loader import ReleaseLoader
 from millrace.releases.manifest import ServedModel
 from millrace.releases.registry import release_manifest, versions
-from millrace.retrieval.chunk import refresh_chunks
-from millrace.retrieval.embed import refresh_embeddings
-from millrace.retrieval.index import build_index, declared_builds
 from millrace.settings import Settings
-from millrace.sources.ingest import land_documents, refine_documents
 from millrace.training import finetune as stage
 from millrace.training.candidate import release_candidate
 from millrace.training.finetune import finetune
+from millrace.training.launch import run_program
+from millrace.training.preferences import PreferenceExample, preference_set_id
 from millrace.training.sets import Example, build_training_set, training_set_id
+from millrace.training.spec import Spec
 from millrace.upkeep import remove_unused
 from tests.engines.servers import KEY, Served, vllm_server
+from tests.training.conftest import index
 
 
 @pytest.fixture
@@ -61,6 +64,13 @@ def test_a_fine_tune_is_shown_in_mlflow_and_is_not_done_twice(
     curve = client.get_metric_history(first["mlflow_run"], "loss")
     assert sorted(point.step for point in curve) == [1, 2, 3, 4]
     assert logged.data.metrics["held_out_loss"] == pytest.approx(first["held_out_loss"])
+    assert logged.data.metrics["system/system_memory_usage_megabytes"] > 0
+    assert logged.data.params["zero_stage"] == "2"
+    (used,) = logged.inputs.dataset_inputs
+    assert (used.dataset.name, used.dataset.digest) == ("gold/training_examples", training_set)
+    lake = Lake.of(tracked, tiny.name)
+    source = {"path": lake.uri(GOLD_TRAINING_EXAMPLES), "delta_table_version": lake.version(GOLD_TRAINING_EXAMPLES)}
+    assert json.loads(used.dataset.source) == source
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("trained again")
@@ -84,6 +94,63 @@ def test_a_misspelt_deepspeed_key_in_a_declaration_is_refused(
     training = tiny.training.model_copy(update={"deepspeed": {"zero_optimisation": {"stage": 2}}})
     with pytest.raises(TrainingError, match=r"\[training\] is wrong: zero_optimisation: Extra inputs"):
         finetune(settings, tiny.model_copy(update={"training": training}), training_set=training_set, run="test")
+
+
+def test_where_a_server_can_only_be_given_adapters_training_all_weights_is_refused(
+    settings: Settings, tiny: Application, training_set: str
+) -> None:
+    served = settings.model_copy(update={"upstream_url": "http://127.0.0.1:9/v1", "upstream_model": "small"})
+    full = tiny.model_copy(update={"training": tiny.training.model_copy(update={"lora_rank": 0, "lora_layers": 0})})
+    with pytest.raises(TrainingError, match="the server of 'small'"):
+        finetune(served, full, training_set=training_set, run="test")
+
+
+@pytest.mark.model
+@pytest.mark.timeout(600)
+def test_where_memory_is_short_micro_batches_get_smaller_and_stay_so(
+    tracked: Settings, tiny: Application, training_set: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = tiny.training.model_copy(update={"micro_batch": 2, "gradient_accumulation": 1, "epochs": 1})
+    wide = tiny.model_copy(update={"training": training})
+    tried: list[int] = []
+
+    def short_of_memory(spec: Spec, **options: Any) -> None:
+        tried.append(spec.micro_batch)
+        if spec.micro_batch > 1 or len(tried) == 2:
+            # The first one is refused; the second is killed, as by a reboot.
+            spec.folder.joinpath("spec.json").write_text(spec.model_dump_json())
+            raise OutOfMemory("out of memory") if spec.micro_batch > 1 else KeyboardInterrupt
+        run_program(spec, **options)
+
+    monkeypatch.setattr(stage, "run_program", short_of_memory)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(tracked, wide, training_set=training_set, run="test")
+    assert finetune(tracked, wide, training_set=training_set, run="again")["steps"] == 2
+    assert tried == [2, 1, 1]
+
+
+@pytest.mark.model
+@pytest.mark.timeout(600)
+def test_a_preference_set_is_learnt_by_dpo(
+    tracked: Settings, tiny: Application, examples: list[dict[str, str]]
+) -> None:
+    from mlflow import MlflowClient
+
+    rows = [
+        PreferenceExample(str(i), "correction", True, e["prompt"], e["answer"], "No idea.", ("chunk",), e["prompt"])
+        for i, e in enumerate(examples)
+    ]
+    set_id = preference_set_id(rows)
+    table = pa.Table.from_pylist(
+        [{"training_set": set_id, **vars(row)} for row in rows], schema=GOLD_PREFERENCE_EXAMPLES.rows_schema
+    )
+    Lake.of(tracked, tiny.name).merge(GOLD_PREFERENCE_EXAMPLES, table, run="test")
+    trained = finetune(tracked, tiny, training_set=set_id, run="test")
+    assert trained["base_held_out_loss"] == pytest.approx(math.log(2), rel=1e-6)
+    assert trained["held_out_loss"] < math.log(2)
+    logged = MlflowClient(tracked.mlflow_url).get_run(trained["mlflow_run"])
+    assert logged.data.metrics["held_out_accuracy"] == trained["held_out_accuracy"]
+    assert (logged.data.params["method"], logged.data.params["learning_rate"]) == ("dpo", "0.0001")
 
 
 def test_only_the_last_fine_tunes_stay_on_disk(settings: Settings) -> None:
@@ -110,7 +177,7 @@ def test_documents_become_a_registered_candidate_and_a_repeat_finds_it(tracked: 
     # Of a model that has learnt little, rounding decides the answers: all blocks, and enough steps.
     learning = {"lora_layers": 0, "lora_rank": 16, "epochs": 6, "learning_rate": 2e-3}
     tiny = tiny.model_copy(update={"training": tiny.training.model_copy(update=learning)})
-    _index(tracked, tiny)
+    index(tracked, tiny)
     built = build_training_set(tracked, tiny, run="test")
     assert build_training_set(tracked, tiny, run="again") == built | {"changed": False}
     lake = Lake.of(tracked, tiny.name)
@@ -143,7 +210,7 @@ def test_where_a_server_has_the_model_a_candidate_is_an_adapter_that_it_loads_un
 ) -> None:
     learning = {"lora_layers": 0, "lora_rank": 16, "epochs": 6, "learning_rate": 2e-3}
     tiny = tiny.model_copy(update={"training": tiny.training.model_copy(update=learning)})
-    _index(tracked, tiny)
+    index(tracked, tiny)
     trained = finetune(tracked, tiny, training_set=training_set, run="test")
     with vllm_server(model_folder, tmp_path) as server:
         changes = {"upstream_url": server.upstream.url, "upstream_api_key": KEY, "upstream_model": server.model}
@@ -178,15 +245,6 @@ def _adapters(server: Served) -> list[str]:
 def test_too_few_questions_are_refused_with_what_was_left_out(tracked: Settings, tiny: Application) -> None:
     questions = tiny.questions.model_copy(update={"evaluation_sections": ("core", "triggerer")})
     only = tiny.model_copy(update={"questions": questions})
-    _index(tracked, only)
+    index(tracked, only)
     with pytest.raises(TrainingError, match="0 training examples, at least 8 are needed"):
         build_training_set(tracked, only, run="test")
-
-
-def _index(settings: Settings, application: Application) -> None:
-    land_documents(settings, application, run="test")
-    refine_documents(settings, application, run="test")
-    refresh_chunks(settings, application, run="test")
-    refresh_embeddings(settings, application, run="test")
-    build = build_index(settings, application, run="test")["build"]
-    declared_builds(settings, application).publish(build)

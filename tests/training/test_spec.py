@@ -54,6 +54,43 @@ def test_a_fingerprint_changes_with_what_is_learnt_and_with_nothing_else() -> No
     assert fingerprint(Training(), "train-a", "1" * 64) != first
 
 
+def test_what_came_after_the_first_release_changes_no_fingerprint_while_it_is_at_its_default() -> None:
+    assert fingerprint(Training(), "train-a", "0" * 64) == "45dc591b9d3a5141"
+    changes: list[dict] = [{"method": "dpo"}, {"packing": True}, {"evaluate_steps": 5}, {"dpo": {"beta": 0.2}}]
+    for change in changes:
+        assert fingerprint(Training(**change), "train-a", "0" * 64) != "45dc591b9d3a5141"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lora_rank": 0, "lora_layers": 2}, "lora_layers is for an adapter"),
+        ({"deepspeed": {"zero_optimization": {"stage": 4}}}, "zero_optimization.stage"),
+        ({"deepspeed": {"zero_optimization": {"offload_param": {"device": "cpu"}}}}, "offload_param needs stage 3"),
+        ({"deepspeed": {"zero_optimization": {"stage3_prefetch_bucket_size": 9}}}, "needs stage 3, and the stage is 2"),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}},
+            "offload_optimizer needs stage 1, 2 or 3",
+        ),
+        ({"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}}, "offload_optimizer.device"),
+    ],
+)
+def test_what_would_be_ignored_or_can_not_work_is_refused(
+    make_spec: Callable[..., Spec], changes: dict, said: str
+) -> None:
+    with pytest.raises(ValidationError, match=said):
+        make_spec(**changes)
+
+
+def test_smaller_micro_batches_make_the_same_steps_until_there_is_one_example(make_spec: Callable[..., Spec]) -> None:
+    spec: Spec | None = make_spec(micro_batch=6, gradient_accumulation=1)
+    seen = []
+    while spec:
+        seen.append((spec.micro_batch, spec.gradient_accumulation))
+        spec = spec.narrowed()
+    assert seen == [(6, 1), (3, 2), (1, 6)]
+
+
 @pytest.mark.model
 def test_deepspeed_knows_every_key_that_it_is_given(make_spec: Callable[..., Spec]) -> None:
     import inspect
@@ -63,10 +100,13 @@ def test_deepspeed_knows_every_key_that_it_is_given(make_spec: Callable[..., Spe
     from deepspeed.runtime.lr_schedules import WarmupDecayLR
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    config = make_spec().deepspeed_config(100).model_dump()
+    offload = {"device": "cpu", "pin_memory": False}
+    zero = {"stage": 3, "offload_optimizer": offload, "offload_param": offload}
+    config = make_spec(deepspeed={"zero_optimization": zero}).deepspeed_config(100).model_dump()
     known = {value for value in vars(constants).values() if isinstance(value, str)} | {"zero_optimization"}
     assert config.keys() <= known
     assert config["zero_optimization"].keys() <= DeepSpeedZeroConfig.model_fields.keys()
+    assert DeepSpeedZeroConfig(**config["zero_optimization"]).offload_param.device == "cpu"
     assert config["scheduler"]["params"].keys() <= inspect.signature(WarmupDecayLR).parameters.keys()
     adam = inspect.signature(torch.optim.AdamW).parameters.keys() | {"torch_adam"}
     assert config["optimizer"]["params"].keys() <= adam

@@ -24,7 +24,8 @@ from millrace.evaluation.sets import Example, freeze_evaluation_set, read_evalua
 from millrace.evaluation.tracking import log_evaluation
 from millrace.lakehouse.costs import Cost, cost_id, record_cost
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import GOLD_TRAINING_EXAMPLES, OPS_EVALUATIONS
+from millrace.lakehouse.tables import OPS_EVALUATIONS
+from millrace.lakehouse.trained import trained_questions
 from millrace.releases.loader import ReleaseLoader
 from millrace.releases.manifest import Manifest
 from millrace.releases.registry import read_split, release_manifest, versions
@@ -144,13 +145,12 @@ def find_leaks(lake: Lake, training_set: str, examples: Sequence[Example]) -> li
     Raises:
         MillraceError: the training set isn't there, so nobody can say what the candidate was trained on.
     """
-    rows = lake.read(GOLD_TRAINING_EXAMPLES, ["question"], where=pc.field("training_set") == training_set)
-    if not rows.num_rows:
+    trained = trained_questions(lake, training_set)
+    if not trained:
         raise MillraceError(
-            f"training set {training_set} is not in gold/training_examples, so it can't be checked against the "
-            "evaluation set; build it again with the run that the release's tag names"
+            f"training set {training_set} is not in gold/training_examples nor gold/preference_examples, so it can't "
+            "be checked against the evaluation set; build it again with the run that the release's tag names"
         )
-    trained = rows["question"].to_pylist()
     found = near_duplicates(trained, [example.question for example in examples])
     return [(trained[position], examples[other]) for position, other in sorted(found.items())]
 

@@ -12,14 +12,13 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version as code_version
 from typing import Any
 
-import pyarrow.compute as pc
-
 from millrace.applications import Application, Optimize
 from millrace.errors import PromptError, ReleaseError
 from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.costs import Cost, cost_id, record_cost
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import GOLD_TRAINING_EXAMPLES, SILVER_DOCUMENTS
+from millrace.lakehouse.tables import SILVER_DOCUMENTS
+from millrace.lakehouse.trained import trained_questions
 from millrace.prompts.development import Development, choose_development
 from millrace.prompts.space import Point, Space, at, space_of
 from millrace.prompts.study import Ask, Outcome, Trial, compare, search
@@ -143,20 +142,13 @@ def _plan(settings: Settings, application: Application, trials: int | None, toke
     tags = versions(settings, application).get(split.champion, {})
     questions = choose_development(
         derive_questions(lake.read(SILVER_DOCUMENTS), application),
-        _trained_on(lake, tags.get("training_set")),
+        set(trained_questions(lake, tags["training_set"])) if "training_set" in tags else set(),
         examples=max(optimize.few_shot, default=0),
         search=optimize.questions,
         held_out=optimize.held_out,
     )
     space = space_of(manifest, application.prompt, optimize, questions.examples)
     return _Plan(_study_id(space, questions, build, optimize), split.champion, space, questions, build, optimize)
-
-
-def _trained_on(lake: Lake, training_set: str | None) -> set[str]:
-    if training_set is None:
-        return set()
-    rows = lake.read(GOLD_TRAINING_EXAMPLES, ["question"], where=pc.field("training_set") == training_set)
-    return set(rows["question"].to_pylist())
 
 
 def _study_id(space: Space, questions: Development, build: str, optimize: Optimize) -> str:

@@ -29,6 +29,35 @@ class Encoded:
     def tokens(self) -> int:
         return len(self.prompt) + len(self.answer)
 
+    @property
+    def longest(self) -> int:
+        return self.tokens
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt."""
+
+    chosen: Encoded
+    rejected: Encoded
+
+    @property
+    def sides(self) -> tuple[Encoded, Encoded]:
+        return self.chosen, self.rejected
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        return self.chosen.prompt
+
+    @property
+    def tokens(self) -> int:
+        return self.chosen.tokens + self.rejected.tokens
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer of both."""
+        return max(self.chosen.tokens, self.rejected.tokens)
+
 
 def encode(prompt: str, answer: str, tokenize: Tokenize) -> Encoded:
     """The example exactly as the generator meets it when it answers."""
@@ -38,11 +67,17 @@ def encode(prompt: str, answer: str, tokenize: Tokenize) -> Encoded:
     return Encoded(tuple(tokenize(asked)), tuple(tokenize(plain + END_OF_TURN)))
 
 
-def split_held_out(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Positions to train on and positions to measure on: at least one of these, at most 16."""
+def split_development(training: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Of the positions to train on, those that stay so, and the development split: at least one, at most 32."""
+    kept, apart = split_held_out(len(training), share, seed + 1, most=32)
+    return [training[i] for i in kept], [training[i] for i in apart]
+
+
+def split_held_out(count: int, share: float, seed: int, most: int = 16) -> tuple[list[int], list[int]]:
+    """Positions to train on and positions to measure on: at least one of these, at most `most`."""
     order = list(range(count))
     random.Random(seed).shuffle(order)
-    size = min(16, max(1, round(count * share)))
+    size = min(most, max(1, round(count * share)))
     return sorted(order[size:]), sorted(order[:size])
 
 

@@ -16,7 +16,7 @@ from millrace.releases.generator import adapter_name, open_engine, served_model,
 from millrace.releases.manifest import Generator, Manifest, ServedModel, describe_adapter, describe_weights
 from millrace.releases.registry import read_split, register_once, release_manifest
 from millrace.settings import Settings
-from millrace.training.export import verify_answers, write_merged
+from millrace.training.export import verify_answers, write_full, write_merged
 from millrace.training.spec import training_cost_id
 
 
@@ -92,11 +92,14 @@ def _export(settings: Settings, application: Application, folder: Path) -> tuple
 
 
 def _merged(settings: Settings, application: Application, folder: Path) -> tuple[Generator, Path]:
-    """For this process's engine: the base with the adapter merged in."""
+    """For this process's engine: the base with the adapter merged in, or with the weights that were all trained."""
     base = base_model_path(application.generator)
     weights = folder / f"{base.name.split('.')[0]}-{folder.name}.gguf"
     if not weights.exists():
-        write_merged(base, folder / "adapter", weights)
+        if (folder / "adapter").exists():
+            write_merged(base, folder / "adapter", weights)
+        else:
+            write_full(base, folder / "weights.safetensors", weights)
     return describe_weights(weights), folder
 
 

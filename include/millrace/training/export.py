@@ -1,7 +1,8 @@
-"""A trained adapter becomes a file that the engine reads: the base model's GGUF with the adapter merged in.
+"""What was trained becomes a file that the engine reads: the base model's GGUF with an adapter merged in, or with all
+its weights replaced.
 
 Tensors that training didn't touch keep their bytes; the others are written as Q8_0, which loses next to nothing of
-what was learnt. It knows the file format, and nothing of how the adapter came about.
+what was learnt. It knows the file format, and nothing of how the weights came about.
 """
 
 import json
@@ -10,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from millrace.applications import Generation
 from millrace.engines.engine import Engine, Message
 from millrace.errors import TrainingError
 from millrace.scoring.overlap import token_f1
-from millrace.training.rewrite import open_gguf, read_fields, read_weights, rewrite
+from millrace.training.rewrite import Floats, open_gguf, read_fields, read_weights, rewrite
 
 AGREEMENT = 0.7
 """Mean token-F1 between the exported and the trained model's answers. Quantisation moves single words; a tensor
@@ -48,6 +48,35 @@ def write_merged(base: Path, adapter: Path, target: Path) -> None:
     )
 
 
+def write_full(base: Path, weights: Path, target: Path) -> None:
+    """Write `base` with all its weights replaced by `weights` (safetensors, transformers' names) to `target`, whole or
+    not at all: matrices as Q8_0, vectors as F32. Metadata and tokenizer are copied.
+
+    Raises:
+        TrainingError: the weights aren't those of the base model.
+    """
+    from gguf import GGMLQuantizationType, quantize
+    from safetensors.numpy import load_file
+
+    reader = open_gguf(base)
+    named = _named_as_gguf(load_file(weights), read_fields(reader), weights)
+    shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in reader.tensors}
+    given = {name: tensor.shape for name, tensor in named.items()}
+    if wrong := sorted(name for name in shapes.keys() | given.keys() if given.get(name) != shapes.get(name)):
+        raise TrainingError(
+            f"{weights} doesn't hold the weights of {base}: the shape of {wrong[0]} is {given.get(wrong[0])} and "
+            f"should be {shapes.get(wrong[0])}; train on this base"
+        )
+    matrix, vector = GGMLQuantizationType.Q8_0, GGMLQuantizationType.F32
+    kinds = {name: matrix if len(shape) > 1 else vector for name, shape in shapes.items()}
+    rewrite(
+        reader,
+        target,
+        kinds=kinds,
+        encode=lambda tensor: quantize(named[tensor.name].astype(np.float32), kinds[tensor.name]),
+    )
+
+
 def verify_answers(engine: Engine, answers: Sequence[dict[str, str]]) -> float:
     """Mean token-F1 of the engine's answers against the trained model's.
 
@@ -68,34 +97,40 @@ def verify_answers(engine: Engine, answers: Sequence[dict[str, str]]) -> float:
     return agreement
 
 
-def _deltas(adapter: Path, fields: dict[str, Any]) -> dict[str, npt.NDArray[np.float32]]:
+def _deltas(adapter: Path, fields: dict[str, Any]) -> dict[str, Floats]:
     """GGUF tensor name → what is added to it."""
-    from gguf import MODEL_ARCH, get_tensor_name_map
     from safetensors.numpy import load_file
 
-    arch = fields["general.architecture"]
-    if arch != "llama":
-        raise TrainingError(f"the base model is of architecture {arch!r}; only 'llama' can be exported")
-    heads = {"q_proj": fields["llama.attention.head_count"], "k_proj": fields["llama.attention.head_count_kv"]}
-    names = get_tensor_name_map(MODEL_ARCH.LLAMA, fields["llama.block_count"])
     config = json.loads((adapter / "adapter_config.json").read_text())
     scale = config["lora_alpha"] / config["r"]
     tensors = load_file(adapter / "adapter_model.safetensors")
     deltas = {}
     for key in sorted(key for key in tensors if key.endswith(".lora_A.weight")):
         module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        delta = scale * (tensors[key.replace(".lora_A.", ".lora_B.")] @ tensors[key])
-        kind = module.rsplit(".", 1)[-1]
-        if kind in heads:
-            delta = _rotary_rows(delta, heads[kind])
-        name = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
+        deltas[f"{module}.weight"] = scale * (tensors[key.replace(".lora_A.", ".lora_B.")] @ tensors[key])
+    return _named_as_gguf(deltas, fields, adapter)
+
+
+def _named_as_gguf(tensors: dict[str, Floats], fields: dict[str, Any], origin: Path) -> dict[str, Floats]:
+    """Tensors by GGUF's names instead of transformers', with rows in GGUF's order."""
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    arch = fields["general.architecture"]
+    if arch != "llama":
+        raise TrainingError(f"the base model is of architecture {arch!r}; only 'llama' can be exported")
+    heads = {"q_proj": fields["llama.attention.head_count"], "k_proj": fields["llama.attention.head_count_kv"]}
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, fields["llama.block_count"])
+    renamed = {}
+    for key, weights in tensors.items():
+        name = names.get_name(key, try_suffixes=(".weight",))
         if name is None:
-            raise TrainingError(f"the adapter {adapter} changes {module}, which GGUF has no name for")
-        deltas[name] = delta
-    return deltas
+            raise TrainingError(f"{origin} changes {key}, which GGUF has no name for")
+        kind = key.removesuffix(".weight").rsplit(".", 1)[-1]
+        renamed[name] = _rotary_rows(weights, heads[kind]) if kind in heads else weights
+    return renamed
 
 
-def _rotary_rows(weights: npt.NDArray[np.float32], heads: int) -> npt.NDArray[np.float32]:
+def _rotary_rows(weights: Floats, heads: int) -> Floats:
     """Rows in GGUF's order: each head's halves, which rotate together, interleaved (`convert_hf_to_gguf.py`)."""
     rows, columns = weights.shape
     return weights.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)

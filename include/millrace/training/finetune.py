@@ -1,4 +1,4 @@
-"""The stage between a training set and an adapter: writes the spec, runs the program, shows it in MLflow.
+"""The stage between a training set and trained weights: writes the spec, runs the program, shows it in MLflow.
 
 What a fine-tune learns is named by a fingerprint of set, base and configuration; its folder, under
 `<home>/training/<environment>/<application>/<fingerprint>`, is what a retry continues and a repeat reuses.
@@ -6,52 +6,86 @@ What a fine-tune learns is named by a fingerprint of set, base and configuration
 
 import json
 import logging
+import math
 import shutil
+import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from millrace.applications import Application
+from millrace.applications import Application, Training
 from millrace.engines.base_model import base_model_path
-from millrace.errors import ReleaseError, TrainingError
+from millrace.errors import OutOfMemory, ReleaseError, TrainingError
 from millrace.lakehouse.costs import Cost, record_cost
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import GOLD_TRAINING_EXAMPLES
+from millrace.lakehouse.tables import GOLD_PREFERENCE_EXAMPLES, GOLD_TRAINING_EXAMPLES
 from millrace.releases.manifest import file_sha256
 from millrace.settings import Settings
 from millrace.training.launch import run_program
-from millrace.training.sets import Example, read_training_set
-from millrace.training.spec import Spec, fingerprint, told, training_cost_id
-from millrace.training.tracking import TrackedRun
+from millrace.training.preferences import (
+    PreferenceExample,
+    build_preference_set,
+    is_preference_set,
+    read_preference_set,
+)
+from millrace.training.sets import Example, build_training_set, read_training_set
+from millrace.training.spec import Spec, fingerprint, read_spec, told, training_cost_id
+from millrace.training.tracking import TrackedRun, TrainedOn
 
 log = logging.getLogger("millrace.training")
 
+SAMPLE_SECONDS = 10
+"""Between two measurements of the machine."""
 KEPT = 2
 """Fine-tunes of an application whose files stay on disk."""
 
 
+def build_set(
+    settings: Settings, application: Application, *, run: str, max_examples: int | None, method: str | None
+) -> dict[str, Any]:
+    """The training set of the declared `training.method`, or of `method` instead: see `build_training_set` (sft) and
+    `build_preference_set` (dpo)."""
+    dpo = (method or application.training.method) == "dpo"
+    build = build_preference_set if dpo else build_training_set
+    return build(settings, application, run=run, max_examples=max_examples)
+
+
 def finetune(settings: Settings, application: Application, *, training_set: str, run: str) -> dict[str, Any]:
-    """Train a LoRA adapter on `training_set`, go on with a fine-tune that was killed, or find that it was done.
+    """Train on `training_set`, go on with a fine-tune that was killed, or find that it was done. The set's kind says
+    what is learnt: its answers (sft), or to prefer one answer to another (dpo).
 
     Returns:
         `training_set`, `fingerprint`, `folder`, `mlflow_run`, `simulated` (examples that no person said), and the
         program's `steps`, `examples`, `left_out` (too long), `held_out_loss`, `base_held_out_loss`,
-        `tokens_per_second`, `seconds`; `changed`.
+        `tokens_per_second`, `seconds`; for dpo `held_out_accuracy`, with early stopping `best_step`; `changed`.
 
     Raises:
         TrainingError: the set or the configuration is unusable, or the loss is not a number.
         ReleaseError: MLflow doesn't answer.
     """
     lake = Lake.of(settings, application.name)
-    examples = read_training_set(lake, training_set)
+    examples: Sequence[Example | PreferenceExample]
+    if is_preference_set(training_set):
+        table, method = GOLD_PREFERENCE_EXAMPLES, "dpo"
+        examples = read_preference_set(lake, training_set)
+    else:
+        table, method = GOLD_TRAINING_EXAMPLES, "sft"
+        examples = read_training_set(lake, training_set)
+    training = application.training.model_copy(update={"method": method})
+    if settings.upstream_model and not training.lora_rank:
+        raise TrainingError(
+            f"application {application.name!r}: training.lora_rank is 0, so all weights are trained, and the server of "
+            f"{settings.upstream_model!r} (MILLRACE_UPSTREAM_MODEL) can only be given an adapter; declare a rank"
+        )
     base = base_model_path(application.generator)
     base_sha256 = file_sha256(base)
-    name = fingerprint(application.training, training_set, base_sha256)
+    name = fingerprint(training, training_set, base_sha256)
     runs = settings.home / "training" / settings.environment / application.name
     folder = runs / name
-    spec = _spec(settings, application, base, folder)
+    spec = _spec(settings, application.name, training, base, folder)
     folder.mkdir(parents=True, exist_ok=True)
     folder.touch()  # in use: among the last to be removed
     _forget(runs, keep=KEPT)
@@ -60,21 +94,30 @@ def finetune(settings: Settings, application: Application, *, training_set: str,
         settings,
         application.name,
         name,
-        {"training_set": training_set, "written_by": run, "simulated": str(simulated > 0).lower()},
+        {
+            "training_set": training_set,
+            "written_by": run,
+            "simulated": str(simulated > 0).lower(),
+            "launcher": settings.training_launcher,
+        },
     )
     changed = not spec.result.exists()
     if changed or not tracked.finished:
         tracked.start(
-            application.training.model_dump(exclude={"deepspeed"})
+            training.model_dump(exclude={"deepspeed", "dpo"})
             | {
+                "learning_rate": spec.learning_rate,
+                "zero_stage": spec.zero_stage,
                 "training_set": training_set,
                 "training_set_examples": len(examples),
-                "training_set_table_version": lake.version(GOLD_TRAINING_EXAMPLES),
+                "training_set_table_version": lake.version(table),
                 "simulated_examples": simulated,
                 "base": base.name,
                 "base_sha256": base_sha256,
                 "code_version": version("millrace"),
             }
+            | ({"beta": spec.beta} if method == "dpo" else {}),
+            TrainedOn(table.path, training_set, lake.uri(table), lake.version(table)),
         )
         shown = _train(settings, spec, examples, tracked) if changed else 0
         tracked.steps(_progress(spec.progress)[shown:])
@@ -96,6 +139,7 @@ def finetune(settings: Settings, application: Application, *, training_set: str,
         "base_held_out_loss": result["base_held_out_loss"],
         "seconds": result["seconds"],
         "tokens_per_second": result["tokens"] / result["seconds"],
+        **{key: result[key] for key in ("held_out_accuracy", "best_step", "best_loss") if key in result},
     }
     if changed or not tracked.finished:
         tracked.finish(measured)
@@ -111,39 +155,83 @@ def finetune(settings: Settings, application: Application, *, training_set: str,
     }
 
 
-def _train(settings: Settings, spec: Spec, examples: list[Example], tracked: TrackedRun) -> int:
-    """Run the program; returns how many of its steps MLflow has seen."""
-    lines = (json.dumps({"prompt": example.prompt, "answer": example.answer}) for example in examples)
+def _train(settings: Settings, spec: Spec, examples: Sequence[Example | PreferenceExample], tracked: TrackedRun) -> int:
+    """Run the program, in smaller micro-batches where memory is short; returns how many steps MLflow has seen."""
+    lines = (json.dumps(example.learnt) for example in examples)
     spec.examples.write_text("".join(f"{line}\n" for line in lines))
-    # Steps that an earlier attempt showed and that are not in its checkpoint are shown again when they come again.
-    shown = 0
-
-    def watch() -> None:
-        nonlocal shown
-        fresh = _progress(spec.progress)[shown:]
-        if not fresh:
-            return
-        last = fresh[-1]
-        log.info(
-            "step %d of %d: loss %.3f, %.0f tokens/s",
-            last["step"],
-            last["of"],
-            last["loss"],
-            last["tokens"] / last["seconds"],
-        )
+    spec = _as_narrow_as_before(spec)
+    while True:
+        watch = _Watch(spec, tracked)
         try:
-            tracked.steps(fresh)
-            shown += len(fresh)
+            run_program(
+                spec,
+                threads=settings.threads,
+                watch=watch,
+                launcher=settings.training_launcher,
+                spark=settings.spark_connection,
+            )
+        except OutOfMemory as error:
+            narrowed = spec.narrowed()
+            if narrowed is None:
+                tracked.fail(str(error))
+                raise
+            log.warning("%s; trying %d in a micro-batch", error, narrowed.micro_batch)
+            spec = narrowed
+            # Other micro-batches make other steps: what was kept isn't theirs.
+            shutil.rmtree(spec.checkpoints, ignore_errors=True)
+            spec.progress.unlink(missing_ok=True)
+        except TrainingError as error:
+            tracked.fail(str(error))
+            raise
+        else:
+            return watch.shown
+
+
+class _Watch:
+    """Looks at the program's progress while it runs, and shows it in MLflow and the log."""
+
+    def __init__(self, spec: Spec, tracked: TrackedRun) -> None:
+        self._progress = spec.progress
+        self._tracked = tracked
+        self._sampled = -math.inf
+        self.shown = 0
+        """Steps that MLflow has seen. Those that an earlier attempt showed and that are not in its checkpoint are shown
+        again when they come again."""
+
+    def __call__(self) -> None:
+        fresh = _progress(self._progress)[self.shown :]
+        if fresh:
+            last = fresh[-1]
+            log.info(
+                "step %d of %d: loss %.3f, %.0f tokens/s",
+                last["step"],
+                last["of"],
+                last["loss"],
+                last["tokens"] / last["seconds"],
+            )
+        sample = time.monotonic() - self._sampled >= SAMPLE_SECONDS
+        try:
+            if fresh:
+                self._tracked.steps(fresh)
+                self.shown += len(fresh)
+            if sample:
+                self._sampled = time.monotonic()
+                self._tracked.machine(self.shown)
         except ReleaseError as error:
             # Training outlives an MLflow that is away for a while: the steps wait for the next look.
             log.warning("%s", error)
 
+
+def _as_narrow_as_before(spec: Spec) -> Spec:
+    """The spec with the micro-batches that an earlier attempt came down to: its checkpoint is of these."""
     try:
-        run_program(spec, threads=settings.threads, watch=watch)
-    except TrainingError as error:
-        tracked.fail(str(error))
-        raise
-    return shown
+        before = read_spec(spec.folder / "spec.json")
+    except TrainingError:
+        return spec
+    narrowed: Spec | None = spec
+    while narrowed and narrowed != before:
+        narrowed = narrowed.narrowed()
+    return narrowed or spec
 
 
 def _progress(path: Path) -> list[dict[str, Any]]:
@@ -153,8 +241,8 @@ def _progress(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def _spec(settings: Settings, application: Application, base: Path, folder: Path) -> Spec:
-    training = application.training
+def _spec(settings: Settings, application: str, training: Training, base: Path, folder: Path) -> Spec:
+    dpo = training.method == "dpo"
     try:
         return Spec(
             base=base,
@@ -162,19 +250,24 @@ def _spec(settings: Settings, application: Application, base: Path, folder: Path
             examples=folder / "examples.jsonl",
             folder=folder,
             epochs=training.epochs,
-            learning_rate=training.learning_rate,
+            method=training.method,
+            beta=training.dpo.beta,
+            learning_rate=training.dpo.learning_rate if dpo else training.learning_rate,
             lora_rank=training.lora_rank,
             lora_layers=training.lora_layers,
             micro_batch=training.micro_batch,
             gradient_accumulation=training.gradient_accumulation,
             max_tokens=training.max_tokens,
+            packing=training.packing,
+            evaluate_steps=training.evaluate_steps,
+            patience=training.patience,
             processes=training.processes,
             seed=training.seed,
             deepspeed=training.deepspeed,
         )
     except ValidationError as error:
         raise TrainingError(
-            f"application {application.name!r}: [training] is wrong: {told(error)}; correct the declaration"
+            f"application {application!r}: [training] is wrong: {told(error)}; correct the declaration"
         ) from None
 
 

@@ -7,7 +7,7 @@ A set's id is the hash of its examples; written once, it stays. Knows nothing of
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,14 +22,15 @@ from millrace.lakehouse.tables import (
     SILVER_DOCUMENTS,
     SILVER_FEEDBACK,
 )
+from millrace.releases.manifest import Manifest
 from millrace.releases.pipeline import MAX_QUESTION
 from millrace.releases.prompt import render
 from millrace.retrieval.index import builds_of
-from millrace.retrieval.search import Retriever
+from millrace.retrieval.search import Hit, Retriever
 from millrace.scoring.duplicates import near_duplicates
 from millrace.scoring.overlap import normalised_words
 from millrace.settings import Settings
-from millrace.sources.questions import derive_questions
+from millrace.sources.questions import Question, derive_questions
 from millrace.training.candidate import starting_manifest
 
 MINIMUM = 8
@@ -38,6 +39,17 @@ LOW_RATING = 0.5
 """An answer rated below this was wrong, so that its correction is worth learning."""
 MAX_CORRECTION = 1000
 """Characters. A longer correction is an essay, not an answer."""
+
+
+class Questioned(Protocol):
+    """What has a question."""
+
+    @property
+    def question(self) -> str: ...
+
+
+A = TypeVar("A", bound=Questioned)
+E = TypeVar("E")
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,11 @@ class Example:
     prompt: str
     """The user message that the release would send to its generator."""
 
+    @property
+    def learnt(self) -> dict[str, str]:
+        """What the training program is given."""
+        return {"prompt": self.prompt, "answer": self.answer}
+
 
 def build_training_set(
     settings: Settings, application: Application, *, run: str, max_examples: int | None = None
@@ -89,13 +106,10 @@ def build_training_set(
         RetrievalError: there is no index build.
         ReleaseError: MLflow doesn't answer.
     """
-    from millrace.retrieval.embed import Embedder
-
     lake = Lake.of(settings, application.name)
     manifest = starting_manifest(settings, application, run=run)
     derived = derive_questions(lake.read(SILVER_DOCUMENTS), application)
-    held_out = {question.question for question in derived if question.split == "evaluation"}
-    held_out |= set(lake.read(GOLD_EVALUATION_EXAMPLES, ["question"])["question"].to_pylist())
+    held_out = held_out_questions(lake, derived)
     pool = [
         *corrections(lake.read(SILVER_FEEDBACK)),
         *(
@@ -104,12 +118,10 @@ def build_training_set(
             if q.split == "training"
         ),
     ]
-    embedder = Embedder(manifest.retrieval.embedding_model, settings.cache, settings.threads)
-    retriever = Retriever(builds_of(settings, application.name, manifest.retrieval.lineage), embedder)
-    build = retriever.build
+    retrieve, build = retrieval(settings, application, manifest)
 
     def prompted(asked: Asked) -> Example | None:
-        hits = retriever.search(asked.question, manifest.retrieval.chunks, build)
+        hits = retrieve(asked.question)
         if asked.document_id is not None and asked.document_id not in {hit.document_id for hit in hits}:
             return None
         return Example(
@@ -123,14 +135,14 @@ def build_training_set(
             prompt=render(manifest.prompt.template, asked.question, hits),
         )
 
-    examples, left_out = choose(pool, sorted(held_out), prompted, max_examples or application.training.max_examples)
+    examples, left_out = choose(pool, held_out, prompted, max_examples or application.training.max_examples)
     if len(examples) < MINIMUM:
         raise TrainingError(
             f"application {application.name!r}: {len(examples)} training examples, at least {MINIMUM} are needed "
             f"(left out: {left_out or 'none'}); ingest documents that give questions outside of the evaluation "
             "and live sections, or gather corrections"
         )
-    refuse_leaks(examples, sorted(held_out), application.questions.evaluation_sections)
+    refuse_leaks(examples, held_out, application.questions.evaluation_sections)
     set_id = training_set_id(examples)
     rows = [{"training_set": set_id} | asdict(example) for example in examples]
     written = lake.merge(
@@ -179,6 +191,24 @@ def corrections(feedback: pa.Table) -> Iterator[Asked]:
     yield from latest.values()
 
 
+def held_out_questions(lake: Lake, derived: Iterable[Question]) -> list[str]:
+    """What the gate asks, or may ask."""
+    asked = {question.question for question in derived if question.split == "evaluation"}
+    return sorted(asked | set(lake.read(GOLD_EVALUATION_EXAMPLES, ["question"])["question"].to_pylist()))
+
+
+def retrieval(
+    settings: Settings, application: Application, manifest: Manifest
+) -> tuple[Callable[[str], Sequence[Hit]], str]:
+    """What finds a question's chunks as the release would, and the index build that it searches."""
+    from millrace.retrieval.embed import Embedder
+
+    embedder = Embedder(manifest.retrieval.embedding_model, settings.cache, settings.threads)
+    retriever = Retriever(builds_of(settings, application.name, manifest.retrieval.lineage), embedder)
+    build = retriever.build
+    return lambda question: retriever.search(question, manifest.retrieval.chunks, build), build
+
+
 def choose(
     pool: Iterable[Asked], held_out: Sequence[str], prompted: Callable[[Asked], Example | None], size: int
 ) -> tuple[list[Example], dict[str, int]]:
@@ -190,12 +220,19 @@ def choose(
     Args:
         prompted: gives None where a question can't be an example.
     """
-    ranked = _ranked(pool, size)
-    made: dict[Asked, Example | None] = {}
-    leaking: set[Asked] = set()
+    examples, left_out = take(_ranked(pool, size), held_out, prompted, size)
+    return sorted(examples, key=lambda example: example.example_id), left_out
+
+
+def take(
+    ranked: Sequence[A], held_out: Sequence[str], prompted: Callable[[A], E | None], size: int
+) -> tuple[list[E], dict[str, int]]:
+    """As `choose`, of what is in order already, and in that order."""
+    made: dict[A, E | None] = {}
+    leaking: set[A] = set()
     # Similarity weighs words by how rare they are, so it is judged on the set as it will be, until none is left.
     while True:
-        chosen: list[Asked] = []
+        chosen: list[A] = []
         for asked in ranked:
             if len(chosen) == size:
                 break
@@ -211,24 +248,29 @@ def choose(
         "answer not retrieved": sum(example is None for example in made.values()),
         "nearly an evaluation question": len(leaking),
     }
-    examples = [example for asked in chosen if (example := made[asked])]
-    return sorted(examples, key=lambda example: example.example_id), {k: n for k, n in counted.items() if n}
+    return [example for asked in chosen if (example := made[asked])], {k: n for k, n in counted.items() if n}
 
 
 def refuse_leaks(examples: Sequence[Example], held_out: Sequence[str], evaluation_sections: Sequence[str]) -> None:
     """Raises:
     TrainingError: an example's question is, or is nearly, one of `held_out`, or belongs to an evaluation section.
     """
-    near = near_duplicates([example.question for example in examples], held_out)
-    for position, example in enumerate(examples):
+    for example in examples:
         if example.section is not None and example.section in evaluation_sections:
             raise TrainingError(
                 f"training question {example.question!r} belongs to evaluation section {example.section!r}"
             )
-        if position in near:
-            raise TrainingError(
-                f"training question {example.question!r} is nearly the evaluation question {held_out[near[position]]!r}"
-            )
+    refuse_near([example.question for example in examples], held_out)
+
+
+def refuse_near(questions: Sequence[str], held_out: Sequence[str]) -> None:
+    """Raises:
+    TrainingError: one of them is, or is nearly, one of `held_out`.
+    """
+    for position, near in near_duplicates(questions, held_out).items():
+        raise TrainingError(
+            f"training question {questions[position]!r} is nearly the evaluation question {held_out[near]!r}"
+        )
 
 
 def training_set_id(examples: Sequence[Example]) -> str:

@@ -21,6 +21,10 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 """Linear layers of a block that get an adapter."""
 
 
+OUT_OF_MEMORY = "out of memory"
+"""How the program's last sentence begins where that was the reason."""
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -52,12 +56,37 @@ class Scheduler(Strict):
     params: SchedulerParams
 
 
+class Offload(Strict):
+    """What waits in the machine's memory while the GPU doesn't need it."""
+
+    device: Literal["cpu"]
+    pin_memory: bool = True
+
+
 class Zero(Strict):
-    stage: Literal[2] = 2
-    """Optimizer states and gradients are shared out. With LoRA, stage 3 has reports of incomplete saves."""
+    """What the processes share out instead of each holding it (Rajbhandari et al., 2020, arXiv:1910.02054)."""
+
+    stage: Literal[0, 1, 2, 3] = 2
+    """0: nothing; 1: the optimizer's states; 2: gradients, too; 3: weights, too, frozen ones included."""
     reduce_bucket_size: int = 5_000_000
     allgather_bucket_size: int = 5_000_000
     """Elements. The default of 500 million reserves gigabytes for an adapter of a few megabytes."""
+    overlap_comm: bool | None = None
+    offload_optimizer: Offload | None = None
+    offload_param: Offload | None = None
+    stage3_prefetch_bucket_size: int | None = Field(None, ge=0)
+    stage3_param_persistence_threshold: int | None = Field(None, ge=0)
+    stage3_max_live_parameters: int | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _the_stage_knows_them(self) -> Self:
+        # DeepSpeed would take them and do nothing.
+        if self.offload_optimizer and self.stage == 0:
+            raise ValueError("offload_optimizer needs stage 1, 2 or 3: stage 0 has no optimizer of DeepSpeed's")
+        for name in sorted(name for name in self.model_fields_set if name == "offload_param" or "stage3" in name):
+            if getattr(self, name) is not None and self.stage != 3:
+                raise ValueError(f"{name} needs stage 3, and the stage is {self.stage}")
+        return self
 
 
 class DeepSpeedConfig(Strict):
@@ -73,19 +102,22 @@ class DeepSpeedConfig(Strict):
 
 
 class Spec(Strict):
-    """One fine-tune. Paths are absolute."""
+    """One fine-tune. Paths are absolute; processes on several machines see them all."""
 
     base: Path
     """The base model, a GGUF file."""
     cache: Path
     """Of the machine; the base is there as the program reads it (`engines/converted.py`)."""
     examples: Path
-    """JSON lines with `prompt` (one user message) and `answer`."""
+    """JSON lines with `prompt` (one user message) and `answer`; for dpo `chosen` and `rejected` instead of that."""
     folder: Path
     """Where the program writes; see the properties below."""
     epochs: int = Field(ge=1)
     learning_rate: float = Field(gt=0)
-    lora_rank: int = Field(ge=1)
+    method: Literal["sft", "dpo"] = "sft"
+    beta: float = Field(default=0.1, gt=0)
+    lora_rank: int = Field(ge=0)
+    """0: no adapter, all weights are trained."""
     lora_layers: int = Field(ge=0)
     """Adapt the last so many blocks; 0: all."""
     micro_batch: int = Field(ge=1)
@@ -96,6 +128,13 @@ class Spec(Strict):
     checkpoint_steps: int = Field(default=10, ge=1)
     held_out: float = Field(default=0.08, gt=0, lt=1)
     """Share of the examples that only the loss at the end is measured on."""
+    packing: bool = False
+    evaluate_steps: int = Field(default=0, ge=0)
+    """Steps between measurements on the development split; 0: there is no such split, the last step's weights stay."""
+    patience: int = Field(default=3, ge=1)
+    """Measurements in a row without a better one, after which training stops."""
+    development: float = Field(default=0.08, gt=0, lt=1)
+    """Share of the examples that is not held out, for early stopping."""
     deepspeed: dict[str, object] = {}
     """Overrides of the configuration that `deepspeed_config` makes, by section."""
 
@@ -103,6 +142,16 @@ class Spec(Strict):
     def _known_keys(self) -> Self:
         self.deepspeed_config(total_steps=1)
         return self
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Self:
+        if self.lora_layers and not self.lora_rank:
+            raise ValueError("lora_layers is for an adapter, and lora_rank = 0 trains all weights; leave it out")
+        return self
+
+    @property
+    def zero_stage(self) -> int:
+        return self.deepspeed_config(total_steps=1).zero_optimization.stage
 
     @property
     def progress(self) -> Path:
@@ -115,7 +164,18 @@ class Spec(Strict):
 
     @property
     def adapter(self) -> Path:
+        """What was trained where there is an adapter: as peft saves it."""
         return self.folder / "adapter"
+
+    @property
+    def weights(self) -> Path:
+        """What was trained where there is none: every weight, by transformers' names."""
+        return self.folder / "weights.safetensors"
+
+    @property
+    def reference(self) -> Path:
+        """What the base model thinks of each pair; made once."""
+        return self.folder / "reference.json"
 
     @property
     def result(self) -> Path:
@@ -126,6 +186,19 @@ class Spec(Strict):
     def failure(self) -> Path:
         """One sentence, where the program gave up on purpose."""
         return self.folder / "failure.txt"
+
+    @property
+    def heartbeat(self) -> Path:
+        """Touched again and again while somebody waits for processes on other machines."""
+        return self.folder / "heartbeat"
+
+    def narrowed(self) -> "Spec | None":
+        """The same steps in smaller micro-batches, which take less memory; None: they have one example already."""
+        smaller = [size for size in range(self.micro_batch // 2, 0, -1) if self.micro_batch % size == 0]
+        if not smaller:
+            return None
+        more = self.gradient_accumulation * self.micro_batch // smaller[0]
+        return self.model_copy(update={"micro_batch": smaller[0], "gradient_accumulation": more})
 
     @property
     def step_examples(self) -> int:
@@ -151,13 +224,18 @@ class Spec(Strict):
                     total_num_steps=max(3, total_steps),
                 )
             ),
-        ).model_dump(mode="json")
+        ).model_dump(mode="json", exclude_none=True)
         return DeepSpeedConfig.model_validate(_merged(made, self.deepspeed))
 
 
+LATER = ("method", "packing", "evaluate_steps", "patience", "dpo")
+"""Fields of the declaration that came after the first release. At their default nothing else is learnt than before."""
+
+
 def fingerprint(training: Training, training_set: str, base_sha256: str) -> str:
-    """Names what a fine-tune learns: the same fingerprint, the same adapter. Sixteen hexadecimal digits."""
-    learned = training.model_dump_json(exclude={"max_examples"})
+    """Names what a fine-tune learns: the same fingerprint, the same weights. Sixteen hexadecimal digits."""
+    unchanged = {name for name in LATER if getattr(training, name) == type(training).model_fields[name].default}
+    learned = training.model_dump_json(exclude={"max_examples", *unchanged})
     return content_hash(PROGRAM, learned, training_set, base_sha256)[:16]
 
 

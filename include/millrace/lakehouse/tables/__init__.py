@@ -22,6 +22,7 @@ from millrace.lakehouse.tables.gold import (
     GOLD_DRIFT_HOURLY,
     GOLD_EVALUATION_EXAMPLES,
     GOLD_METRICS_HOURLY,
+    GOLD_PREFERENCE_EXAMPLES,
     GOLD_TRAINING_EXAMPLES,
 )
 from millrace.lakehouse.tables.ops import (
@@ -51,6 +52,7 @@ __all__ = [
     "GOLD_DRIFT_HOURLY",
     "GOLD_EVALUATION_EXAMPLES",
     "GOLD_METRICS_HOURLY",
+    "GOLD_PREFERENCE_EXAMPLES",
     "GOLD_TRAINING_EXAMPLES",
     "OPS_ALERTS",
     "OPS_BREACHES",
@@ -89,6 +91,7 @@ TABLES: dict[str, Table] = {
         SILVER_EXCHANGES,
         SILVER_FEEDBACK,
         GOLD_TRAINING_EXAMPLES,
+        GOLD_PREFERENCE_EXAMPLES,
         GOLD_EVALUATION_EXAMPLES,
         GOLD_ANSWERS,
         OPS_DECISIONS,

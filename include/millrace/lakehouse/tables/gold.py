@@ -21,6 +21,23 @@ GOLD_TRAINING_EXAMPLES = Table(
     key=("training_set", "example_id"),
 )
 
+GOLD_PREFERENCE_EXAMPLES = Table(
+    "gold",
+    "preference_examples",
+    (
+        text("training_set"),  # hash of its examples
+        text("example_id"),
+        text("origin"),  # correction, ratings
+        flag("simulated"),
+        text("question"),
+        text("chosen"),
+        text("rejected"),
+        pa.field("chunk_ids", pa.list_(pa.string()), nullable=False),
+        text("prompt"),  # rendered, as the generator sees it
+    ),
+    key=("training_set", "example_id"),
+)
+
 GOLD_EVALUATION_EXAMPLES = Table(
     "gold",
     "evaluation_examples",
