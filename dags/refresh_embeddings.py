@@ -10,7 +10,8 @@ RUNBOOK = """
 ### What it does
 Started by the chunks. Embeds the chunks that changed since the last run into `silver/embeddings`, makes an
 index build of that state (an unchanged state is the same build) and asks it the canary questions. If it finds no less
-than the published build, it is published: the gateway uses it from the next request on.
+than the published build, it is published: the gateway uses it from the next request on. All that for every lineage
+that a release searches which users meet or may meet soon: with an embedding model that was fine-tuned there are two.
 A breach whose action is reembed starts it too (by hand: `distrust`). The same text has the same vector, so instead of
 embedding it again nothing is trusted: all chunks are compared with all vectors, and a sample, embedded anew, must be
 what was kept. What the documents don't hold, only documents bring, or a new embedding model: a candidate release.
@@ -40,35 +41,33 @@ def refresh_embeddings(application: Application) -> DAG:
     ) as dag:
 
         @task(pool=HEAVY)
-        def embed(*, params: dict, triggering_asset_events) -> dict:
-            from millrace.retrieval.embed import refresh_embeddings
-            from millrace.retrieval.reembed import reembed
+        def embed(*, params: dict, triggering_asset_events) -> list[dict]:
+            from millrace.releases.lineages import embed_changes
 
             breached = triggering_asset_events.get(asset(application.name, "breaches/reembed"))
-            stage = reembed if breached or params["distrust"] else refresh_embeddings
-            return stage(read_settings(), application, run=run_name())
+            distrust = bool(breached or params["distrust"])
+            return embed_changes(read_settings(), application, run=run_name(), distrust=distrust)
 
         @task
-        def build() -> dict:
-            from millrace.retrieval.index import build_index
+        def build(embedded: list[dict]) -> list[dict]:
+            from millrace.releases.lineages import build_indexes
 
-            return build_index(read_settings(), application, run=run_name())
+            return build_indexes(read_settings(), application, embedded, run=run_name())
 
         # A refused build is refused again: no retries.
         @task(retries=0, outlets=[AssetAlias(f"{application.name}/index")])
-        def publish(built: dict, *, outlet_events) -> dict:
-            from millrace.evaluation.canaries import publish_build
+        def publish(built: list[dict], *, outlet_events) -> list[dict]:
+            from millrace.evaluation.canaries import publish_builds
 
-            published = publish_build(read_settings(), application, built["build"], run=run_name())
-            if published["changed"]:
-                outlet_events[AssetAlias(f"{application.name}/index")].add(
-                    asset(application.name, "index"), extra=published
-                )
+            published = publish_builds(read_settings(), application, built, run=run_name())
+            for one in published:
+                if one["changed"]:
+                    outlet_events[AssetAlias(f"{application.name}/index")].add(
+                        asset(application.name, "index"), extra=one
+                    )
             return published
 
-        built = build()
-        embed() >> built
-        publish(built)
+        publish(build(embed()))
     return dag
 
 

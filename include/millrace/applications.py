@@ -107,6 +107,7 @@ class Deadlines(Declared):
     declare_release: float = Field(30, gt=0)
     ingest_feedback: float = Field(60, gt=0)
     finetune: float = Field(1440, gt=0)
+    finetune_embedding: float = Field(240, gt=0)
     compress: float = Field(60, gt=0)
     optimize_prompt: float = Field(240, gt=0)
     evaluate_candidate: float = Field(240, gt=0)
@@ -153,6 +154,18 @@ class Training(Declared):
     deepspeed: dict[str, Any] = {}
     """Overrides of DeepSpeed's configuration, by section (`zero_optimization = { stage = 3 }`); `training/spec.py` has
     the keys, others are refused."""
+
+
+class EmbeddingTraining(Declared):
+    """Of the embedding model, on questions and the chunks that answer them."""
+
+    max_examples: int = Field(1000, ge=1)
+    epochs: int = Field(3, ge=1)
+    """At most: the best of them is kept."""
+    learning_rate: float = Field(5e-5, gt=0)
+    batch: int = Field(16, ge=2)
+    """Pairs in a step: each is told apart from the others' chunks, so a larger one teaches more."""
+    seed: int = 0
 
 
 class Optimize(Declared):
@@ -261,6 +274,7 @@ class Application(Declared):
     schedules: Schedules = Schedules()
     deadlines: Deadlines = Deadlines()
     training: Training = Training()
+    embedding_training: EmbeddingTraining = EmbeddingTraining()
     optimize: Optimize = Optimize()
     gate: Gate = Gate()
     rollout: Rollout

@@ -20,11 +20,12 @@ from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import BRONZE_EVENTS, QUARANTINE_FEEDBACK, SILVER_CHUNKS, SILVER_EMBEDDINGS, TABLES
 from millrace.lakehouse.upkeep import keep_up
 from millrace.releases.generator import adapter_name, upstream_of
+from millrace.releases.lineages import searched_lineages
 from millrace.releases.manifest import Manifest, ServedModel
 from millrace.releases.package import read_release
 from millrace.releases.registry import RELEASE_TAG, local_releases, read_aliases, release_manifest, versions
 from millrace.releases.retention import delete_traces, remove_files
-from millrace.retrieval.embed import lineage_id
+from millrace.retrieval.embed import forget_lineage
 from millrace.retrieval.index import builds_of, kept_lineages
 from millrace.settings import Settings
 from millrace.sources.event_log import HOUR, segment_hour
@@ -41,7 +42,11 @@ def tidy_tables(settings: Settings, application: Application) -> dict[str, Any]:
         LakehouseError: some tables could not be tidied, each with its reason; the others were.
     """
     lake = Lake.of(settings, application.name)
-    manifests = builds_of(settings, application.name, lineage_id(application)).manifests()
+    manifests = [
+        build
+        for lineage in kept_lineages(settings, application.name)
+        for build in builds_of(settings, application.name, lineage).manifests()
+    ]
     needed = {
         SILVER_CHUNKS.path: min((build.chunks_version for build in manifests), default=None),
         SILVER_EMBEDDINGS.path: min((build.embeddings_version for build in manifests), default=None),
@@ -77,7 +82,7 @@ def remove_unused(settings: Settings, application: Application) -> dict[str, lis
         "releases": _releases(settings, application, live, problems),
         "files": remove_files(settings, application, before=_before(application.retention.release_files)),
         "traces": [str(delete_traces(settings, application.name, before=_before(application.retention.traces)))],
-        "lineages": _lineages(settings, application, live),
+        "lineages": _lineages(settings, application),
     }
     if problems:
         raise EngineError("; ".join(problems))
@@ -93,14 +98,15 @@ def _live(settings: Settings, application: Application) -> list[Manifest]:
     return [release_manifest(settings, application, version) for version in sorted(aliased)]
 
 
-def _lineages(settings: Settings, application: Application, live: list[Manifest]) -> list[str]:
-    """What changed lately may be a candidate's."""
-    needed = {lineage_id(application), *(manifest.retrieval.lineage for manifest in live)}
+def _lineages(settings: Settings, application: Application) -> list[str]:
+    """With their vectors. What changed lately may be a candidate's."""
+    needed = {lineage.id for lineage in searched_lineages(settings, application)}
     before = _before(application.retention.unused_releases)
     gone = []
     for lineage in kept_lineages(settings, application.name):
         builds = builds_of(settings, application.name, lineage)
         if lineage not in needed and (changed := builds.changed_at()) and changed < before:
+            forget_lineage(Lake.of(settings, application.name), lineage, settings.cache, run="upkeep")
             builds.remove()
             gone.append(lineage)
     return gone

@@ -71,6 +71,16 @@ def test_a_model_that_a_server_has_needs_a_reader_of_format_2_and_weights_do_not
     assert served.generator.identity != weights.generator.identity
 
 
+def test_a_fine_tuned_embedding_model_needs_a_reader_of_format_4_and_is_its_files() -> None:
+    weights = manifest()
+    files = (File(name="model.safetensors", sha256="1" * 64, bytes=1),)
+    tuned = weights.changed(retrieval=weights.retrieval.model_copy(update={"lineage": "tuned-1", "tuned": files}))
+    assert (weights.format, tuned.format, tuned.changed(retrieval=weights.retrieval).format) == (1, 4, 1)
+    assert read_manifest(tuned.canonical(), "a test") == tuned
+    assert (weights.retrieval.tuned_sha256, tuned.retrieval.tuned_sha256) == (None, "1" * 64)
+    assert "tuned" not in weights.canonical()
+
+
 def test_a_hugging_face_directory_needs_a_reader_of_format_3_and_is_its_files() -> None:
     files = [
         File(name=name, sha256=digit * 64, bytes=1) for name, digit in (("config.json", "0"), ("m.safetensors", "1"))

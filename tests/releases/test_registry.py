@@ -1,3 +1,4 @@
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from mlflow import MlflowClient
 from millrace.applications import Application
 from millrace.errors import ReleaseError
 from millrace.releases import registry as releases
+from millrace.releases.manifest import describe_embedding
 from millrace.releases.split import Split
+from millrace.retrieval.embedding_model import MODEL_FILES
 from millrace.settings import Settings
 from tests.releases.conftest import Make
 
@@ -47,6 +50,35 @@ def test_a_release_is_registered_as_a_candidate_and_comes_back_byte_for_byte(
     assert (folder / "model.gguf").read_bytes() == weights.read_bytes()
     assert releases.release_manifest(registry, application, version) == manifest
     assert sorted(path.name for path in folder.parent.iterdir()) == [manifest.release_id]
+
+
+def test_a_fine_tuned_embedding_model_goes_with_its_release_and_with_those_made_from_it(
+    registry: Settings, application: Application, make_release: Make, tmp_path: Path
+) -> None:
+    plain, weights = make_release("weights")
+    folder = tmp_path / "embedding model"
+    folder.mkdir()
+    for name in MODEL_FILES:
+        (folder / name).write_text(name)
+    retrieval = plain.retrieval.model_copy(update={"lineage": "tuned-1", "tuned": describe_embedding(folder)})
+    tuned = plain.changed(retrieval=retrieval)
+    with pytest.raises(ReleaseError, match=r"no release in .* has the fine-tuned embedding model of lineage tuned-1"):
+        releases.register_release(registry, application, tuned, weights.parent, run="test", tags={})
+    version = releases.register_release(
+        registry, application, tuned, weights.parent, run="test", tags={}, embedding=folder
+    )
+    here = releases.fetch_release(registry, application, version)
+    assert {path.name: path.read_text() for path in (here / "embedding").iterdir()} == {n: n for n in MODEL_FILES}
+    assert releases.release_manifest(registry, application, version) == tuned
+
+    other = tuned.changed(generation=tuned.generation.model_copy(update={"max_new_tokens": 7}))
+    made = releases.register_release(registry, application, other, weights.parent, run="test", tags={})
+    shutil.rmtree(here)
+    there = releases.fetch_release(registry, application, made)
+    assert (there / "embedding" / "model.safetensors").read_text() == "model.safetensors"
+    (there / "embedding" / "model.safetensors").write_text("other")
+    with pytest.raises(ReleaseError, match="has 5 bytes, its manifest says 17"):
+        releases.fetch_release(registry, application, made)
 
 
 def test_the_same_release_twice_is_one_version(

@@ -196,6 +196,8 @@ def vector(name: str, edition: int) -> list[float]:
 class OneVector:
     """An embedder for which every question is the same chunk."""
 
+    lineages = ""
+
     def __init__(self, chunk: dict[str, object]) -> None:
         self._chunk = chunk
 

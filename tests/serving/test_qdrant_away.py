@@ -22,6 +22,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*ocal (mode|Qdrant)")
 class AlwaysNorth:
     """An embedder for which all texts are the same."""
 
+    lineages = ""
+
     def embed(self, texts: list[str]) -> np.ndarray:
         return np.eye(1, 384, dtype=np.float32).repeat(len(texts), axis=0)
 

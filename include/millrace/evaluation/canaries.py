@@ -1,18 +1,20 @@
 """The small gate of new documents: a new index build is published only if it still finds what was found before.
 
 Canaries are questions with known answers from the training split, so that nothing of the evaluation leaks into
-what is published. It knows nothing of releases.
+what is published. Of releases it knows which lineages they search.
 """
 
+from pathlib import Path
 from typing import Any
 
 from millrace.applications import Application
 from millrace.errors import CanaryError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import SILVER_DOCUMENTS
+from millrace.releases.lineages import searched_lineages
 from millrace.retrieval.builds import Builds, current
-from millrace.retrieval.embed import Embedder
-from millrace.retrieval.index import declared_builds
+from millrace.retrieval.embed import Lineage, declared_lineage
+from millrace.retrieval.index import builds_of
 from millrace.retrieval.search import Retriever
 from millrace.settings import Settings
 from millrace.sources.questions import Question, derive_questions
@@ -23,24 +25,65 @@ FIRST_RECALL = 0.5
 """What a first build must reach: there is none to compare with."""
 
 
-def publish_build(settings: Settings, application: Application, build: str, *, run: str) -> dict[str, Any]:
+def publish_builds(
+    settings: Settings, application: Application, built: list[dict[str, Any]], *, run: str
+) -> list[dict[str, Any]]:
+    """`publish_build` of what `build_indexes` made, each with its `lineage`. One that finds less keeps no other back.
+
+    Raises:
+        CanaryError: at least one finds less; the others are published.
+    """
+    searched = {lineage.id: lineage for lineage in searched_lineages(settings, application)}
+    published, refusals = [], []
+    for one in built:
+        if one["lineage"] not in searched:  # its release was rolled back meanwhile
+            continue
+        try:
+            published.append(
+                publish_build(settings, application, one["build"], run=run, lineage=searched[one["lineage"]])
+            )
+        except CanaryError as refusal:
+            refusals.append(str(refusal))
+    if refusals:
+        raise CanaryError("; ".join(refusals))
+    return published
+
+
+def publish_tuned(settings: Settings, application: Application, tuned: dict[str, Any], *, run: str) -> dict[str, Any]:
+    """`publish_build` of the first build with an embedding model that was fine-tuned.
+
+    Args:
+        tuned: with `lineage`, `model`, `folder` of the model's files, and `build`.
+    """
+    lineage = Lineage(tuned["lineage"], tuned["model"], Path(tuned["folder"]))
+    return publish_build(settings, application, tuned["build"], run=run, lineage=lineage)
+
+
+def publish_build(
+    settings: Settings, application: Application, build: str, *, run: str, lineage: Lineage | None = None
+) -> dict[str, Any]:
     """Publish `build` if its recall@5 on the canaries is at most `canary_margin` below the published build's.
 
     Only questions whose document is in both builds are counted: a document that was removed is no loss.
 
+    Args:
+        lineage: that the build is of; None: the declared one.
+
     Returns:
-        `build`, `previous`, `canaries` (how many were asked), `recall`, `recall_before` (None: nothing to measure),
-        `run`, and `changed`: whether the pointer moved.
+        `build`, `lineage`, `previous`, `canaries` (how many were asked), `recall`, `recall_before` (None: nothing to
+        measure), `run`, and `changed`: whether the pointer moved.
 
     Raises:
         CanaryError: the build finds less. The published build stays.
         RetrievalError: there is no such build.
     """
-    builds = declared_builds(settings, application)
+    lineage = lineage or declared_lineage(application)
+    builds = builds_of(settings, application.name, lineage.id)
     before = current(builds)
-    outcome: dict[str, Any] = {"build": build, "previous": before, "canaries": 0, "recall": None, "recall_before": None}
+    outcome: dict[str, Any] = {"build": build, "lineage": lineage.id, "previous": before}
+    outcome |= {"canaries": 0, "recall": None, "recall_before": None}
     if build != before:
-        outcome |= _compare(settings, application, builds, build, before)
+        outcome |= _compare(settings, application, lineage, builds, build, before)
         _refuse_loss(application, outcome)
     return outcome | {"run": run, "changed": builds.publish(build)}
 
@@ -51,14 +94,13 @@ def choose_canaries(questions: list[Question], limit: int) -> list[Question]:
 
 
 def _compare(
-    settings: Settings, application: Application, builds: Builds, build: str, before: str | None
+    settings: Settings, application: Application, lineage: Lineage, builds: Builds, build: str, before: str | None
 ) -> dict[str, Any]:
     documents = Lake.of(settings, application.name).read(SILVER_DOCUMENTS)
     asked = choose_canaries(derive_questions(documents, application), application.retrieval.canaries)
     if not asked:
         return {}
-    embedder = Embedder(application.retrieval.embedding_model, settings.cache, settings.threads)
-    retriever = Retriever(builds, embedder)
+    retriever = Retriever(builds, lineage.open(settings))
     there = retriever.documents(build)
     if before is not None:
         there &= retriever.documents(before)

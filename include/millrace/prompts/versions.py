@@ -15,13 +15,15 @@ from millrace.errors import PromptError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import SILVER_EXCHANGES
 from millrace.prompts.space import UNREGISTERED
+from millrace.releases.embedding import release_lineage
 from millrace.releases.loader import ReleaseLoader
 from millrace.releases.manifest import PromptVersion
 from millrace.releases.mlflow_server import mlflow_client
+from millrace.releases.package import read_release
 from millrace.releases.pipeline import Answer, AnswerPipeline, checked_question
 from millrace.releases.prompt import check_template, render
-from millrace.releases.registry import RUN_TAG, read_split, release_manifest
-from millrace.retrieval.embed import Embedder, lineage_id
+from millrace.releases.registry import RUN_TAG, fetch_release, read_split, release_manifest
+from millrace.retrieval.embed import declared_lineage
 from millrace.retrieval.index import builds_of
 from millrace.retrieval.search import Hit, Retriever
 from millrace.settings import Settings
@@ -158,14 +160,14 @@ def try_template(
     if champion is None:
         if answer:
             raise PromptError(f"{application.name} has no champion whose generator could answer; admit a release first")
-        model, lineage = application.retrieval.embedding_model, lineage_id(application)
-        chunks = application.retrieval.chunks
+        lineage, chunks = declared_lineage(application), application.retrieval.chunks
     else:
-        retrieval = release_manifest(settings, application, champion).retrieval
-        model, lineage, chunks = retrieval.embedding_model, retrieval.lineage, retrieval.chunks
+        folder = fetch_release(settings, application, champion)
+        manifest = read_release(folder)
+        lineage, chunks = release_lineage(manifest, folder), manifest.retrieval.chunks
     if champion is None or not answer:
-        embedder = Embedder(model, settings.cache, settings.threads)
-        hits = Retriever(builds_of(settings, application.name, lineage), embedder).search(question, chunks)
+        builds = builds_of(settings, application.name, lineage.id)
+        hits = Retriever(builds, lineage.open(settings)).search(question, chunks)
         return Tried(render(template, question, hits), tuple(hits), None)
     loader = ReleaseLoader(settings, application)
     try:

@@ -69,10 +69,11 @@ def licences(manifest: Manifest, application: Application, files: Path) -> dict[
     else:
         model = "the terms of the server that has it"
     embedding = manifest.retrieval.embedding_model
+    derived = "; a fine-tune is a derived work" if manifest.retrieval.tuned else ""
     documents = {f"documents: {kind}": _SOURCES[kind] for kind in sorted({one.kind for one in application.sources})}
     return {
         "generator": model,
-        "embedding model": f"{_licence(embedding)} (package {embedding})",
+        "embedding model": f"{_licence(embedding)} (package {embedding}{derived})",
         **documents,
         "code": f"{_licence('millrace')} (package millrace)",
     }
@@ -121,7 +122,7 @@ def model_card(
         "",
         f"- prompt: {manifest.prompt.name}, version {manifest.prompt.version}",
         f"- retrieval lineage: {manifest.retrieval.lineage}, the best {manifest.retrieval.chunks} chunks",
-        f"- embedding model: {manifest.retrieval.embedding_model}",
+        f"- embedding model: {manifest.retrieval.embedding_model}{_tuned(manifest)}",
         f"- code: millrace {manifest.code_version}, manifest format {manifest.format}",
         "",
         "## Evaluation",
@@ -137,6 +138,11 @@ def model_card(
         *(f"| {part} | {licence} |" for part, licence in licensed.items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _tuned(manifest: Manifest) -> str:
+    sha256 = manifest.retrieval.tuned_sha256
+    return f", fine-tuned on this application's questions (`embedding/`, weights {sha256})" if sha256 else ""
 
 
 def _base(manifest: Manifest, application: Application) -> str:

@@ -14,7 +14,7 @@ from millrace.engines.transformers import TransformersEngine
 from millrace.engines.upstream import Adapter, Upstream, UpstreamEngine, context_of
 from millrace.errors import EngineError
 from millrace.releases.manifest import Chain, Generator, HuggingFaceModel, ServedModel, Weights, describe_weights
-from millrace.releases.package import MANIFEST
+from millrace.releases.package import EMBEDDING, MANIFEST
 from millrace.settings import Settings
 
 
@@ -80,7 +80,7 @@ def open_chain(generator: Chain) -> LangChainEngine:
 
 def _require_only(folder: Path, generator: HuggingFaceModel) -> None:
     """transformers reads what it finds: a file that somebody put beside the release's could be an adapter."""
-    known = {file.name for file in generator.files} | {MANIFEST}
+    known = {file.name for file in generator.files} | {MANIFEST, EMBEDDING}
     strange = sorted(path.name for path in folder.iterdir() if path.name not in known)
     if strange:
         raise EngineError(f"{folder} holds {strange[0]}, which is no part of the release; remove it")

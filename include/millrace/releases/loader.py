@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 from millrace.applications import Application
 from millrace.engines.engine import Engine
 from millrace.errors import ReleaseError
+from millrace.releases.embedding import open_embedder
 from millrace.releases.generator import open_engine, upstream_of
 from millrace.releases.manifest import Manifest
 from millrace.releases.package import read_release
@@ -113,8 +114,8 @@ class ReleaseLoader:
         self.application.prices.of(manifest.generator.name)
         retrieval = manifest.retrieval
         try:
-            model = retrieval.embedding_model
-            embedder = self._embedders.get(model, version, lambda: self._embedder(model))
+            model = retrieval.tuned_sha256 or retrieval.embedding_model
+            embedder = self._embedders.get(model, version, lambda: self._embedder(manifest, folder))
             engine = self._engines.get(manifest.generator.identity, version, lambda: self._engine(manifest, folder))
             builds = builds_of(self.settings, self.application.name, retrieval.lineage)
             return AnswerPipeline(manifest, engine, Retriever(builds, embedder))
@@ -137,5 +138,5 @@ class ReleaseLoader:
             cache_gb=self.settings.engine_cache_gb,
         )
 
-    def _embedder(self, model: str) -> Embedder:
-        return Embedder(model, self.settings.cache, self.settings.threads)
+    def _embedder(self, manifest: Manifest, folder: Path) -> Embedder:
+        return open_embedder(manifest, folder, cache=self.settings.cache, threads=self.settings.threads)

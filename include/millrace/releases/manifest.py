@@ -15,10 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from millrace.applications import Application, Generation
 from millrace.engines.huggingface import model_files
 from millrace.errors import ReleaseError
+from millrace.retrieval.embedding_model import MODEL_FILES, WEIGHTS
 
-FORMAT = 3
+FORMAT = 4
 """1: the generator is a GGUF file. 2: it may be a model that a server has. 3: a Hugging Face directory or an installed
-chain. A manifest says the lowest that reads it."""
+chain. 4: the embedding model may be a fine-tuned one. A manifest says the lowest that reads it."""
 
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -127,7 +128,23 @@ class RetrievalLineage(Part):
 
     lineage: str
     embedding_model: str
+    """Package of the embedding model."""
     chunks: int = Field(ge=1)
+    tuned: tuple[File, ...] = Field(default=(), exclude_if=lambda files: not files)
+    """The embedding model that was fine-tuned from the package's; empty: it is the package's."""
+
+    @property
+    def tuned_sha256(self) -> str | None:
+        """Of the fine-tuned weights; None: it is the package's model."""
+        return next((file.sha256 for file in self.tuned if file.name == WEIGHTS), None)
+
+
+def _lowest_format(known: dict[str, Any]) -> int:
+    retrieval = known.get("retrieval")
+    if isinstance(retrieval, RetrievalLineage) and retrieval.tuned:
+        return 4
+    generator: Any = known.get("generator")
+    return _FORMATS.get(type(generator), FORMAT)
 
 
 class Manifest(Part):
@@ -135,10 +152,10 @@ class Manifest(Part):
 
     application: str
     generator: Generator
-    format: int = Field(default_factory=lambda known: _FORMATS.get(type(known.get("generator")), FORMAT), ge=1)
     prompt: PromptVersion
     retrieval: RetrievalLineage
     generation: Generation
+    format: int = Field(default_factory=_lowest_format, ge=1)
     code_version: str = Field(default_factory=lambda: version("millrace"))
 
     @property
@@ -195,6 +212,19 @@ def describe_adapter(folder: Path) -> tuple[File, ...]:
     for file in files:
         if not file.is_file() or not file.stat().st_size:
             raise ReleaseError(f"{file} is missing or empty; an adapter is {' and '.join(ADAPTER_FILES)}")
+    return tuple(File(**_described(file)) for file in files)
+
+
+def describe_embedding(folder: Path) -> tuple[File, ...]:
+    """The files of the fine-tuned embedding model in `folder`; reads them once.
+
+    Raises:
+        ReleaseError: one is missing or empty.
+    """
+    files = [folder / name for name in MODEL_FILES]
+    for file in files:
+        if not file.is_file() or not file.stat().st_size:
+            raise ReleaseError(f"{file} is missing or empty; an embedding model is {', '.join(MODEL_FILES)}")
     return tuple(File(**_described(file)) for file in files)
 
 

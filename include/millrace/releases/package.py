@@ -1,22 +1,25 @@
 """A release as files: the MLflow model that is uploaded, and the verified local folder that is loaded.
 
 Knows the disk only. The MLflow model is `MLmodel`, requirements, an input example, a model card and
-`data/release/{manifest.json, <the generator's files>}`, loaded by `millrace.releases.pyfunc`: no pickle, no code.
+`data/release/{manifest.json, <the generator's files>}`, with a fine-tuned embedding model's files in `embedding/`,
+loaded by `millrace.releases.pyfunc`: no pickle, no code.
 """
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from millrace.errors import ReleaseError
-from millrace.releases.manifest import Manifest, file_sha256, read_manifest
+from millrace.releases.manifest import File, Manifest, file_sha256, read_manifest
 from millrace.releases.requirements import requirements
 
 MANIFEST = "manifest.json"
 CARD = "model_card.md"
 DATA = "release"
+EMBEDDING = "embedding"
+"""Folder of the fine-tuned embedding model's files, beside the generator's: some have the same names."""
 
 LOAD_CONFIG: dict[str, Any] = {
     "index_builds": "",  # folder with a folder of builds per lineage; this or the next is required
@@ -36,12 +39,20 @@ saved with."""
 
 
 def write_model(
-    manifest: Manifest, files: Path, folder: Path, *, card: str, question: str, licences: Mapping[str, str]
+    manifest: Manifest,
+    files: Path,
+    folder: Path,
+    *,
+    embedding: Path | None,
+    card: str,
+    question: str,
+    licences: Mapping[str, str],
 ) -> Path:
     """The MLflow model of a release, in `folder`/model.
 
     Args:
         files: the folder with the generator's files.
+        embedding: the folder with the files of its fine-tuned embedding model; None: it has none.
         card: its model card, Markdown.
         question: its input example.
         licences: part of the release → licence, for programs; the card tells people.
@@ -55,12 +66,17 @@ def write_model(
     from mlflow.types import ColSpec, DataType, Schema
     from mlflow.types.schema import Array
 
-    _require_bytes(manifest, files)
+    _require_bytes(manifest.generator.files, files)
     data = folder / DATA
     data.mkdir()
     (data / MANIFEST).write_text(manifest.canonical(), encoding="utf-8")
     for file in manifest.generator.files:
         _same_bytes(files / file.name, data / file.name)
+    if embedding:
+        _require_bytes(manifest.retrieval.tuned, embedding)
+        (data / EMBEDDING).mkdir()
+        for file in manifest.retrieval.tuned:
+            _same_bytes(embedding / file.name, data / EMBEDDING / file.name)
     model = folder / "model"
     mlflow.pyfunc.save_model(
         model,
@@ -98,10 +114,9 @@ def read_release(folder: Path) -> Manifest:
     except (OSError, UnicodeDecodeError) as error:
         raise ReleaseError(f"{folder} holds no readable {MANIFEST} ({error}); {_again(folder)}") from None
     manifest = read_manifest(text, str(folder / MANIFEST))
-    for file in manifest.generator.files:
-        path = folder / file.name
+    for file, path in _files(manifest, folder):
         if not path.is_file():
-            raise ReleaseError(f"{folder} holds no weights ({file.name} is missing); {_again(folder)}")
+            raise ReleaseError(f"{folder} holds no weights ({path.relative_to(folder)} is missing); {_again(folder)}")
         if path.stat().st_size != file.bytes:
             raise ReleaseError(
                 f"{path} has {path.stat().st_size} bytes, its manifest says {file.bytes}; {_again(folder)}"
@@ -118,11 +133,11 @@ def verify_release(folder: Path, release_id: str) -> Manifest:
     manifest = read_release(folder)
     if manifest.release_id != release_id:
         raise ReleaseError(f"{folder} holds {manifest.release_id}, not {release_id}; {_again(folder)}")
-    for file in manifest.generator.files:
-        found = file_sha256(folder / file.name)
+    for file, path in _files(manifest, folder):
+        found = file_sha256(path)
         if found != file.sha256:
             raise ReleaseError(
-                f"{folder / file.name} has other bytes (SHA-256 {found[:12]}…) than release {release_id} was "
+                f"{path} has other bytes (SHA-256 {found[:12]}…) than release {release_id} was "
                 f"registered with ({file.sha256[:12]}…); {_again(folder)}"
             )
     return manifest
@@ -138,11 +153,17 @@ def install(downloaded: Path, folder: Path, release_id: str) -> None:
             raise
 
 
-def _require_bytes(manifest: Manifest, files: Path) -> None:
-    for file in manifest.generator.files:
-        path = files / file.name
+def _files(manifest: Manifest, folder: Path) -> Iterator[tuple[File, Path]]:
+    """Every file of a release, and where it is in a local folder."""
+    yield from ((file, folder / file.name) for file in manifest.generator.files)
+    yield from ((file, folder / EMBEDDING / file.name) for file in manifest.retrieval.tuned)
+
+
+def _require_bytes(files: Iterable[File], folder: Path) -> None:
+    for file in files:
+        path = folder / file.name
         if not path.is_file():
-            raise ReleaseError(f"{path} is not a file; the manifest names it as part of the generator")
+            raise ReleaseError(f"{path} is not a file; the manifest names it as part of the release")
         found = file_sha256(path)
         if found != file.sha256:
             raise ReleaseError(

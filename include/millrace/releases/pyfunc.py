@@ -14,12 +14,12 @@ import pandas as pd
 
 from millrace.engines.upstream import Upstream
 from millrace.errors import ReleaseError
+from millrace.releases.embedding import open_embedder
 from millrace.releases.generator import open_engine
 from millrace.releases.manifest import Manifest
 from millrace.releases.package import LOAD_CONFIG, read_release
 from millrace.releases.pipeline import AnswerPipeline
 from millrace.retrieval.builds import Builds
-from millrace.retrieval.embed import Embedder
 from millrace.retrieval.library import LibraryBuilds
 from millrace.retrieval.search import Retriever
 from millrace.retrieval.server import connect
@@ -44,7 +44,7 @@ def open_pipeline(folder: Path, config: dict[str, Any]) -> AnswerPipeline:
     manifest = read_release(folder)
     builds = _builds(config, manifest)
     threads = config["threads"] or os.cpu_count() or 1
-    embedder = Embedder(manifest.retrieval.embedding_model, Path(config["cache"]).expanduser(), threads)
+    embedder = open_embedder(manifest, folder, cache=Path(config["cache"]).expanduser(), threads=threads)
     engine = open_engine(
         manifest.generator,
         folder,

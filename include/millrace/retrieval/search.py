@@ -63,7 +63,8 @@ class Retriever:
         """The `k` chunks nearest to `question`, best first, in `build` (None: the published one).
 
         Raises:
-            RetrievalError: nothing is published, there is no such build, or the Qdrant server doesn't answer.
+            RetrievalError: nothing is published, there is no such build, its vectors are another model's, or the Qdrant
+                server doesn't answer.
         """
         opened = self._opened(build or self.build)
         vector = self._embedder.embed([question])[0]
@@ -91,11 +92,21 @@ class Retriever:
                 opened = self._known(build)
                 if opened is None:
                     opened = self._builds.open(build)
+                    self._require_its_vectors(opened)
                     with self._lock:
                         self._open[build] = opened
                         if len(self._open) > OPEN_BUILDS:
                             self._open.popitem(last=False)
         return opened
+
+    def _require_its_vectors(self, opened: OpenBuild) -> None:
+        """Another model's vectors have the same length and would be compared without an error."""
+        lineage = opened.manifest.lineage
+        if not lineage.startswith(self._embedder.lineages):
+            raise RetrievalError(
+                f"index build {opened.manifest.build} has vectors of lineage {lineage}, and questions would be "
+                f"embedded by the model of {self._embedder.lineages}*; search with the model of the release"
+            )
 
     def _known(self, build: str) -> OpenBuild | None:
         with self._lock:
