@@ -23,9 +23,10 @@ build was published.
 ### When it fails
 *embed*, *build*: the message says what is missing; clear the task, nothing is done twice. *publish* with CanaryError:
 the new build finds less than the published one, which stays. Look at what changed in the documents and correct the
-source; the next run tries again. The way back: `millrace index back -a <app>` (`millrace index list` shows both); the
-next run publishes again what the documents give, so correct them first. A Qdrant server (`MILLRACE_QDRANT_URL`) that
-goes away: nothing of the build counts, the next try completes it. After switching to or from one: trigger one run.
+source; the next run tries again. The way back: `millrace index back -a <app>` (`millrace index list` shows both; of a
+fine-tuned model's lineage with `--lineage`); the next run publishes again what the documents give, so correct them
+first. A Qdrant server (`MILLRACE_QDRANT_URL`) that goes away: nothing of the build counts, the next try completes it.
+After switching to or from one: trigger one run. MLflow that is away: nobody knows what is searched, the task tries again.
 """
 
 

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from millrace.applications import Application
 from millrace.cli import app
 from millrace.lakehouse.lake import Lake
-from millrace.retrieval.index import build_index, declared_builds
+from millrace.retrieval.index import build_index, builds_of, declared_builds
 from millrace.settings import Settings
 from tests.retrieval.conftest import chunked, vectors_without_a_model
 from tests.retrieval.places import write_note
@@ -65,6 +65,8 @@ def test_builds_are_listed_and_the_one_before_is_published_again(
     assert said.endswith(f"3 chunks of 3 documents published in {where(settings, application)}")
     assert run("back") == (0, f"Published {first} of notes; before it was {second}.")
     assert "documents published" in run("list")[1].partition(second)[0]
+    other = builds_of(settings, application.name, "other").where
+    assert run("back", "--lineage", "other") == (1, f"notes: nothing is published in {other}, so there is no way back")
     stand_in.stop()
     if place == "socket":
         status, said = run("list")

@@ -44,7 +44,7 @@ QUESTION = "What is the default of [core] parallelism?"
 @pytest.fixture
 def small(tiny: Application) -> Application:
     """`tiny` with a fine-tune of a few steps, and lineages that go as soon as nobody searches them."""
-    training = EmbeddingTraining(max_examples=60, epochs=2, batch=8)
+    training = EmbeddingTraining(max_examples=80, epochs=2, batch=8, learning_rate=1e-4)
     return tiny.model_copy(update={"embedding_training": training})
 
 
@@ -99,7 +99,7 @@ def test_a_fine_tuned_model_is_a_candidate_with_an_index_beside_the_old_one_whic
     tuned = tune_embedding(tracked, small, run="test")
     assert tuned["better"], tuned["why"]
     assert (tuned["recall"], tuned["reciprocal_rank"]) > (tuned["recall_before"], tuned["reciprocal_rank_before"])
-    assert tuned["origins"] == {"document": 60}
+    assert tuned["origins"] == {"document": 80}
     learnt = [json.loads(line) for line in (Path(tuned["folder"]) / "pairs.jsonl").read_text().splitlines()]
     asked = [one.question for one in derive_questions(lake.read(SILVER_DOCUMENTS), small) if one.split == "evaluation"]
     assert not near_duplicates([one["question"] for one in learnt], asked)
@@ -114,7 +114,7 @@ def test_a_fine_tuned_model_is_a_candidate_with_an_index_beside_the_old_one_whic
     assert (manifest.generator, manifest.prompt, manifest.format) == (old.generator, old.prompt, 4)
     assert manifest.retrieval.lineage == tuned["lineage"] != old.retrieval.lineage
     tags = versions(tracked, small)[made["version"]]
-    assert (tags["millrace.origin"], tags["pairs"], tags["millrace.state"]) == ("embedding", "60", "candidate")
+    assert (tags["millrace.origin"], tags["pairs"], tags["millrace.state"]) == ("embedding", "80", "candidate")
     (cost,) = [row for row in lake.read(OPS_COSTS).to_pylist() if row["stage"] == "training"]
     assert cost["release_id"] == made["release_id"]
 

@@ -133,14 +133,20 @@ def rollout_back(reason: Reason, application: ApplicationName = "qa") -> None:
     _decide("roll_back", application, reason)
 
 
+LineageName = Annotated[
+    str | None, typer.Option("--lineage", help="Of a release's embedding model; empty: of the declared one.")
+]
+
+
 @index_app.command("list")
-def index_list(application: ApplicationName = "qa") -> None:
-    """The index builds of the declared lineage, newest last, and which is published."""
-    from millrace.retrieval.index import declared_builds
+def index_list(application: ApplicationName = "qa", lineage: LineageName = None) -> None:
+    """The index builds of a lineage, newest last, and which is published."""
+    from millrace.retrieval.embed import lineage_id
+    from millrace.retrieval.index import builds_of
 
     with one_sentence():
         settings, declared = declaration(application)
-        builds = declared_builds(settings, declared)
+        builds = builds_of(settings, declared.name, lineage or lineage_id(declared))
         pointer = builds.published()
         marks = {pointer.build: "published", pointer.previous: "previous"} if pointer else {}
         for manifest in builds.manifests():
@@ -154,13 +160,13 @@ def index_list(application: ApplicationName = "qa") -> None:
 
 
 @index_app.command("back")
-def index_back(application: ApplicationName = "qa") -> None:
+def index_back(application: ApplicationName = "qa", lineage: LineageName = None) -> None:
     """Publish the index build before the published one again; a second time, and that one is back."""
     from millrace.retrieval.index import publish_previous
 
     with one_sentence():
         settings, declared = declaration(application)
-        moved = publish_previous(settings, declared)
+        moved = publish_previous(settings, declared, lineage)
         console.print(f"Published {moved.build} of {application}; before it was {moved.previous}.", markup=False)
 
 

@@ -129,7 +129,7 @@ def _refuse_loss(application: Application, outcome: dict[str, Any]) -> None:
     needed = FIRST_RECALL if before is None else before - application.retrieval.canary_margin
     if recall < needed:
         raise CanaryError(
-            f"{application.name}: index build {outcome['build']} finds {recall:.3f} of {outcome['canaries']} canaries, "
-            f"{needed:.3f} is needed; the published build {outcome['previous']} stays. "
+            f"{application.name}: index build {outcome['build']} of lineage {outcome['lineage']} finds {recall:.3f} of "
+            f"{outcome['canaries']} canaries, {needed:.3f} is needed; the published build {outcome['previous']} stays. "
             "Look at what changed in the documents, or raise canary_margin"
         )

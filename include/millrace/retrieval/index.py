@@ -103,15 +103,18 @@ def build_index(
     return {"build": build, "lineage": lineage, "chunks": points.num_rows, "changed": changed}
 
 
-def publish_previous(settings: Settings, application: Application) -> Published:
+def publish_previous(settings: Settings, application: Application, lineage: str | None = None) -> Published:
     """Publish the build before the published one again: the way back. Returns the pointer as it is now.
+
+    Args:
+        lineage: its name; None: the declared one.
 
     The next run of refresh_embeddings publishes again what the documents of then give.
 
     Raises:
         RetrievalError: there is none, or it was removed.
     """
-    builds = declared_builds(settings, application)
+    builds = builds_of(settings, application.name, lineage or lineage_id(application))
     pointer = builds.published()
     if pointer is None or pointer.previous is None:
         found = f"only {pointer.build} was ever" if pointer else "nothing is"

@@ -25,6 +25,8 @@ SCALE = 20.0
 WARMUP = 0.1
 """Share of the steps."""
 CLIP = 1.0
+GROUP = 8
+"""Texts that are computed at once."""
 RANKED = 10
 """Depth of the mean reciprocal rank."""
 
@@ -139,23 +141,27 @@ class _Model:
         """Mean over the mask, then unit length: shape (n, dimensions)."""
         import torch
 
+        # Of one length as far as they can be: a long text among short ones would cost all of them its length.
+        order = sorted(range(len(texts)), key=lambda at: len(texts[at]))
+        groups = [[texts[at] for at in order[start : start + GROUP]] for start in range(0, len(order), GROUP)]
+        return torch.cat([self._padded(group) for group in groups])[torch.tensor(order).argsort()]
+
+    def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        import torch
+
+        with torch.no_grad():
+            vectors: npt.NDArray[np.float32] = self.vectors(texts).numpy()
+        return vectors
+
+    def _padded(self, texts: Sequence[str]) -> Any:
+        import torch
+
         encoded = self._tokenizer.encode_batch(list(texts))
         ids = torch.tensor([one.ids for one in encoded])
         mask = torch.tensor([one.attention_mask for one in encoded])
         hidden = self.bert(input_ids=ids, attention_mask=mask).last_hidden_state
         weight = mask.unsqueeze(-1).to(hidden.dtype)
         return torch.nn.functional.normalize((hidden * weight).sum(1) / weight.sum(1).clamp(min=1e-9), dim=1)
-
-    def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        import torch
-
-        order = sorted(range(len(texts)), key=lambda at: len(texts[at]))  # little padding
-        vectors = np.empty((len(texts), self.bert.config.hidden_size), np.float32)
-        with torch.no_grad():
-            for start in range(0, len(order), 32):
-                rows = order[start : start + 32]
-                vectors[rows] = self.vectors([texts[row] for row in rows]).numpy()
-        return vectors
 
 
 def _loss(model: _Model, batch: Sequence[Triple]) -> Any:
