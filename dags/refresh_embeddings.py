@@ -26,7 +26,7 @@ the new build finds less than the published one, which stays. Look at what chang
 source; the next run tries again. The way back: `millrace index back -a <app>` (`millrace index list` shows both; of a
 fine-tuned model's lineage with `--lineage`); the next run publishes again what the documents give, so correct them
 first. A Qdrant server (`MILLRACE_QDRANT_URL`) that goes away: nothing of the build counts, the next try completes it.
-After switching to or from one: trigger one run. MLflow that is away: nobody knows what is searched, the task tries again.
+After switching to or from one: trigger one run. Without MLflow nobody knows what is searched: tried again.
 """
 
 

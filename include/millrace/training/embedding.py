@@ -201,14 +201,15 @@ def _tune(
     source = model_folder(manifest.retrieval.embedding_model)
     depth = manifest.retrieval.chunks
     learnt = configuration.model_dump(exclude={"max_examples"})
-    texts = {one: corpus.by_id[one].text for pair in pairs for one in (pair.chunk_id, pair.negative_id)}
-    told = [json.dumps(asdict(pair) | {"chunk": texts[pair.chunk_id]}, sort_keys=True) for pair in pairs]
+    told = [json.dumps(asdict(pair) | {"chunk": corpus.by_id[pair.chunk_id].text}, sort_keys=True) for pair in pairs]
     made_of = (PROGRAM, weights_sha256(source), json.dumps(learnt, sort_keys=True), depth, before.lineages, *told)
     runs = settings.home / "training" / settings.environment / application.name
     folder = runs / f"{PREFIX}{content_hash(*made_of)[:16]}"
     if not folder.is_dir():
         runs.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".embedding-", dir=runs) as scratch:
+        for unfinished in runs.glob(f".{PREFIX}*"):  # of a run that was killed: there is one at a time
+            shutil.rmtree(unfinished)
+        with tempfile.TemporaryDirectory(prefix=f".{PREFIX}", dir=runs) as scratch:
             building = Path(scratch) / "model"
             building.mkdir()
             (building / "pairs.jsonl").write_text("".join(f"{line}\n" for line in told), encoding="utf-8")
