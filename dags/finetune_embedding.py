@@ -43,7 +43,13 @@ def finetune_embedding(application: Application) -> DAG:
         def tune(*, params: dict) -> dict:
             from millrace.training.embedding import tune_embedding
 
-            return tune_embedding(read_settings(), application, run=run_name(), **params)
+            return tune_embedding(
+                read_settings(),
+                application,
+                run=run_name(),
+                max_examples=params["max_examples"],
+                epochs=params["epochs"],
+            )
 
         @task(retries=0)  # A refused build is refused again.
         def publish(tuned: dict) -> dict:
