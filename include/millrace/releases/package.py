@@ -43,7 +43,7 @@ def write_model(
     files: Path,
     folder: Path,
     *,
-    embedding: Path | None,
+    embedding: Path | None = None,
     card: str,
     question: str,
     licences: Mapping[str, str],
