@@ -25,7 +25,7 @@ from millrace.evaluation.tracking import log_evaluation
 from millrace.lakehouse.costs import Cost, cost_id, record_cost
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import OPS_EVALUATIONS
-from millrace.lakehouse.trained import trained_questions
+from millrace.lakehouse.trained import trained_questions, trained_sets
 from millrace.releases.loader import ReleaseLoader
 from millrace.releases.manifest import Manifest
 from millrace.releases.registry import read_split, release_manifest, versions
@@ -89,10 +89,10 @@ def evaluate_candidate(
     known = _read(lake, evaluation_id)
     changed = known is None
     if known is None:
-        training_set = registered[candidate].get("training_set")
+        training_sets = trained_sets(registered[candidate])
         examples = read_evaluation_set(lake, set_id)
         started = time.perf_counter()
-        criteria, scored = _evaluate(settings, application, sides, examples, training_set, evaluation_id)
+        criteria, scored = _evaluate(settings, application, sides, examples, training_sets, evaluation_id)
         seconds = time.perf_counter() - started
         record_cost(lake, _cost(application, evaluation_id, sides[1], scored, seconds), run=run)
         known = _write(lake, evaluation_id, set_id, sides, criteria, scored, run)
@@ -160,13 +160,13 @@ def _evaluate(
     application: Application,
     sides: list[Side],
     examples: list[Example],
-    training_set: str | None,
+    training_sets: Sequence[str],
     evaluation_id: str,
 ) -> tuple[list[Criterion], list[dict[str, Any]]]:
     """Criteria, and the examples with both scores, worst first. A leak is refused before anything is loaded."""
     lake = Lake.of(settings, application.name)
-    leaks = find_leaks(lake, training_set, examples) if training_set else []
-    leak = _leak_criterion(leaks, training_set)
+    leaks = [leak for training_set in training_sets for leak in find_leaks(lake, training_set, examples)]
+    leak = _leak_criterion(leaks, training_sets)
     if leaks:
         return [leak], [asdict(example) | {"trained_on": question} for question, example in leaks]
     loader = ReleaseLoader(settings, application)
@@ -198,14 +198,15 @@ def _cost(
     )
 
 
-def _leak_criterion(leaks: list[tuple[str, Example]], training_set: str | None) -> Criterion:
+def _leak_criterion(leaks: list[tuple[str, Example]], training_sets: Sequence[str]) -> Criterion:
     count = float(len(leaks))
-    if training_set is None:
+    named = f"training set {', '.join(training_sets)}"
+    if not training_sets:
         why = "the candidate was not trained here"
     elif leaks:
-        why = f"{len(leaks)} questions of training set {training_set} are, or nearly are, evaluation questions"
+        why = f"{len(leaks)} questions of {named} are, or nearly are, evaluation questions"
     else:
-        why = f"no question of training set {training_set} is nearly an evaluation question"
+        why = f"no question of {named} is nearly an evaluation question"
     return Criterion("leak", "count", None, count, count, count, count, 0.0, not leaks, why)
 
 

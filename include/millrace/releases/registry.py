@@ -32,7 +32,7 @@ BUILDER_TAG = "millrace.built_by"
 SPLIT_TAG = "millrace.split"
 FILES_TAG = "millrace.files"
 """Where it is, it says when the release's files were removed (`retention.py`)."""
-TRAINING_TAGS = ("training_set", "simulated")
+TRAINING_TAGS = ("training_set", "earlier_training_sets", "simulated", "teacher")
 CANDIDATE = "candidate"
 
 ABANDONED_SECONDS = 3600

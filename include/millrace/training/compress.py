@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from millrace.applications import Application
-from millrace.errors import ReleaseError, TrainingError
+from millrace.errors import TrainingError
 from millrace.lakehouse.costs import Cost, cost_id, record_cost
 from millrace.lakehouse.lake import Lake
 from millrace.releases.manifest import Manifest, Weights, describe_weights
@@ -23,7 +23,6 @@ from millrace.releases.registry import (
     fetch_release,
     find_version,
     local_releases,
-    read_split,
     register_once,
     training_tags,
 )
@@ -31,6 +30,7 @@ from millrace.scoring.overlap import token_f1
 from millrace.settings import Settings
 from millrace.training.measure import Measured, measure
 from millrace.training.quantise import in_format, known_format, quantised_name, saved_bytes, write_quantised
+from millrace.training.starting import required_champion
 
 log = logging.getLogger("millrace.training")
 
@@ -87,7 +87,7 @@ def compress_release(
         SettingsError: the declaration has no price for the result.
     """
     known_format(format_name)
-    result = _compress(settings, application, version or _champion(settings, application), format_name, run)
+    result = _compress(settings, application, version or required_champion(settings, application), format_name, run)
     log.info("%s", result["why"])
     return result
 
@@ -165,13 +165,6 @@ def _compress(settings: Settings, application: Application, version: str, format
             | {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in told.items()},
         )
     return registered | told | {"why": _sentence(version, format_name, told)}
-
-
-def _champion(settings: Settings, application: Application) -> str:
-    split = read_split(settings, application.name)
-    if split is None or split.champion is None:
-        raise ReleaseError(f"{application.name} has no champion yet; name the version of a release")
-    return split.champion
 
 
 def _told(source: Path, target: Path, compared: Comparison) -> dict[str, Any]:
