@@ -14,7 +14,7 @@ from millrace_airflow import HEAVY, asset, run_name, stage
 BELATED = timedelta(minutes=10)  # of the very first run; a parse in between would else skip a week
 RUNBOOK = """
 ### What it does
-Writes a training set, none of it near an evaluation question: answers (sft: documents', users' corrections, a teacher's;
+Writes a training set, none of it near an evaluation question: answers (sft: documents', users', a teacher's;
 `gold/training_examples`) or preferences (dpo: corrections and ratings, `gold/preference_examples`). Trains the base
 model or the champion's weights with DeepSpeed (curves in MLflow, experiment `<application>/finetune`), registers the
 result as a candidate release. The gate comes next, by itself. What the form says overrides `[training]`.

@@ -98,7 +98,7 @@ def spec_in(where: Path, base: Path, examples: list[dict[str, str]] = EXAMPLES, 
 @pytest.fixture
 def make_spec(tmp_path: Path, two_blocks: Path) -> Callable[..., Spec]:
     def make(folder: str = "run", examples: list[dict[str, str]] = EXAMPLES, **changed: Any) -> Spec:
-        return spec_in(tmp_path / folder, two_blocks, examples, **changed)
+        return spec_in(tmp_path / folder, changed.pop("base", two_blocks), examples, **changed)
 
     return make
 
