@@ -35,7 +35,6 @@ There is none: a training set is made of what is there now. Trigger it once.
 
 def finetune(application: Application) -> DAG:
     releases = AssetAlias(f"{application.name}/releases")
-    retrain = asset(application.name, "breaches/retrain")
     # Not a data interval: a weekly one is due the moment it is unpaused, on documents that are not there yet.
     weekly = CronTriggerTimetable(application.schedules.finetune, timezone="UTC", run_immediately=BELATED)
     params = {
@@ -43,8 +42,9 @@ def finetune(application: Application) -> DAG:
         "method": Param(None, enum=[None, "sft", "dpo"], description="Answers or preferences; empty: as declared"),
         "start": Param(None, enum=[None, "base", "champion"], description="What is trained; empty: as declared"),
         "teacher": Param(None, type=["null", "string"], description="Learn the answers of this version, or `champion`"),
+        "remove_blocks": Param(0, type="integer", minimum=0, description="Prune so many blocks before training"),
     }
-    schedule = AssetOrTimeSchedule(timetable=weekly, assets=[retrain])
+    schedule = AssetOrTimeSchedule(timetable=weekly, assets=[asset(application.name, "breaches/retrain")])
     with stage(application, "finetune", RUNBOOK, tag="releases", schedule=schedule, params=params) as dag:
 
         @task

@@ -16,8 +16,9 @@ from millrace.releases.manifest import Generator, ServedModel, describe_adapter,
 from millrace.releases.registry import register_once
 from millrace.settings import Settings
 from millrace.training.export import verify_answers, write_full, write_merged
+from millrace.training.measure import PROBE_TOKENS, PROBES, as_tags, measure, side_by_side
 from millrace.training.spec import read_spec, training_cost_id
-from millrace.training.starting import starting_manifest
+from millrace.training.starting import starting_manifest, starting_weights
 
 
 def release_candidate(
@@ -58,6 +59,7 @@ def release_candidate(
             "fingerprint": trained["fingerprint"],
             "mlflow_run": trained["mlflow_run"],
             "simulated": str(trained["simulated"] > 0).lower(),
+            **_smaller(settings, application, trained, files / generator.name),
         }
         | {name: said for name, said in lineage.items() if said},
     )
@@ -68,6 +70,19 @@ def release_candidate(
         run=run,
     )
     return registered | {"agreement": agreement}
+
+
+def _smaller(settings: Settings, application: Application, trained: dict[str, Any], weights: Path) -> dict[str, str]:
+    """What a pruned model saves, side by side with what it was made of."""
+    if not trained["remove_blocks"]:
+        return {}
+    before = starting_weights(settings, application, trained["start"]).weights
+    measured = (
+        measure(path, PROBES, max_new_tokens=PROBE_TOKENS, alone=len(PROBES), threads=settings.threads)
+        for path in (before, weights)
+    )
+    told = side_by_side(*zip((before, weights), measured, strict=True))
+    return {"removed_blocks": str(trained["remove_blocks"])} | as_tags(told)
 
 
 def _export(settings: Settings, application: Application, folder: Path) -> tuple[Generator, Path, float]:

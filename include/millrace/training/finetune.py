@@ -30,6 +30,7 @@ from millrace.training.preferences import (
     is_preference_set,
     read_preference_set,
 )
+from millrace.training.prune import prune
 from millrace.training.sets import Example, build_training_set, read_training_set
 from millrace.training.spec import Spec, fingerprint, read_spec, told, training_cost_id
 from millrace.training.starting import required_champion, starting_weights, trained_champion
@@ -39,6 +40,8 @@ log = logging.getLogger("millrace.training")
 
 SAMPLE_SECONDS = 10
 """Between two measurements of the machine."""
+PROMPTS = 32
+"""Of the set's examples, that say which blocks matter."""
 KEPT = 2
 """Fine-tunes of an application whose files stay on disk."""
 
@@ -52,6 +55,7 @@ def build_set(
     method: str | None = None,
     start: str | None = None,
     teacher: str | None = None,
+    remove_blocks: int = 0,
 ) -> dict[str, Any]:
     """The training set of the declared `training.method`, or of `method` instead: see `build_training_set` (sft) and
     `build_preference_set` (dpo).
@@ -59,6 +63,7 @@ def build_set(
     Args:
         start: instead of the declared `training.start`.
         teacher: the version of a release whose answers are learnt instead of known ones, or `champion`.
+        remove_blocks: as `finetune` is told.
 
     Returns:
         What they return, and `learns`: what `finetune` is to be given.
@@ -75,7 +80,8 @@ def build_set(
         built = build_training_set(
             settings, application, run=run, max_examples=max_examples, start=begun, teacher=teacher
         )
-    return built | {"learns": {"training_set": built["training_set"], "start": begun, "teacher": teacher}}
+    learns = {"training_set": built["training_set"], "start": begun, "teacher": teacher, "remove_blocks": remove_blocks}
+    return built | {"learns": learns}
 
 
 def finetune(
@@ -86,6 +92,7 @@ def finetune(
     run: str,
     start: str | None = None,
     teacher: str | None = None,
+    remove_blocks: int = 0,
 ) -> dict[str, Any]:
     """Train on `training_set`, go on with a fine-tune that was killed, or find that it was done. The set's kind says
     what is learnt: its answers (sft), or to prefer one answer to another (dpo).
@@ -93,12 +100,13 @@ def finetune(
     Args:
         start: the release whose weights are trained further; None: the base model.
         teacher: the release whose answers the set has; None: they are known ones.
+        remove_blocks: train what is left of the weights without so many of their blocks (`training/prune.py`).
 
     Returns:
-        `training_set`, `earlier_training_sets` (what the weights had learnt before), `teacher`, `fingerprint`,
-        `folder`, `mlflow_run`, `simulated` (examples that no person said), `changed`, and the program's `steps`,
-        `examples`, `left_out` (too long), `held_out_loss`, `base_held_out_loss`, `tokens_per_second`, `seconds`; for
-        dpo `held_out_accuracy`, with early stopping `best_step`.
+        `training_set`, `start`, `remove_blocks`, `earlier_training_sets` (what the weights had learnt before),
+        `teacher`, `fingerprint`, `folder`, `mlflow_run`, `simulated` (examples that no person said), `changed`, and the
+        program's `steps`, `examples`, `left_out` (too long), `held_out_loss`, `base_held_out_loss`,
+        `tokens_per_second`, `seconds`; for dpo `held_out_accuracy`, with early stopping `best_step`.
 
     Raises:
         TrainingError: the set or the configuration is unusable, or the loss is not a number.
@@ -118,15 +126,26 @@ def finetune(
             f"application {application.name!r}: training.lora_rank is 0, so all weights are trained, and the server of "
             f"{settings.upstream_model!r} (MILLRACE_UPSTREAM_MODEL) can only be given an adapter; declare a rank"
         )
+    if settings.upstream_model and remove_blocks:
+        raise TrainingError(
+            f"application {application.name!r}: the server of {settings.upstream_model!r} (MILLRACE_UPSTREAM_MODEL) "
+            "has the weights, so no block can be removed here"
+        )
     begun = starting_weights(settings, application, start)
     start_sha256 = file_sha256(begun.weights)
-    name = fingerprint(training, training_set, start_sha256)
+    name = fingerprint(training, training_set, start_sha256, remove_blocks)
     runs = settings.home / "training" / settings.environment / application.name
     folder = runs / name
-    spec = _spec(settings, application.name, training, begun.weights, folder)
+    pruned = folder / "pruned.gguf"
+    spec = _spec(settings, application.name, training, pruned if remove_blocks else begun.weights, folder)
     folder.mkdir(parents=True, exist_ok=True)
     folder.touch()  # in use: among the last to be removed
     _forget(runs, keep=KEPT)
+    if remove_blocks and not pruned.exists():
+        prompts = [example.prompt for example in examples[:PROMPTS]]
+        left_out = prune(begun.weights, pruned, prompts, remove=remove_blocks, cache=settings.cache,
+                         max_tokens=training.max_tokens, threads=settings.threads)  # fmt: skip
+        log.info("blocks %s of %s were removed", ", ".join(map(str, left_out.removed)), begun.weights.name)
     simulated = sum(example.simulated for example in examples)
     tracked = TrackedRun(
         settings,
@@ -154,6 +173,7 @@ def finetune(
                 "base_sha256": start_sha256,
                 "start_release": begun.version,
                 "teacher_release": teacher,
+                "removed_blocks": remove_blocks,
                 "code_version": version("millrace"),
             }
             | ({"beta": spec.beta} if method == "dpo" else {}),
@@ -186,6 +206,8 @@ def finetune(
     return {
         "training_set": training_set,
         "earlier_training_sets": list(begun.training_sets),
+        "start": start,
+        "remove_blocks": remove_blocks,
         "teacher": teacher,
         "fingerprint": name,
         "folder": str(folder),

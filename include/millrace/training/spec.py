@@ -234,11 +234,12 @@ LATER = ("method", "packing", "evaluate_steps", "patience", "dpo")
 """Fields of the declaration that came after the first release. At their default nothing else is learnt than before."""
 
 
-def fingerprint(training: Training, training_set: str, start_sha256: str) -> str:
+def fingerprint(training: Training, training_set: str, start_sha256: str, remove_blocks: int = 0) -> str:
     """Names what a fine-tune learns: the same fingerprint, the same weights. Sixteen hexadecimal digits."""
     unchanged = {name for name in LATER if getattr(training, name) == type(training).model_fields[name].default}
     learned = training.model_dump_json(exclude={*OF_THE_SET, *unchanged})
-    return content_hash(PROGRAM, learned, training_set, start_sha256)[:16]
+    pruned = (remove_blocks,) if remove_blocks else ()
+    return content_hash(PROGRAM, learned, training_set, start_sha256, *pruned)[:16]
 
 
 def read_spec(path: Path) -> Spec:
