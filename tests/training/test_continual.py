@@ -11,6 +11,7 @@ from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import GOLD_TRAINING_EXAMPLES, OPS_COSTS
 from millrace.lakehouse.trained import trained_sets
 from millrace.releases.declare import declare_release
+from millrace.releases.loader import ReleaseLoader
 from millrace.releases.registry import publish_split, tag_release, versions
 from millrace.releases.split import Split
 from millrace.settings import Settings
@@ -79,18 +80,45 @@ def test_a_teacher_answers_users_and_documents_questions_with_more_chunks(
         build_set(tracked, tiny, run="test", method="dpo", teacher="champion")
 
 
+@pytest.fixture
+def learning(tiny: Application) -> Application:
+    """Of a model that has learnt little, rounding decides the answers: all blocks, and enough steps."""
+    enough = {"lora_layers": 0, "lora_rank": 16, "epochs": 6, "learning_rate": 2e-3}
+    return tiny.model_copy(update={"training": tiny.training.model_copy(update=enough)})
+
+
 @pytest.mark.long
 @pytest.mark.model
 @pytest.mark.timeout(900)
-def test_a_fine_tune_of_a_fine_tune_says_what_both_learnt(tracked: Settings, tiny: Application, champion: str) -> None:
-    learning = {"lora_layers": 0, "lora_rank": 16, "epochs": 6, "learning_rate": 2e-3, "max_examples": 9}
-    tiny = tiny.model_copy(update={"training": tiny.training.model_copy(update=learning)})
+def test_a_fine_tune_of_a_fine_tune_says_what_both_learnt(
+    tracked: Settings, learning: Application, champion: str
+) -> None:
     sets = []
     for start in ("base", "champion"):
-        built = build_set(tracked, tiny, run="test", start=start)
+        built = build_set(tracked, learning, run="test", start=start)
         sets.append(built["training_set"])
-        trained = finetune(tracked, tiny, run="test", **built["learns"])
-        released = release_candidate(tracked, tiny, trained=trained, run="test")
-        publish_split(tracked, tiny.name, Split(sequence=len(sets), champion=released["version"]))
-    assert trained_sets(versions(tracked, tiny)[released["version"]]) == (sets[1], sets[0])
-    assert trained["base_held_out_loss"] < 3
+        trained = finetune(tracked, learning, run="test", **built["learns"])
+        released = release_candidate(tracked, learning, trained=trained, run="test")
+        publish_split(tracked, learning.name, Split(sequence=len(sets), champion=released["version"]))
+    assert trained_sets(versions(tracked, learning)[released["version"]]) == (sets[1], sets[0])
+
+
+@pytest.mark.long
+@pytest.mark.model
+@pytest.mark.timeout(900)
+def test_a_pruned_student_of_the_champion_is_a_candidate_that_says_what_it_saves(
+    tracked: Settings, learning: Application, champion: str
+) -> None:
+    built = build_set(tracked, learning, run="test", teacher="champion", remove_blocks=4)
+    trained = finetune(tracked, learning, run="test", **built["learns"])
+    assert trained["held_out_loss"] < trained["base_held_out_loss"]
+    released = release_candidate(tracked, learning, trained=trained, run="test")
+    tags = versions(tracked, learning)[released["version"]]
+    assert (tags["teacher"], tags["removed_blocks"]) == (f"release {champion}", "4")
+    assert float(tags["resident_mib"]) < float(tags["resident_mib_before"])
+    loader = ReleaseLoader(tracked, learning)
+    try:
+        assert loader.load(released["version"]).answer("What is the default of parallelism?").text
+    finally:
+        loader.close()
+    assert finetune(tracked, learning, run="again", **built["learns"]) == trained | {"changed": False}
