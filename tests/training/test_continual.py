@@ -25,6 +25,9 @@ from tests.monitoring.silver import NOON, exchange, write
 from tests.training.conftest import index
 
 
+PRUNED_STUDENT = {"start": "champion", "teacher": "champion", "remove_blocks": 4}
+
+
 @pytest.fixture
 def champion(tracked: Settings, tiny: Application) -> str:
     """The version of the declared release, with an index and users."""
@@ -89,36 +92,27 @@ def learning(tiny: Application) -> Application:
 
 @pytest.mark.long
 @pytest.mark.model
-@pytest.mark.timeout(900)
-def test_a_fine_tune_of_a_fine_tune_says_what_both_learnt(
+@pytest.mark.timeout(1800)
+def test_a_fine_tune_of_a_fine_tune_and_its_pruned_student_are_candidates_that_say_where_they_are_from(
     tracked: Settings, learning: Application, champion: str
 ) -> None:
     sets = []
-    for start in ("base", "champion"):
-        built = build_set(tracked, learning, run="test", start=start)
+    for chosen in ({"start": "base"}, {"start": "champion"}, PRUNED_STUDENT):
+        built = build_set(tracked, learning, run="test", **chosen)
         sets.append(built["training_set"])
         trained = finetune(tracked, learning, run="test", **built["learns"])
+        assert trained["held_out_loss"] < trained["base_held_out_loss"]
         released = release_candidate(tracked, learning, trained=trained, run="test")
-        publish_split(tracked, learning.name, Split(sequence=len(sets), champion=released["version"]))
-    assert trained_sets(versions(tracked, learning)[released["version"]]) == (sets[1], sets[0])
-
-
-@pytest.mark.long
-@pytest.mark.model
-@pytest.mark.timeout(900)
-def test_a_pruned_student_of_the_champion_is_a_candidate_that_says_what_it_saves(
-    tracked: Settings, learning: Application, champion: str
-) -> None:
-    built = build_set(tracked, learning, run="test", teacher="champion", remove_blocks=4)
-    trained = finetune(tracked, learning, run="test", **built["learns"])
-    assert trained["held_out_loss"] < trained["base_held_out_loss"]
-    released = release_candidate(tracked, learning, trained=trained, run="test")
-    tags = versions(tracked, learning)[released["version"]]
-    assert (tags["teacher"], tags["removed_blocks"]) == (f"release {champion}", "4")
-    assert float(tags["resident_mib"]) < float(tags["resident_mib_before"])
+        tags = versions(tracked, learning)[released["version"]]
+        assert trained_sets(tags) == tuple(reversed(sets))
+        taught_by, champion = champion, released["version"]
+        publish_split(tracked, learning.name, Split(sequence=len(sets), champion=champion))
+    assert (tags["teacher"], tags["removed_blocks"]) == (f"release {taught_by}", "4")
+    for saved in ("bytes", "resident_mib"):
+        assert float(tags[saved]) < float(tags[f"{saved}_before"])
     loader = ReleaseLoader(tracked, learning)
     try:
-        assert loader.load(released["version"]).answer("What is the default of parallelism?").text
+        assert loader.load(champion).answer("What is the default of parallelism?").text
     finally:
         loader.close()
     assert finetune(tracked, learning, run="again", **built["learns"]) == trained | {"changed": False}
