@@ -24,8 +24,7 @@ from millrace.training.teacher import taught
 from tests.monitoring.silver import NOON, exchange, write
 from tests.training.conftest import index
 
-
-PRUNED_STUDENT = {"start": "champion", "teacher": "champion", "remove_blocks": 4}
+PRUNED_STUDENT = {"start": "champion", "teacher": "champion", "remove_blocks": 4, "max_examples": 30}
 
 
 @pytest.fixture
