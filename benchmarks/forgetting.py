@@ -1,21 +1,18 @@
 """What a fine-tune forgot: general questions asked of the base model and of fine-tuned ones.
 
-    python benchmarks/forgetting.py [FILE_OR_FOLDER...] [--examples N]
+    python benchmarks/forgetting.py [FILE_OR_FOLDER...]
 
 Peer: the base model of `qa`, in the same run, on the same questions (`evaluation/general_questions.toml`), asked as
-the gate asks them. Of a folder (a home's `training/`, say) every GGUF file in it is asked; with nothing named, the base
-model after a short fine-tune on N questions of the documents. Shares of questions answered right; intervals are 95 %,
-paired bootstrap over questions, as the gate's.
+the gate asks them. Of a folder every GGUF file in it is asked; with nothing named, what this home has fine-tuned (after
+`make run`). Shares of questions answered right; intervals are 95 %, paired bootstrap over questions, as the gate's.
 """
 
 import argparse
 import os
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-from quantised import questions_of, tuned
 
 from millrace.applications import load_application
 from millrace.engines.base_model import base_model_path
@@ -43,24 +40,23 @@ def scores_of(weights: Path) -> tuple[np.ndarray, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tuned", type=Path, nargs="*", help="GGUF files, or folders with such files")
-    parser.add_argument("--examples", type=int, default=160, help="questions to fine-tune on where no file is named")
-    arguments = parser.parse_args()
-    application = load_application(Settings(), "qa")
+    settings = Settings()
+    named = parser.parse_args().tuned or [settings.home / "training"]
+    files = [file for one in named for file in (sorted(one.rglob("*.gguf")) if one.is_dir() else [one])]
+    if not files:
+        print(f"nothing fine-tuned in {', '.join(map(str, named))}; name a GGUF file")
+        return
+    application = load_application(settings, "qa")
     base = base_model_path(application.generator)
     known, seconds = scores_of(base)
     print(f"{len(known)} questions, set {general_set_id(general_questions())}; {THREADS} threads")
     print(f"{base.name}: {known.mean():.3f} ({seconds:.0f} s)", flush=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        files = [file for one in arguments.tuned for file in (sorted(one.rglob("*.gguf")) if one.is_dir() else [one])]
-        if not arguments.tuned:
-            trained = [one for one in questions_of(application) if one[0].split == "training"]
-            files = [tuned(base, trained[: arguments.examples], Path(scratch), THREADS)]
-        for file in files:
-            scores, seconds = scores_of(file)
-            found = compare_general(known, scores, application.gate, seed=0)
-            print(f"{file.name}: {found.candidate:.3f} ({seconds:.0f} s); ", end="")
-            print(f"{found.estimate:+.3f} ({found.low:+.3f} to {found.high:+.3f}), ", end="")
-            print(f"{int((scores < known).sum())} lost, {int((scores > known).sum())} gained", flush=True)
+    for file in files:
+        scores, seconds = scores_of(file)
+        found = compare_general(known, scores, application.gate, seed=0)
+        print(f"{file.name}: {found.candidate:.3f} ({seconds:.0f} s); ", end="")
+        print(f"{found.estimate:+.3f} ({found.low:+.3f} to {found.high:+.3f}), ", end="")
+        print(f"{int((scores < known).sum())} lost, {int((scores > known).sum())} gained", flush=True)
 
 
 if __name__ == "__main__":

@@ -114,6 +114,8 @@ def test_a_candidate_that_was_trained_on_the_questions_is_refused_before_anythin
     with pytest.raises(GateRefusal, match="1 questions of training set t1 are, or nearly are, evaluation questions"):
         require_passed(result)
     assert evaluate_candidate(served, own, run="test", candidate=candidate) == result | {"changed": False}
+    (logged,) = _logged(served, own)
+    assert logged.data.metrics == {"leak.count": 1, "leak.passed": 0}
 
 
 @pytest.mark.long  # the loop's own test does the same through Airflow
@@ -121,8 +123,6 @@ def test_a_candidate_that_was_trained_on_the_questions_is_refused_before_anythin
 def test_a_broken_prompt_and_weights_that_know_nothing_are_refused_and_an_equal_prompt_passes_each_evaluated_once(
     served: Settings, qa: Application, tiny_model: Path
 ):
-    from mlflow import MlflowClient
-
     from millrace.retrieval.chunk import refresh_chunks
     from millrace.retrieval.embed import refresh_embeddings
     from millrace.retrieval.index import build_index, declared_builds
@@ -183,9 +183,8 @@ def test_a_broken_prompt_and_weights_that_know_nothing_are_refused_and_an_equal_
         assert cost["tokens"] > 2 * 16 * 10
         assert cost["cost_usd"] > 0
         assert cost["release_id"].startswith("rel-")
-    client = MlflowClient(served.mlflow_url)
-    experiment = client.get_experiment_by_name("gate_model/evaluations")
-    logged = client.search_runs([experiment.experiment_id])
+    logged = _logged(served, application)
+    assert sum("general.candidate" in run.data.metrics for run in logged) == 1
     assert {run.data.tags["verdict"] for run in logged} == {"passed", "refused"}
     assert len(logged) == 3
     assert all(run.info.status == "FINISHED" for run in logged)
@@ -257,6 +256,15 @@ def _registered(
     manifest = declared_manifest(application, describe_weights(weights), prompt, lineage_id(application))
     tags = {"training_set": training_set} if training_set else {}
     return register_release(settings, application, manifest, weights.parent, run="test", tags=tags)
+
+
+def _logged(settings: Settings, application: Application) -> list[Any]:
+    """MLflow's runs of the application's evaluations."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(settings.mlflow_url)
+    experiment = client.get_experiment_by_name(f"{application.name}/evaluations")
+    return list(client.search_runs([experiment.experiment_id]))
 
 
 def _published(settings: Settings, application: Application) -> None:

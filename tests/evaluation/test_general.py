@@ -150,7 +150,7 @@ def test_a_candidate_that_fails_scores_nothing_there_and_a_champion_that_fails_e
     criterion, answers = ask_general(arm("1", Knowing(RIGHT)), arm("2", broken), QUESTIONS, PRICES, POLICY, seed=0)
     assert criterion.estimate == pytest.approx(-1 / len(QUESTIONS))
     assert [answer.error for answer in answers if not answer.score] == ["the engine is broken"]
-    assert f"1 lost, such as {QUESTIONS[3].question!r} → the engine is broken" in criterion.why
+    assert f"1 lost, such as {QUESTIONS[3].question!r} → 'the engine is broken'" in criterion.why
     with pytest.raises(MillraceError, match="champion can't answer general question"):
         ask_general(arm("1", broken), arm("2", Knowing(RIGHT)), QUESTIONS, PRICES, POLICY, seed=0)
 
