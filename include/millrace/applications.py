@@ -187,6 +187,8 @@ class Gate(Declared):
     quality_margin: float = Field(0.02, ge=0)
     """Largest loss of mean token-F1 that must be excluded."""
     retrieval_margin: float = Field(0.02, ge=0)
+    general_margin: float = Field(0.1, ge=0)
+    """Largest loss of the share of general questions answered right; they are asked where the generators differ."""
     latency_ratio: float = Field(1.5, gt=0)
     """Largest ratio of mean seconds per answer, candidate to champion, that must be excluded."""
     cost_ratio: float = Field(1.5, gt=0)
