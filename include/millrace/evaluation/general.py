@@ -124,8 +124,8 @@ def ask_general(
                 f"the champion can't answer general question {question.question!r}, so nothing can be compared with "
                 f"it: {answer.error}"
             )
-    scores = (np.array([answer.score for answer in answers]) for answers in (ours, theirs))
-    criterion = compare_general(*scores, policy, seed=seed)
+    before, after = (np.array([answer.score for answer in answers]) for answers in (ours, theirs))
+    criterion = compare_general(before, after, policy, seed=seed)
     told = f"{len(questions)} questions, set {general_set_id(questions)}{_lost(questions, ours, theirs)}"
     return replace(criterion, why=f"{criterion.why} ({told})"), [*ours, *theirs]
 
