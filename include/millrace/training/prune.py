@@ -73,7 +73,7 @@ def block_influence(
 ) -> tuple[float, ...]:
     """How much each block of the model in `source` changes what passes through it, in the order of the blocks.
 
-    Block influence (Men et al., 2024, arXiv:2403.03853, equation 1): 1 − the cosine between a token's hidden state
+    Block influence (Men et al., 2024, arXiv:2403.03853): 1 − the cosine between a token's hidden state
     before the block and after, mean over all tokens of all prompts. 0: the block hands on what it was given; at most 2.
 
     Args:
