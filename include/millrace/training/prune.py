@@ -1,8 +1,8 @@
 """A model file with fewer transformer blocks: those that change what passes through them the least.
 
 Blocks are ranked once, by their influence on the prompts that the application answers (ShortGPT, Men et al., 2024,
-arXiv:2403.03853), and left out of the file; what stays keeps its bytes. The result answers worse than its source until
-it is trained again. It knows nothing of that training, nor of releases.
+arXiv:2403.03853), and left out of the file; what stays keeps its bytes, and was never trained to work without the rest:
+a recovery tune must follow. It knows nothing of that tune, nor of releases.
 """
 
 import re
