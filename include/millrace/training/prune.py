@@ -1,8 +1,8 @@
 """A model file with fewer transformer blocks: those that change what passes through them the least.
 
 Blocks are ranked once, by their influence on the prompts that the application answers (ShortGPT, Men et al., 2024,
-arXiv:2403.03853), and left out of the file; what stays keeps its bytes. The result answers worse than its source until
-it is trained again. It knows nothing of that training, nor of releases.
+arXiv:2403.03853), and left out of the file; what stays keeps its bytes, and was never trained to work without the rest:
+a recovery tune must follow. It knows nothing of that tune, nor of releases.
 """
 
 import re
@@ -73,7 +73,7 @@ def block_influence(
 ) -> tuple[float, ...]:
     """How much each block of the model in `source` changes what passes through it, in the order of the blocks.
 
-    Block influence (Men et al., 2024, arXiv:2403.03853, equation 1): 1 − the cosine between a token's hidden state
+    Block influence (Men et al., 2024, arXiv:2403.03853): 1 − the cosine between a token's hidden state
     before the block and after, mean over all tokens of all prompts. 0: the block hands on what it was given; at most 2.
 
     Args:
