@@ -46,7 +46,12 @@ def test_going_on_from_the_champion_learns_what_is_new_and_replays_a_share_of_th
 
     tag_release(tracked, tiny, champion, {"training_set": first["training_set"], "earlier_training_sets": "train-x"})
     built = build_set(tracked, tiny, run="test", max_examples=20, start="champion")
-    assert built["learns"] == {"training_set": built["training_set"], "start": champion, "teacher": None}
+    assert built["learns"] == {
+        "training_set": built["training_set"],
+        "start": champion,
+        "teacher": None,
+        "remove_blocks": 0,
+    }
     lake = Lake.of(tracked, tiny.name)
     before, now = ({one.example_id for one in read_training_set(lake, one["training_set"])} for one in (first, built))
     assert len(now & before) == built["replayed"] > 0
