@@ -29,9 +29,10 @@ PRUNED_STUDENT = {"start": "champion", "teacher": "champion", "remove_blocks": 4
 
 @pytest.fixture
 def champion(tracked: Settings, tiny: Application) -> str:
-    """The version of the declared release, with an index and users."""
+    """The version of the declared release, with an index. The base model takes many words to end an answer."""
     index(tracked, tiny)
-    version: str = declare_release(tracked, tiny, variant=None, run="test")["version"]
+    patient = tiny.model_copy(update={"generation": tiny.generation.model_copy(update={"max_new_tokens": 160})})
+    version: str = declare_release(tracked, patient, variant=None, run="test")["version"]
     publish_split(tracked, tiny.name, Split(sequence=0, champion=version))
     return version
 
@@ -74,7 +75,8 @@ def test_a_teacher_answers_users_and_documents_questions_with_more_chunks(
     asked = ["What does parallelism limit?", "what does parallelism limit", "What is a triggerer?"]
     write(lake, [exchange(NOON + timedelta(minutes=n), question=question) for n, question in enumerate(asked)])
     known = [Asked("What is the default of [core] parallelism?", "32", "document", False, "core", "some document")]
-    answers = taught(tracked, tiny, champion, known, ["What is a triggerer?"], size=10, run="test")
+    answers, unfinished = taught(tracked, tiny, champion, known, ["What is a triggerer?"], size=10, run="test")
+    assert len(answers) + unfinished == 2
     assert {(one.question.lower().strip("?"), one.document_id) for one in answers} <= {
         ("what does parallelism limit", None),
         ("what is the default of [core] parallelism", "some document"),

@@ -94,8 +94,9 @@ def build_training_set(
     size = max_examples or application.training.max_examples
     derived = derive_questions(lake.read(SILVER_DOCUMENTS), application)
     held_out = held_out_questions(lake, derived)
+    unfinished = 0
     if teacher:
-        pool = taught(settings, application, teacher, known_answers(derived), held_out, size=size, run=run)
+        pool, unfinished = taught(settings, application, teacher, known_answers(derived), held_out, size=size, run=run)
     else:
         pool = [*corrections(lake.read(SILVER_FEEDBACK)), *known_answers(derived)]
     retrieve, build = retrieval(settings, application, manifest)
@@ -119,6 +120,8 @@ def build_training_set(
     replay = application.training.replay if learnt else 0.0
     fresh = [asked for asked in pool if asked.example_id not in learnt]
     examples, left_out = choose(fresh, held_out, prompted, max(min(MINIMUM, size), round(size * (1 - replay))))
+    if unfinished:
+        left_out["teacher's answer cut short or empty"] = unfinished
     if len(examples) < MINIMUM:
         found = f"application {application.name!r}: {len(examples)} training examples"
         if learnt:

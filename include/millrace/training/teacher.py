@@ -37,9 +37,9 @@ def taught(
     *,
     size: int,
     run: str,
-) -> list[Asked]:
+) -> tuple[list[Asked], int]:
     """What release `version` answers to users' questions and those of `known`, with `training.teacher_chunks` chunks in
-    its prompt. An answer that was cut short, or is empty, is nothing to learn.
+    its prompt; and how many answers are nothing to learn, as they were cut short or are empty.
 
     Args:
         held_out: questions near one of these are not asked.
@@ -82,11 +82,12 @@ def taught(
         + application.prices.answer(manifest.generator.name, prompt, completion),
     )
     record_cost(lake, cost, run=run)
-    return [
+    learnt = [
         Asked(one.question, answer.text, "teacher", one.simulated, one.section, one.document_id)
         for one, answer in zip(asked, answers, strict=True)
         if answer and answer.text and answer.finish_reason == "stop"
     ]
+    return learnt, len(asked) - len(learnt)
 
 
 def _questions(lake: Lake, known: Sequence[Asked]) -> list[Asked]:
