@@ -24,15 +24,21 @@ from millrace.training.teacher import taught
 from tests.monitoring.silver import NOON, exchange, write
 from tests.training.conftest import index
 
+TERSE = (
+    "{% for chunk in chunks %}{{ chunk.text }}\n{% endfor %}\nQuestion: {{ question }}\n"
+    "Answer in one short sentence, only from the text above."
+)
 PRUNED_STUDENT = {"start": "champion", "teacher": "champion", "remove_blocks": 4, "max_examples": 30}
 
 
 @pytest.fixture
 def champion(tracked: Settings, tiny: Application) -> str:
-    """The version of the declared release, with an index. The base model takes many words to end an answer."""
+    """The version of the declared release, with an index. So asked, the base model ends its answers."""
     index(tracked, tiny)
-    patient = tiny.model_copy(update={"generation": tiny.generation.model_copy(update={"max_new_tokens": 160})})
-    version: str = declare_release(tracked, patient, variant=None, run="test")["version"]
+    prompt = tiny.prompt.model_copy(update={"template": TERSE, "variants": {}})
+    version: str = declare_release(tracked, tiny.model_copy(update={"prompt": prompt}), variant=None, run="test")[
+        "version"
+    ]
     publish_split(tracked, tiny.name, Split(sequence=0, champion=version))
     return version
 
