@@ -9,9 +9,9 @@ from millrace_airflow import HEAVY, START, AlertNotifier, asset, run_name, stage
 
 RUNBOOK = """
 ### What it does
-Freezes the evaluation questions that the documents give, lets champion and candidate answer them side by side, and
-decides by paired bootstrap on quality, retrieval, latency and cost (`[gate]` of the declaration). Everything is in
-`ops/evaluations` and in MLflow, experiment `<application>/evaluations`. A candidate that passes may be rolled out.
+Freezes the questions that the documents give, lets champion and candidate answer them side by side, and decides by
+paired bootstrap on quality, retrieval, general knowledge (of other weights), latency and cost (`[gate]` of the
+declaration). Everything is in `ops/evaluations` and in MLflow, `<application>/evaluations`. Who passes may roll out.
 By hand: trigger with `candidate` = a release version; empty takes the newest that was not evaluated yet.
 
 ### Healthy

@@ -3,6 +3,7 @@
 from datetime import timedelta
 
 from airflow.sdk import DAG, AssetAlias, Param, task
+from airflow.sdk.exceptions import AirflowSkipException
 from airflow.timetables.assets import AssetOrTimeSchedule
 from airflow.timetables.trigger import CronTriggerTimetable
 
@@ -10,17 +11,17 @@ from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
 from millrace_airflow import HEAVY, asset, run_name, stage
 
-BELATED = timedelta(minutes=10)
-"""How long after its time the very first run may still start; a parse in between would else skip a week."""
+BELATED = timedelta(minutes=10)  # of the very first run; a parse in between would else skip a week
 RUNBOOK = """
 ### What it does
-Writes a training set, none of it near an evaluation question: answers (sft: documents' questions and users'
-corrections, `gold/training_examples`) or preferences (dpo: corrections and ratings, `gold/preference_examples`). Trains
-with DeepSpeed (curves in MLflow, experiment `<application>/finetune`), writes the result in the base model's format,
-registers it as a candidate release. The gate comes next, by itself. What the form says overrides `[training]`.
+Writes a training set, none of it near an evaluation question: answers (sft: documents', users', a teacher's;
+`gold/training_examples`) or preferences (dpo: corrections and ratings, `gold/preference_examples`). Trains the base
+model or the champion's weights with DeepSpeed (curves in MLflow, experiment `<application>/finetune`), registers the
+result as a candidate release. The gate comes next, by itself. What the form says overrides `[training]`.
 
 ### Healthy
 Green once a week, and after a breach whose action is retrain. The same set and configuration give the same version.
+Skipped: training goes on from the champion, and there is too little that it hasn't learnt.
 
 ### When it fails
 *build_set*: too few examples (counted: what was left out and why), no index build, or a leak. *train*: the message says
@@ -34,33 +35,32 @@ There is none: a training set is made of what is there now. Trigger it once.
 
 def finetune(application: Application) -> DAG:
     releases = AssetAlias(f"{application.name}/releases")
-    with stage(
-        application,
-        "finetune",
-        RUNBOOK,
-        tag="releases",
-        # Not a data interval: a weekly one is due the moment it is unpaused, on documents that are not there yet.
-        schedule=AssetOrTimeSchedule(
-            timetable=CronTriggerTimetable(application.schedules.finetune, timezone="UTC", run_immediately=BELATED),
-            assets=[asset(application.name, "breaches/retrain")],
-        ),
-        params={
-            "max_examples": Param(None, type=["null", "integer"], minimum=8, description="Empty: as declared"),
-            "method": Param(None, enum=[None, "sft", "dpo"], description="Answers or preferences; empty: as declared"),
-        },
-    ) as dag:
+    # Not a data interval: a weekly one is due the moment it is unpaused, on documents that are not there yet.
+    weekly = CronTriggerTimetable(application.schedules.finetune, timezone="UTC", run_immediately=BELATED)
+    params = {
+        "max_examples": Param(None, type=["null", "integer"], minimum=8, description="Empty: as declared"),
+        "method": Param(None, enum=[None, "sft", "dpo"], description="Answers or preferences; empty: as declared"),
+        "start": Param(None, enum=[None, "base", "champion"], description="What is trained; empty: as declared"),
+        "teacher": Param(None, type=["null", "string"], description="Learn the answers of this version, or `champion`"),
+        "remove_blocks": Param(0, type="integer", minimum=0, description="Prune so many blocks before training"),
+    }
+    schedule = AssetOrTimeSchedule(timetable=weekly, assets=[asset(application.name, "breaches/retrain")])
+    with stage(application, "finetune", RUNBOOK, tag="releases", schedule=schedule, params=params) as dag:
 
         @task
         def build_set(*, params: dict) -> dict:
-            from millrace.training import finetune
+            from millrace.training.finetune import build_set
 
-            return finetune.build_set(read_settings(), application, run=run_name(), **params)
+            built = build_set(read_settings(), application, run=run_name(), **params)
+            if built["training_set"] is None:
+                raise AirflowSkipException(built["why"])
+            return built
 
         @task(pool=HEAVY)
         def train(built: dict) -> dict:
-            from millrace.training import finetune
+            from millrace.training.finetune import finetune
 
-            return finetune.finetune(read_settings(), application, training_set=built["training_set"], run=run_name())
+            return finetune(read_settings(), application, run=run_name(), **built["learns"])
 
         @task(pool=HEAVY, outlets=[releases])
         def release(trained: dict, *, outlet_events) -> dict:

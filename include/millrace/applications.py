@@ -130,6 +130,12 @@ class Dpo(Declared):
 class Training(Declared):
     max_examples: int = Field(2000, ge=1)
     epochs: int = Field(1, ge=1)
+    start: Literal["base", "champion"] = "base"
+    """What is trained: the base model on the whole set, or the champion's weights on what they haven't learnt."""
+    replay: float = Field(0.25, ge=0, lt=1)
+    """Starting from the champion: share of the set that it has learnt already and should not forget."""
+    teacher_chunks: int = Field(4, ge=1)
+    """Chunks that a teacher is given, whose answers are learnt where a run asks for that."""
     method: Literal["sft", "dpo"] = "sft"
     """Supervised fine-tuning on answers, or direct preference optimisation on pairs of a better and a worse answer."""
     learning_rate: float = Field(1e-3, gt=0)
@@ -194,6 +200,8 @@ class Gate(Declared):
     quality_margin: float = Field(0.02, ge=0)
     """Largest loss of mean token-F1 that must be excluded."""
     retrieval_margin: float = Field(0.02, ge=0)
+    general_margin: float = Field(0.1, ge=0)
+    """Largest loss of the share of general questions answered right; they are asked where the generators differ."""
     latency_ratio: float = Field(1.5, gt=0)
     """Largest ratio of mean seconds per answer, candidate to champion, that must be excluded."""
     cost_ratio: float = Field(1.5, gt=0)

@@ -128,7 +128,7 @@ def test_the_json_is_the_report_and_the_page_needs_nothing_but_itself(told):
     assert json.loads(data.read_text())["format"] == 2
     seen = _Page.of(page)
     assert seen.fetched == []
-    assert seen.tags.count("svg") == 4 + 8  # two plots a rollout, a ruler a criterion
+    assert seen.tags.count("svg") == 4 + 10  # two plots a rollout, a ruler a criterion
     assert "Every user in this report is a program" in seen.text
     # On the page, in every rollout: title, both plots, both tables.
     assert seen.text.count("simulated users") > 2 * 5

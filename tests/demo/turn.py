@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from millrace.applications import Application
 from millrace.demo.progress import Stage
-from millrace.evaluation.comparison import Criterion, Scores, compare
+from millrace.evaluation.comparison import Criterion, Scores, compare, compare_general
 from millrace.lakehouse.costs import Cost, cost_id, record_cost
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import GOLD_ANSWERS, OPS_EVALUATIONS, SILVER_EXCHANGES
@@ -184,7 +184,10 @@ class Turn:
         leak = Criterion(
             "leak", "count", None, 0, 0, 0, 0, 0, True, "no question of training set t1 is nearly one here"
         )
-        criteria = [leak, *compare(*arms, self.application.gate, seed=0)]
+        known = np.arange(60) % 2 * 1.0
+        general = compare_general(known, known, self.application.gate, seed=0)
+        quality, retrieval, *budgets = compare(*arms, self.application.gate, seed=0)
+        criteria = [leak, quality, retrieval, general, *budgets]
         rows = [
             {
                 "example_id": f"example-{i}",

@@ -1,6 +1,7 @@
 """One release deployed in five ways gives the same answers: inline, batch, stream, container, service."""
 
 import json
+import os
 import signal
 import sys
 from dataclasses import dataclass
@@ -130,7 +131,10 @@ def test_mlflow_models_serve_answers_as_inline(
     deployed: Deployed, folder: Path, config: dict[str, object], inline: Answers, tmp_path: Path
 ) -> None:
     arguments = ["-m", "mlflow", "models", "serve", "--model-uri", folder / "model", "--env-manager", "local"]
-    given = {"MLFLOW_PYFUNC_INFERENCE_CONFIG": json.dumps(config)}
+    given = {
+        "MLFLOW_PYFUNC_INFERENCE_CONFIG": json.dumps(config),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # where the command looks for uvicorn
+    }
     # The command starts a server and waits for it: a signal ends both, each in its way.
     with serving(arguments, given, tmp_path / "log", ends_with=(0, 1, -signal.SIGTERM)) as url:
         rows = invoked(url, QUESTIONS)

@@ -14,7 +14,7 @@ from millrace.evaluation.gate import evaluate_candidate, find_leaks, newest_unev
 from millrace.evaluation.sets import Example, freeze_evaluation_set, read_evaluation_set
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import GOLD_TRAINING_EXAMPLES, OPS_COSTS, OPS_EVALUATIONS
-from millrace.releases.declare import declare_release
+from millrace.releases.declare import add_model, declare_release
 from millrace.releases.manifest import PromptVersion, declared_manifest, describe_weights
 from millrace.releases.registry import publish_split, register_release
 from millrace.releases.split import Split
@@ -114,15 +114,15 @@ def test_a_candidate_that_was_trained_on_the_questions_is_refused_before_anythin
     with pytest.raises(GateRefusal, match="1 questions of training set t1 are, or nearly are, evaluation questions"):
         require_passed(result)
     assert evaluate_candidate(served, own, run="test", candidate=candidate) == result | {"changed": False}
+    (logged,) = _logged(served, own)
+    assert logged.data.metrics == {"leak.count": 1, "leak.passed": 0}
 
 
 @pytest.mark.long  # the loop's own test does the same through Airflow
 @pytest.mark.model
-def test_a_broken_prompt_is_refused_and_an_equal_one_passes_each_evaluated_once(
-    served: Settings, qa: Application, tmp_path: Path
+def test_a_broken_prompt_and_weights_that_know_nothing_are_refused_and_an_equal_prompt_passes_each_evaluated_once(
+    served: Settings, qa: Application, tiny_model: Path
 ):
-    from mlflow import MlflowClient
-
     from millrace.retrieval.chunk import refresh_chunks
     from millrace.retrieval.embed import refresh_embeddings
     from millrace.retrieval.index import build_index, declared_builds
@@ -145,6 +145,7 @@ def test_a_broken_prompt_is_refused_and_an_equal_one_passes_each_evaluated_once(
         for variant in (None, "broken", "equal")
     )
     publish_split(served, application.name, Split(sequence=0, champion=first))
+    empty = add_model(served, application, tiny_model, name="tiny", run="test")["version"]
 
     refused = evaluate_candidate(served, application, run="test", candidate=broken)
     failed = [criterion["name"] for criterion in refused["criteria"] if not criterion["passed"]]
@@ -152,6 +153,17 @@ def test_a_broken_prompt_is_refused_and_an_equal_one_passes_each_evaluated_once(
     assert refused["index_build"] == build
     retrieval = next(c for c in refused["criteria"] if c["name"] == "retrieval")
     assert (retrieval["low"], retrieval["estimate"], retrieval["high"]) == (0, 0, 0)
+
+    general = next(c for c in refused["criteria"] if c["name"] == "general")
+    assert "generates with what the champion does" in general["why"]
+
+    forgot = evaluate_candidate(served, application, run="test", candidate=empty)
+    names = ["leak", "quality", "retrieval", "general", "latency", "cost"]
+    assert [criterion["name"] for criterion in forgot["criteria"]] == names
+    general = forgot["criteria"][3]
+    assert (general["candidate"], general["passed"]) == (0, False)
+    with pytest.raises(GateRefusal, match=r"share of general questions answered went from 0\.\d+ to 0\.000"):
+        require_passed(forgot)
 
     passed = evaluate_candidate(served, application, run="test")
     assert (passed["verdict"], passed["candidate"]) == ("passed", equal)
@@ -163,16 +175,18 @@ def test_a_broken_prompt_is_refused_and_an_equal_one_passes_each_evaluated_once(
     assert evaluate_candidate(served, application, run="again")["verdict"] == "nothing"
     assert lake.version(OPS_EVALUATIONS) == version
     costs = {row["subject"]: row for row in lake.read(OPS_COSTS).to_pylist() if row["stage"] == "evaluation"}
-    assert costs.keys() == {refused["evaluation_id"], passed["evaluation_id"]}, "a repeat costs nothing"
+    done = [one["evaluation_id"] for one in (refused, forgot, passed)]
+    assert costs.keys() == set(done), "a repeat costs nothing"
+    asked_more = [costs[one]["tokens"] for one in done]
+    assert asked_more[1] > max(asked_more[0], asked_more[2]) + 2 * 60 * 50, "general questions are counted"
     for cost in costs.values():
         assert cost["tokens"] > 2 * 16 * 10
         assert cost["cost_usd"] > 0
         assert cost["release_id"].startswith("rel-")
-    client = MlflowClient(served.mlflow_url)
-    experiment = client.get_experiment_by_name("gate_model/evaluations")
-    logged = client.search_runs([experiment.experiment_id])
+    logged = _logged(served, application)
+    assert sum("general.candidate" in run.data.metrics for run in logged) == 1
     assert {run.data.tags["verdict"] for run in logged} == {"passed", "refused"}
-    assert len(logged) == 2
+    assert len(logged) == 3
     assert all(run.info.status == "FINISHED" for run in logged)
 
 
@@ -242,6 +256,15 @@ def _registered(
     manifest = declared_manifest(application, describe_weights(weights), prompt, lineage_id(application))
     tags = {"training_set": training_set} if training_set else {}
     return register_release(settings, application, manifest, weights.parent, run="test", tags=tags)
+
+
+def _logged(settings: Settings, application: Application) -> list[Any]:
+    """MLflow's runs of the application's evaluations."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(settings.mlflow_url)
+    experiment = client.get_experiment_by_name(f"{application.name}/evaluations")
+    return list(client.search_runs([experiment.experiment_id]))
 
 
 def _published(settings: Settings, application: Application) -> None:

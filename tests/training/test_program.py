@@ -187,6 +187,7 @@ def killed_at_its_first_checkpoint(spec: Spec, **options: Any) -> None:
     killed(spec, (spec.checkpoints / "last.json").exists, **options)
 
 
+@pytest.mark.long
 def test_early_stopping_keeps_the_best_weights_through_a_kill(make_spec: MakeSpec) -> None:
     # So high a rate is good for a few steps, and then spoils what was learnt.
     changes = {"epochs": 8, "learning_rate": 3e-2, "evaluate_steps": 1, "patience": 3, "checkpoint_steps": 3}
@@ -212,6 +213,7 @@ def test_early_stopping_keeps_the_best_weights_through_a_kill(make_spec: MakeSpe
         np.testing.assert_allclose(adapter(other)[name], values, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.long
 def test_all_weights_can_be_trained_and_the_exported_file_answers_like_them(
     make_spec: MakeSpec, tmp_path: Path
 ) -> None:
@@ -266,7 +268,7 @@ def same_as(usual: Spec, other: Spec) -> None:
         np.testing.assert_allclose(theirs[name], values, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.long) for stage in (0, 1)), 3])
 def test_every_zero_stage_learns_the_same_and_is_resumed(make_spec: MakeSpec, usual: Spec, stage: int) -> None:
     spec = make_spec(deepspeed={"zero_optimization": {"stage": stage}}, checkpoint_steps=1)
     killed_at_its_first_checkpoint(spec)
@@ -283,6 +285,7 @@ def test_offload_without_a_gpu_is_refused(make_spec: MakeSpec) -> None:
         train(spec)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_another_launcher_starts_the_same_run_and_leaves_nothing_behind(
     make_spec: MakeSpec, usual: Spec, launcher: str
@@ -294,6 +297,7 @@ def test_another_launcher_starts_the_same_run_and_leaves_nothing_behind(
     same_as(usual, spec)
 
 
+@pytest.mark.long
 def test_a_launcher_that_is_not_ours_passes_on_why_it_failed(make_spec: MakeSpec) -> None:
     with pytest.raises(TrainingError, match="the loss was"):
         train(make_spec(learning_rate=1e30), launcher="torchrun")
@@ -316,6 +320,7 @@ def test_preferences_are_learnt_from_pairs_and_a_resumed_run_compares_with_the_s
     assert adapter(spec)
 
 
+@pytest.mark.long
 def test_a_damaged_checkpoint_is_said_and_removing_it_starts_anew(make_spec: MakeSpec) -> None:
     spec = make_spec(checkpoint_steps=1)
     killed_at_its_first_checkpoint(spec)

@@ -12,8 +12,8 @@ from hypothesis.extra.numpy import arrays
 
 from millrace.engines.base_model import base_model_path
 from millrace.errors import EngineError, TrainingError
-from millrace.training.compress import PROBES, agreement_of
-from millrace.training.measure import measure
+from millrace.training.compress import agreement_of
+from millrace.training.measure import PROBES, measure
 from millrace.training.quantise import (
     FORMATS,
     encode_q4_0,

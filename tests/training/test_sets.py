@@ -9,15 +9,8 @@ from millrace.errors import TrainingError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import GOLD_TRAINING_EXAMPLES, SILVER_FEEDBACK
 from millrace.scoring.duplicates import near_duplicates
-from millrace.training.sets import (
-    Asked,
-    Example,
-    choose,
-    corrections,
-    read_training_set,
-    refuse_leaks,
-    training_set_id,
-)
+from millrace.training.pool import Asked, corrections
+from millrace.training.sets import Example, choose, read_training_set, refuse_leaks, training_set_id
 
 
 def asked(question: str, origin: str = "document", section: str | None = "api") -> Asked:

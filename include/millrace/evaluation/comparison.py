@@ -67,12 +67,20 @@ def compare(champion: Scores, candidate: Scores, policy: Gate, *, seed: int) -> 
     ]
 
 
-def _no_loss(name: str, champion: Floats, candidate: Floats, margin: float, policy: Gate, seed: int) -> Criterion:
+def compare_general(champion: Floats, candidate: Floats, policy: Gate, *, seed: int) -> Criterion:
+    """Whether the candidate still knows what the champion does, from (n,) scores of the same general questions."""
+    subject = "share of general questions answered"
+    return _no_loss("general", champion, candidate, policy.general_margin, policy, seed, subject)
+
+
+def _no_loss(
+    name: str, champion: Floats, candidate: Floats, margin: float, policy: Gate, seed: int, subject: str = ""
+) -> Criterion:
     found = mean_difference(champion, candidate, policy.confidence, policy.resamples, seed)
     passed = found.low >= -margin
     why = (
-        f"{name} went from {champion.mean():.3f} to {candidate.mean():.3f}; the {policy.confidence:.0%} interval of "
-        f"the difference, {found.low:+.3f} to {found.high:+.3f}, "
+        f"{subject or name} went from {champion.mean():.3f} to {candidate.mean():.3f}; "
+        f"the {policy.confidence:.0%} interval of the difference, {found.low:+.3f} to {found.high:+.3f}, "
         f"{'excludes' if passed else 'does not exclude'} a loss worse than {margin:g}"
     )
     return Criterion(

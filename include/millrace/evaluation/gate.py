@@ -1,7 +1,8 @@
 """The gate: may this candidate meet users? Paired against the champion on one frozen set, once, and written down.
 
-It compares (`comparison.py`) what both releases answered (`answers.py`) after making sure that nobody trained on
-the questions. It does not decide who gets the candidate: the rollout does, with what is written here.
+It compares (`comparison.py`) what both releases answered (`answers.py`), and what their generators know beside the
+documents (`general.py`), after making sure that nobody trained on the questions. It does not decide who gets the
+candidate: the rollout does, with what is written here.
 """
 
 import hashlib
@@ -20,12 +21,13 @@ from millrace.applications import Application
 from millrace.errors import GateRefusal, MillraceError
 from millrace.evaluation.answers import Arm, Scored, answer_both, as_scores
 from millrace.evaluation.comparison import Criterion, compare
+from millrace.evaluation.general import GeneralAnswer, ask_general, general_questions, general_set_id
 from millrace.evaluation.sets import Example, freeze_evaluation_set, read_evaluation_set
 from millrace.evaluation.tracking import log_evaluation
 from millrace.lakehouse.costs import Cost, cost_id, record_cost
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import OPS_EVALUATIONS
-from millrace.lakehouse.trained import trained_questions
+from millrace.lakehouse.trained import trained_questions, trained_sets
 from millrace.releases.loader import ReleaseLoader
 from millrace.releases.manifest import Manifest
 from millrace.releases.registry import read_split, release_manifest, versions
@@ -89,12 +91,12 @@ def evaluate_candidate(
     known = _read(lake, evaluation_id)
     changed = known is None
     if known is None:
-        training_set = registered[candidate].get("training_set")
+        training_sets = trained_sets(registered[candidate])
         examples = read_evaluation_set(lake, set_id)
         started = time.perf_counter()
-        criteria, scored = _evaluate(settings, application, sides, examples, training_set, evaluation_id)
+        criteria, scored, general = _evaluate(settings, application, sides, examples, training_sets, evaluation_id)
         seconds = time.perf_counter() - started
-        record_cost(lake, _cost(application, evaluation_id, sides[1], scored, seconds), run=run)
+        record_cost(lake, _cost(application, evaluation_id, sides[1], scored, general, seconds), run=run)
         known = _write(lake, evaluation_id, set_id, sides, criteria, scored, run)
     # Also when nothing is new: a run that was killed after its write has not logged.
     log_evaluation(settings, application.name, known)
@@ -134,6 +136,7 @@ def identify(set_id: str, champion: Side, candidate: Side, application: Applicat
         champion.manifest.release_id,
         candidate.manifest.release_id,
         _builds(champion, candidate),
+        general_set_id(general_questions()),
         application.gate.model_dump(mode="json"),
     ]
     return f"eval-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]}"
@@ -160,15 +163,17 @@ def _evaluate(
     application: Application,
     sides: list[Side],
     examples: list[Example],
-    training_set: str | None,
+    training_sets: Sequence[str],
     evaluation_id: str,
-) -> tuple[list[Criterion], list[dict[str, Any]]]:
-    """Criteria, and the examples with both scores, worst first. A leak is refused before anything is loaded."""
+) -> tuple[list[Criterion], list[dict[str, Any]], list[GeneralAnswer]]:
+    """Criteria; the examples with both scores, worst first; and both releases' answers to general questions. A leak is
+    refused before anything is loaded."""
     lake = Lake.of(settings, application.name)
-    leaks = find_leaks(lake, training_set, examples) if training_set else []
-    leak = _leak_criterion(leaks, training_set)
+    leaks = [leak for training_set in training_sets for leak in find_leaks(lake, training_set, examples)]
+    leak = _leak_criterion(leaks, training_sets)
     if leaks:
-        return [leak], [asdict(example) | {"trained_on": question} for question, example in leaks]
+        return [leak], [asdict(example) | {"trained_on": question} for question, example in leaks], []
+    seed = int(evaluation_id[-8:], 16)
     loader = ReleaseLoader(settings, application)
     try:
         arms = [
@@ -176,17 +181,26 @@ def _evaluate(
             for name, side in zip(("champion", "candidate"), sides, strict=True)
         ]
         champion, candidate = answer_both(arms[0], arms[1], examples, application.prices)
+        general, answers = ask_general(
+            arms[0], arms[1], general_questions(), application.prices, application.gate, seed=seed
+        )
     finally:
         loader.close()
-    criteria = compare(as_scores(champion), as_scores(candidate), application.gate, seed=int(evaluation_id[-8:], 16))
-    return [leak, *criteria], _worst_first(examples, champion, candidate)
+    quality, retrieval, *budgets = compare(as_scores(champion), as_scores(candidate), application.gate, seed=seed)
+    return [leak, quality, retrieval, general, *budgets], _worst_first(examples, champion, candidate), answers
 
 
 def _cost(
-    application: Application, evaluation_id: str, candidate: Side, scored: list[dict[str, Any]], seconds: float
+    application: Application,
+    evaluation_id: str,
+    candidate: Side,
+    scored: list[dict[str, Any]],
+    general: list[GeneralAnswer],
+    seconds: float,
 ) -> Cost:
     """What an evaluation cost: both releases' answers, and the machine. It is the candidate's."""
     answers = [row[arm] for row in scored for arm in ("champion", "candidate") if arm in row]
+    answers += [asdict(answer) for answer in general]
     return Cost(
         cost_id("evaluation", evaluation_id, uuid.uuid4().hex),
         "evaluation",
@@ -198,14 +212,15 @@ def _cost(
     )
 
 
-def _leak_criterion(leaks: list[tuple[str, Example]], training_set: str | None) -> Criterion:
+def _leak_criterion(leaks: list[tuple[str, Example]], training_sets: Sequence[str]) -> Criterion:
     count = float(len(leaks))
-    if training_set is None:
+    named = f"training set {', '.join(training_sets)}"
+    if not training_sets:
         why = "the candidate was not trained here"
     elif leaks:
-        why = f"{len(leaks)} questions of training set {training_set} are, or nearly are, evaluation questions"
+        why = f"{len(leaks)} questions of {named} are, or nearly are, evaluation questions"
     else:
-        why = f"no question of training set {training_set} is nearly an evaluation question"
+        why = f"no question of {named} is nearly an evaluation question"
     return Criterion("leak", "count", None, count, count, count, count, 0.0, not leaks, why)
 
 

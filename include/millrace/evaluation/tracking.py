@@ -47,9 +47,10 @@ def log_evaluation(settings: Settings, application: str, evaluation: dict[str, A
 
 def _metrics(criteria: list[dict[str, Any]]) -> list[tuple[str, float]]:
     fields = ("champion", "candidate", "estimate", "low", "high", "bound", "passed")
+    counts = {"candidate": "count", "passed": "passed"}  # A count beside shares would be drawn as one of them.
     return [
-        (f"{criterion['name']}.{field}", float(criterion[field]))
+        (f"{criterion['name']}.{name}", float(criterion[field]))
         for criterion in criteria
-        for field in fields
+        for field, name in (counts.items() if criterion["measure"] == "count" else zip(fields, fields, strict=True))
         if criterion[field] is not None
     ]

@@ -1,9 +1,17 @@
-"""What a release was trained on, whichever kind of set its tag names: nobody may be tested on that."""
+"""What a release was trained on, whichever kind of set its tags name: nobody may be tested on that."""
+
+from collections.abc import Mapping
 
 import pyarrow.compute as pc
 
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import GOLD_PREFERENCE_EXAMPLES, GOLD_TRAINING_EXAMPLES
+
+
+def trained_sets(tags: Mapping[str, str]) -> tuple[str, ...]:
+    """The sets that the weights of a release with these tags were trained on, the last one first; those before it are
+    from the releases that each fine-tune started from."""
+    return (tags["training_set"], *tags.get("earlier_training_sets", "").split()) if "training_set" in tags else ()
 
 
 def trained_questions(lake: Lake, training_set: str) -> list[str]:

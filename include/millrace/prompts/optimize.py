@@ -18,7 +18,7 @@ from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.costs import Cost, cost_id, record_cost
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import SILVER_DOCUMENTS
-from millrace.lakehouse.trained import trained_questions
+from millrace.lakehouse.trained import trained_questions, trained_sets
 from millrace.prompts.development import Development, choose_development
 from millrace.prompts.space import Point, Space, at, space_of
 from millrace.prompts.study import Ask, Outcome, Trial, compare, search
@@ -142,7 +142,7 @@ def _plan(settings: Settings, application: Application, trials: int | None, toke
     tags = versions(settings, application).get(split.champion, {})
     questions = choose_development(
         derive_questions(lake.read(SILVER_DOCUMENTS), application),
-        set(trained_questions(lake, tags["training_set"])) if "training_set" in tags else set(),
+        {question for one in trained_sets(tags) for question in trained_questions(lake, one)},
         examples=max(optimize.few_shot, default=0),
         search=optimize.questions,
         held_out=optimize.held_out,

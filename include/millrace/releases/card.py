@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from millrace.applications import Application
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import GOLD_TRAINING_EXAMPLES, SILVER_DOCUMENTS
+from millrace.lakehouse.tables import GOLD_PREFERENCE_EXAMPLES, GOLD_TRAINING_EXAMPLES, SILVER_DOCUMENTS
 from millrace.releases.manifest import Chain, HuggingFaceModel, Manifest, Weights
 from millrace.sources.questions import derive_questions
 
@@ -34,16 +34,20 @@ class TrainingData:
     """A training set as it is in the lake: examples by where they came from, and how many of them programs made up."""
 
     training_set: str
+    table: str
     origins: Mapping[str, int]
     simulated: int
 
 
 def training_data(lake: Lake, training_set: str) -> TrainingData:
-    """What `gold/training_examples` has of a set; nothing where another lake has it."""
-    rows = lake.read(GOLD_TRAINING_EXAMPLES, ["origin", "simulated"], where=pc.field("training_set") == training_set)
+    """What the lake has of a set of answers or of preferences; nothing where another lake has it."""
+    for table in (GOLD_PREFERENCE_EXAMPLES, GOLD_TRAINING_EXAMPLES):
+        rows = lake.read(table, ["origin", "simulated"], where=pc.field("training_set") == training_set)
+        if rows.num_rows:
+            break
     counted = rows.group_by("origin").aggregate([("simulated", "count")]).to_pylist()
     origins = {row["origin"]: row["simulated_count"] for row in sorted(counted, key=lambda row: row["origin"])}
-    return TrainingData(training_set, origins, pc.sum(rows["simulated"]).as_py() or 0)
+    return TrainingData(training_set, table.path, origins, pc.sum(rows["simulated"]).as_py() or 0)
 
 
 def example_question(lake: Lake, application: Application) -> str:
@@ -164,8 +168,13 @@ def _training(application: Application, tags: Mapping[str, str], trained_on: Tra
     told = (
         f"{examples} examples ({origins}), {trained_on.simulated} of them simulated" if examples else "not in this lake"
     )
+    said = {
+        "earlier_training_sets": "sets that the weights it started from had learnt",
+        "teacher": "teacher, whose answers are used under its licence or terms",
+    }
     return [
-        f"- training set: `{trained_on.training_set}`, {told}; its rows: `gold/training_examples`",
+        f"- training set: `{trained_on.training_set}`, {told}; its rows: `{trained_on.table}`",
+        *(f"- {name}: {tags[tag]}" for tag, name in said.items() if tag in tags),
         f"- simulated feedback in it: {tags.get('simulated', 'not said')}",
         f"- fine-tune: MLflow run `{tags.get('mlflow_run', 'not said')}` in experiment `{application.name}/finetune`",
     ]

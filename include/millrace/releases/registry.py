@@ -36,7 +36,7 @@ FILES_TAG = "millrace.files"
 """Where it is, it says when the release's files were removed (`retention.py`)."""
 EMBEDDING_TAG = "millrace.embedding"
 """SHA-256 of the fine-tuned embedding model's weights, where a release has one."""
-TRAINING_TAGS = ("training_set", "simulated")
+TRAINING_TAGS = ("training_set", "earlier_training_sets", "simulated", "teacher")
 CANDIDATE = "candidate"
 
 ABANDONED_SECONDS = 3600

@@ -1,4 +1,4 @@
-"""From a finished fine-tune to a candidate release, and the release that a fine-tune starts from."""
+"""From a finished fine-tune to a candidate release."""
 
 import json
 from pathlib import Path
@@ -11,25 +11,14 @@ from millrace.engines.upstream import Adapter, UpstreamEngine, unload_adapter
 from millrace.errors import TrainingError
 from millrace.lakehouse.costs import attribute_cost
 from millrace.lakehouse.lake import Lake
-from millrace.releases.declare import declare_release
 from millrace.releases.generator import adapter_name, open_engine, served_model, upstream_of
-from millrace.releases.manifest import Generator, Manifest, ServedModel, describe_adapter, describe_weights
-from millrace.releases.registry import read_split, register_once, release_manifest
+from millrace.releases.manifest import Generator, ServedModel, describe_adapter, describe_weights
+from millrace.releases.registry import register_once
 from millrace.settings import Settings
 from millrace.training.export import verify_answers, write_full, write_merged
-from millrace.training.spec import training_cost_id
-
-
-def starting_manifest(settings: Settings, application: Application, *, run: str) -> Manifest:
-    """Of the champion, else of the release that the declaration describes (registered if it isn't yet).
-
-    Raises:
-        ReleaseError: MLflow doesn't answer.
-    """
-    split = read_split(settings, application.name)
-    champion = split.champion if split else None
-    version = champion or declare_release(settings, application, variant=None, run=run)["version"]
-    return release_manifest(settings, application, version)
+from millrace.training.measure import PROBE_TOKENS, PROBES, as_tags, measure, side_by_side
+from millrace.training.spec import read_spec, training_cost_id
+from millrace.training.starting import starting_manifest, starting_weights
 
 
 def release_candidate(
@@ -50,6 +39,10 @@ def release_candidate(
         ReleaseError: MLflow doesn't answer.
     """
     folder = Path(trained["folder"])
+    lineage = {
+        "earlier_training_sets": " ".join(trained["earlier_training_sets"]),
+        "teacher": f"release {trained['teacher']}" if trained["teacher"] else "",
+    }
     if not (folder / "result.json").exists():
         raise TrainingError(f"{folder} holds no finished fine-tune; run the train task again, it reuses what it can")
     generator, files, agreement = _export(settings, application, folder)
@@ -66,7 +59,9 @@ def release_candidate(
             "fingerprint": trained["fingerprint"],
             "mlflow_run": trained["mlflow_run"],
             "simulated": str(trained["simulated"] > 0).lower(),
-        },
+            **_smaller(settings, application, trained, files / generator.name),
+        }
+        | {name: said for name, said in lineage.items() if said},
     )
     attribute_cost(
         Lake.of(settings, application.name),
@@ -75,6 +70,19 @@ def release_candidate(
         run=run,
     )
     return registered | {"agreement": agreement}
+
+
+def _smaller(settings: Settings, application: Application, trained: dict[str, Any], weights: Path) -> dict[str, str]:
+    """What a pruned model saves, side by side with what it was made of."""
+    if not trained["remove_blocks"]:
+        return {}
+    before = starting_weights(settings, application, trained["start"]).weights
+    measured = (
+        measure(path, PROBES, max_new_tokens=PROBE_TOKENS, alone=len(PROBES), threads=settings.threads)
+        for path in (before, weights)
+    )
+    told = side_by_side(*zip((before, weights), measured, strict=True))
+    return {"removed_blocks": str(trained["remove_blocks"])} | as_tags(told)
 
 
 def _export(settings: Settings, application: Application, folder: Path) -> tuple[Generator, Path, float]:
@@ -92,9 +100,9 @@ def _export(settings: Settings, application: Application, folder: Path) -> tuple
 
 
 def _merged(settings: Settings, application: Application, folder: Path) -> tuple[Generator, Path]:
-    """For this process's engine: the base with the adapter merged in, or with the weights that were all trained."""
-    base = base_model_path(application.generator)
-    weights = folder / f"{base.name.split('.')[0]}-{folder.name}.gguf"
+    """For this process's engine: what it started from with the adapter merged in, or with all weights replaced."""
+    base = read_spec(folder / "spec.json").base
+    weights = folder / f"{base_model_path(application.generator).name.split('.')[0]}-{folder.name}.gguf"
     if not weights.exists():
         if (folder / "adapter").exists():
             write_merged(base, folder / "adapter", weights)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from millrace.applications import Application
-from millrace.errors import ReleaseError, TrainingError
+from millrace.errors import TrainingError
 from millrace.lakehouse.costs import Cost, cost_id, record_cost
 from millrace.lakehouse.lake import Lake
 from millrace.releases.manifest import Manifest, Weights, describe_weights
@@ -23,14 +23,14 @@ from millrace.releases.registry import (
     fetch_release,
     find_version,
     local_releases,
-    read_split,
     register_once,
     training_tags,
 )
 from millrace.scoring.overlap import token_f1
 from millrace.settings import Settings
-from millrace.training.measure import Measured, measure
+from millrace.training.measure import PROBE_TOKENS, PROBES, Measured, as_tags, measure, side_by_side
 from millrace.training.quantise import in_format, known_format, quantised_name, saved_bytes, write_quantised
+from millrace.training.starting import required_champion
 
 log = logging.getLogger("millrace.training")
 
@@ -38,22 +38,6 @@ AGREEMENT = 0.3
 """Mean token-F1 between the answers before and after. Fewer bits change words, a tensor written wrongly leaves nothing
 in common; whether the answers are good enough is the gate's to say."""
 
-PROBES = tuple(
-    f"The option {name} has the default {value}. {about}\n\nQuestion: What is the default of {name}?\n"
-    "Answer in one short sentence, only from the text above."
-    for name, value, about in (
-        ("parallelism", "32", "It limits how many tasks may run at once on all schedulers together."),
-        ("smtp_port", "25", "Mail is sent to this port of the server that smtp_host names."),
-        ("executor", "LocalExecutor", "It says where tasks run: on this machine, or on workers elsewhere."),
-        ("load_examples", "True", "With it the examples that come with the package are shown."),
-        ("job_heartbeat_sec", "5", "Seconds between two signs of life that a job gives."),
-        ("dags_folder", "/opt/airflow/dags", "Every file in it is read, again and again."),
-        ("default_timezone", "utc", "Dates that name no zone are in this one."),
-        ("max_active_runs_per_dag", "16", "More runs of one DAG wait until others have ended."),
-    )
-)
-"""What both models are asked; a model of any use copies the value."""
-PROBE_TOKENS = 32
 MIB = 1 << 20
 
 
@@ -87,7 +71,7 @@ def compress_release(
         SettingsError: the declaration has no price for the result.
     """
     known_format(format_name)
-    result = _compress(settings, application, version or _champion(settings, application), format_name, run)
+    result = _compress(settings, application, version or required_champion(settings, application), format_name, run)
     log.info("%s", result["why"])
     return result
 
@@ -162,27 +146,13 @@ def _compress(settings: Settings, application: Application, version: str, format
             run=run,
             tags=training_tags(settings, application, version)
             | {"millrace.origin": "quantise", "quantised_from": version, "format": format_name}
-            | {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in told.items()},
+            | as_tags(told),
         )
     return registered | told | {"why": _sentence(version, format_name, told)}
 
 
-def _champion(settings: Settings, application: Application) -> str:
-    split = read_split(settings, application.name)
-    if split is None or split.champion is None:
-        raise ReleaseError(f"{application.name} has no champion yet; name the version of a release")
-    return split.champion
-
-
 def _told(source: Path, target: Path, compared: Comparison) -> dict[str, Any]:
-    told: dict[str, Any] = {"agreement": compared.agreement}
-    for name, path, one in (("_before", source, compared.before), ("", target, compared.after)):
-        told |= {
-            f"bytes{name}": path.stat().st_size,
-            f"resident_mib{name}": one.resident_mib,
-            f"tokens_per_second{name}": one.tokens_per_second,
-        }
-    return told
+    return {"agreement": compared.agreement} | side_by_side((source, compared.before), (target, compared.after))
 
 
 def _sentence(version: str, format_name: str, told: dict[str, Any]) -> str:

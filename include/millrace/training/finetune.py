@@ -17,7 +17,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from millrace.applications import Application, Training
-from millrace.engines.base_model import base_model_path
 from millrace.errors import OutOfMemory, ReleaseError, TrainingError
 from millrace.lakehouse.costs import Cost, record_cost
 from millrace.lakehouse.lake import Lake
@@ -31,36 +30,83 @@ from millrace.training.preferences import (
     is_preference_set,
     read_preference_set,
 )
+from millrace.training.prune import prune
 from millrace.training.sets import Example, build_training_set, read_training_set
 from millrace.training.spec import Spec, fingerprint, read_spec, told, training_cost_id
+from millrace.training.starting import required_champion, starting_weights, trained_champion
 from millrace.training.tracking import TrackedRun, TrainedOn
 
 log = logging.getLogger("millrace.training")
 
 SAMPLE_SECONDS = 10
 """Between two measurements of the machine."""
+PROMPTS = 32
+"""Of the set's examples, that say which blocks matter."""
 KEPT = 2
 """Fine-tunes of an application whose files stay on disk."""
 
 
 def build_set(
-    settings: Settings, application: Application, *, run: str, max_examples: int | None, method: str | None
+    settings: Settings,
+    application: Application,
+    *,
+    run: str,
+    max_examples: int | None = None,
+    method: str | None = None,
+    start: str | None = None,
+    teacher: str | None = None,
+    remove_blocks: int = 0,
 ) -> dict[str, Any]:
     """The training set of the declared `training.method`, or of `method` instead: see `build_training_set` (sft) and
-    `build_preference_set` (dpo)."""
-    dpo = (method or application.training.method) == "dpo"
-    build = build_preference_set if dpo else build_training_set
-    return build(settings, application, run=run, max_examples=max_examples)
+    `build_preference_set` (dpo).
+
+    Args:
+        start: instead of the declared `training.start`.
+        teacher: the version of a release whose answers are learnt instead of known ones, or `champion`.
+        remove_blocks: as `finetune` is told.
+
+    Returns:
+        What they return, and `learns`: what `finetune` is to be given.
+    """
+    from_champion = (start or application.training.start) == "champion"
+    begun = trained_champion(settings, application) if from_champion else None
+    if teacher == "champion":
+        teacher = required_champion(settings, application)
+    if (method or application.training.method) == "dpo":
+        if teacher:
+            raise TrainingError("a teacher gives answers, and dpo learns preferences; choose sft, or no teacher")
+        built = build_preference_set(settings, application, run=run, max_examples=max_examples)
+    else:
+        built = build_training_set(
+            settings, application, run=run, max_examples=max_examples, start=begun, teacher=teacher
+        )
+    learns = {"training_set": built["training_set"], "start": begun, "teacher": teacher, "remove_blocks": remove_blocks}
+    return built | {"learns": learns}
 
 
-def finetune(settings: Settings, application: Application, *, training_set: str, run: str) -> dict[str, Any]:
+def finetune(
+    settings: Settings,
+    application: Application,
+    *,
+    training_set: str,
+    run: str,
+    start: str | None = None,
+    teacher: str | None = None,
+    remove_blocks: int = 0,
+) -> dict[str, Any]:
     """Train on `training_set`, go on with a fine-tune that was killed, or find that it was done. The set's kind says
     what is learnt: its answers (sft), or to prefer one answer to another (dpo).
 
+    Args:
+        start: the release whose weights are trained further; None: the base model.
+        teacher: the release whose answers the set has; None: they are known ones.
+        remove_blocks: train what is left of the weights without so many of their blocks (`training/prune.py`).
+
     Returns:
-        `training_set`, `fingerprint`, `folder`, `mlflow_run`, `simulated` (examples that no person said), and the
+        `training_set`, `start`, `remove_blocks`, `earlier_training_sets` (what the weights had learnt before),
+        `teacher`, `fingerprint`, `folder`, `mlflow_run`, `simulated` (examples that no person said), `changed`, and the
         program's `steps`, `examples`, `left_out` (too long), `held_out_loss`, `base_held_out_loss`,
-        `tokens_per_second`, `seconds`; for dpo `held_out_accuracy`, with early stopping `best_step`; `changed`.
+        `tokens_per_second`, `seconds`; for dpo `held_out_accuracy`, with early stopping `best_step`.
 
     Raises:
         TrainingError: the set or the configuration is unusable, or the loss is not a number.
@@ -80,15 +126,26 @@ def finetune(settings: Settings, application: Application, *, training_set: str,
             f"application {application.name!r}: training.lora_rank is 0, so all weights are trained, and the server of "
             f"{settings.upstream_model!r} (MILLRACE_UPSTREAM_MODEL) can only be given an adapter; declare a rank"
         )
-    base = base_model_path(application.generator)
-    base_sha256 = file_sha256(base)
-    name = fingerprint(training, training_set, base_sha256)
+    if settings.upstream_model and remove_blocks:
+        raise TrainingError(
+            f"application {application.name!r}: the server of {settings.upstream_model!r} (MILLRACE_UPSTREAM_MODEL) "
+            "has the weights, so no block can be removed here"
+        )
+    begun = starting_weights(settings, application, start)
+    start_sha256 = file_sha256(begun.weights)
+    name = fingerprint(training, training_set, start_sha256, remove_blocks)
     runs = settings.home / "training" / settings.environment / application.name
     folder = runs / name
-    spec = _spec(settings, application.name, training, base, folder)
+    pruned = folder / "pruned.gguf"
+    spec = _spec(settings, application.name, training, pruned if remove_blocks else begun.weights, folder)
     folder.mkdir(parents=True, exist_ok=True)
     folder.touch()  # in use: among the last to be removed
     _forget(runs, keep=KEPT)
+    if remove_blocks and not pruned.exists():
+        prompts = [example.prompt for example in examples[:PROMPTS]]
+        left_out = prune(begun.weights, pruned, prompts, remove=remove_blocks, cache=settings.cache,
+                         max_tokens=training.max_tokens, threads=settings.threads)  # fmt: skip
+        log.info("blocks %s of %s were removed", ", ".join(map(str, left_out.removed)), begun.weights.name)
     simulated = sum(example.simulated for example in examples)
     tracked = TrackedRun(
         settings,
@@ -112,8 +169,11 @@ def finetune(settings: Settings, application: Application, *, training_set: str,
                 "training_set_examples": len(examples),
                 "training_set_table_version": lake.version(table),
                 "simulated_examples": simulated,
-                "base": base.name,
-                "base_sha256": base_sha256,
+                "base": begun.weights.name,
+                "base_sha256": start_sha256,
+                "start_release": begun.version,
+                "teacher_release": teacher,
+                "removed_blocks": remove_blocks,
                 "code_version": version("millrace"),
             }
             | ({"beta": spec.beta} if method == "dpo" else {}),
@@ -145,6 +205,10 @@ def finetune(settings: Settings, application: Application, *, training_set: str,
         tracked.finish(measured)
     return {
         "training_set": training_set,
+        "earlier_training_sets": list(begun.training_sets),
+        "start": start,
+        "remove_blocks": remove_blocks,
+        "teacher": teacher,
         "fingerprint": name,
         "folder": str(folder),
         "mlflow_run": tracked.run_id,

@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +24,22 @@ from millrace.errors import EngineError
 AT_ONCE = 8
 """Prompts that are answered together: what continuous batching is for."""
 TIMEOUT_SECONDS = 1800
+PROBES = tuple(
+    f"The option {name} has the default {value}. {about}\n\nQuestion: What is the default of {name}?\n"
+    "Answer in one short sentence, only from the text above."
+    for name, value, about in (
+        ("parallelism", "32", "It limits how many tasks may run at once on all schedulers together."),
+        ("smtp_port", "25", "Mail is sent to this port of the server that smtp_host names."),
+        ("executor", "LocalExecutor", "It says where tasks run: on this machine, or on workers elsewhere."),
+        ("load_examples", "True", "With it the examples that come with the package are shown."),
+        ("job_heartbeat_sec", "5", "Seconds between two signs of life that a job gives."),
+        ("dags_folder", "/opt/airflow/dags", "Every file in it is read, again and again."),
+        ("default_timezone", "utc", "Dates that name no zone are in this one."),
+        ("max_active_runs_per_dag", "16", "More runs of one DAG wait until others have ended."),
+    )
+)
+"""What models are asked that are compared; one of any use copies the value."""
+PROBE_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -46,6 +62,23 @@ class Measured:
         """Of one answer at a time, from its first token on; 0 if no answer had a second one."""
         paces = [pace for pace in self.seconds_per_token if pace]
         return len(paces) / sum(paces) if paces else 0.0
+
+
+def side_by_side(before: tuple[Path, Measured], after: tuple[Path, Measured]) -> dict[str, float]:
+    """`bytes`, `resident_mib` and `tokens_per_second` of the second file, and with `_before` of the first."""
+    told: dict[str, float] = {}
+    for name, (path, one) in (("_before", before), ("", after)):
+        told |= {
+            f"bytes{name}": path.stat().st_size,
+            f"resident_mib{name}": one.resident_mib,
+            f"tokens_per_second{name}": one.tokens_per_second,
+        }
+    return told
+
+
+def as_tags(told: Mapping[str, float]) -> dict[str, str]:
+    """For a registered version, four digits each."""
+    return {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in told.items()}
 
 
 def measure(weights: Path, prompts: Sequence[str], *, max_new_tokens: int, alone: int, threads: int) -> Measured:

@@ -25,16 +25,9 @@ from millrace.releases.prompt import render
 from millrace.scoring.overlap import normalised_words
 from millrace.settings import Settings
 from millrace.sources.questions import derive_questions
-from millrace.training.candidate import starting_manifest
-from millrace.training.sets import (
-    LOW_RATING,
-    MAX_CORRECTION,
-    MINIMUM,
-    held_out_questions,
-    refuse_near,
-    retrieval,
-    take,
-)
+from millrace.training.pool import LOW_RATING, MAX_CORRECTION, held_out_questions
+from millrace.training.sets import MINIMUM, refuse_near, retrieval, take
+from millrace.training.starting import starting_manifest
 
 CLEARLY = 0.5
 """Between the mean ratings of two answers to a question, so that one of them is taken to be better."""

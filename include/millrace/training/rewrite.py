@@ -1,4 +1,5 @@
-"""A GGUF file written again with other tensors: metadata and tokenizer stay, one tensor at a time is in memory.
+"""A GGUF file written again with other or fewer tensors. Metadata and tokenizer stay; one tensor at a time is in
+memory.
 
 It knows the file format; which tensor becomes what is its caller's.
 """
@@ -60,6 +61,7 @@ def rewrite(
     kinds: Mapping[str, Any],
     encode: Callable[[Any], npt.NDArray[Any]],
     fields: Mapping[str, Any] | None = None,
+    names: Mapping[str, str | None] | None = None,
 ) -> None:
     """Write the model that `reader` has open to `target`, whole or not at all.
 
@@ -67,11 +69,14 @@ def rewrite(
         kinds: name → `GGMLQuantizationType` of the tensors that change; the others keep their bytes.
         encode: a changed tensor → its new rows, bytes where the type is a quantised one.
         fields: metadata that changes; each key must be there already.
+        names: name → new name, of the tensors that get another one; None: the tensor is left out.
     """
     from gguf import GGML_QUANT_SIZES, GGUFWriter
 
     known = read_fields(reader)
     known |= fields or {}
+    named = [(tensor, (names or {}).get(tensor.name, tensor.name)) for tensor in reader.tensors]
+    tensors = [(tensor, name) for tensor, name in named if name is not None]
     building = target.with_name(f".{target.name}.{os.getpid()}")
     writer = GGUFWriter(building, known["general.architecture"])
     for name, field in reader.fields.items():
@@ -80,17 +85,17 @@ def rewrite(
         elif name in known and name != "general.architecture":
             types = [*field.types, None]
             writer.add_key_value(name, known[name], types[0], types[1])
-    for tensor in reader.tensors:
+    for tensor, name in tensors:
         kind = kinds.get(tensor.name, tensor.tensor_type)
         block, size = GGML_QUANT_SIZES[kind]
         shape = [int(length) for length in reversed(tensor.shape)]
         # The type is named, so what numpy would call it doesn't matter.
-        writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), int(tensor.n_elements) // block * size, kind)
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), int(tensor.n_elements) // block * size, kind)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor in reader.tensors:
+        for tensor, _ in tensors:
             rows = encode(tensor) if tensor.name in kinds else np.asarray(tensor.data)
             writer.write_tensor_data(np.ascontiguousarray(rows))
         writer.close()

@@ -5,9 +5,9 @@ A set's id is the hash of its examples; written once, it stays. Knows nothing of
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,29 +16,20 @@ from millrace.applications import Application
 from millrace.errors import TrainingError
 from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import (
-    GOLD_EVALUATION_EXAMPLES,
-    GOLD_TRAINING_EXAMPLES,
-    SILVER_DOCUMENTS,
-    SILVER_FEEDBACK,
-)
+from millrace.lakehouse.tables import GOLD_TRAINING_EXAMPLES, SILVER_DOCUMENTS, SILVER_FEEDBACK
 from millrace.releases.manifest import Manifest
-from millrace.releases.pipeline import MAX_QUESTION
 from millrace.releases.prompt import render
 from millrace.retrieval.index import builds_of
 from millrace.retrieval.search import Hit, Retriever
 from millrace.scoring.duplicates import near_duplicates
-from millrace.scoring.overlap import normalised_words
 from millrace.settings import Settings
-from millrace.sources.questions import Question, derive_questions
-from millrace.training.candidate import starting_manifest
+from millrace.sources.questions import derive_questions
+from millrace.training.pool import Asked, corrections, held_out_questions, known_answers
+from millrace.training.starting import starting_manifest, starting_weights
+from millrace.training.teacher import taught
 
 MINIMUM = 8
 """Examples below which a set is refused."""
-LOW_RATING = 0.5
-"""An answer rated below this was wrong, so that its correction is worth learning."""
-MAX_CORRECTION = 1000
-"""Characters. A longer correction is an essay, not an answer."""
 
 
 class Questioned(Protocol):
@@ -50,23 +41,6 @@ class Questioned(Protocol):
 
 A = TypeVar("A", bound=Questioned)
 E = TypeVar("E")
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A question whose answer is known, before it has a prompt."""
-
-    question: str
-    answer: str
-    origin: Literal["document", "correction"]
-    simulated: bool
-    section: str | None
-    document_id: str | None
-    """The document that holds the answer; None: nobody knows which."""
-
-    @property
-    def example_id(self) -> str:
-        return content_hash(self.question, self.answer)
 
 
 @dataclass(frozen=True)
@@ -90,16 +64,25 @@ class Example:
 
 
 def build_training_set(
-    settings: Settings, application: Application, *, run: str, max_examples: int | None = None
+    settings: Settings,
+    application: Application,
+    *,
+    run: str,
+    max_examples: int | None = None,
+    start: str | None = None,
+    teacher: str | None = None,
 ) -> dict[str, Any]:
     """Write the training set that documents, feedback and the current index give; the same input, the same set.
 
     Args:
         max_examples: instead of the declared `training.max_examples`.
+        start: the release whose weights are to be trained on. What they haven't learnt makes the set, and of what they
+            have a share of `training.replay`, so that it isn't forgotten. None: the base model, which knows nothing.
+        teacher: a release whose answers are learnt, instead of known ones (`training/teacher.py`).
 
     Returns:
-        `training_set`; counts `examples`, `corrections`, `simulated`; `left_out` (reason → count); `index_build`;
-        `changed`.
+        `training_set` (None: fewer than 8 examples are new since `start`), `why`; counts `examples`, `corrections`,
+        `simulated`, `replayed`; `left_out` (reason → count); `index_build`; `changed`.
 
     Raises:
         TrainingError: fewer than 8 examples, or one that the gate asks, too.
@@ -108,16 +91,14 @@ def build_training_set(
     """
     lake = Lake.of(settings, application.name)
     manifest = starting_manifest(settings, application, run=run)
+    size = max_examples or application.training.max_examples
     derived = derive_questions(lake.read(SILVER_DOCUMENTS), application)
     held_out = held_out_questions(lake, derived)
-    pool = [
-        *corrections(lake.read(SILVER_FEEDBACK)),
-        *(
-            Asked(q.question, q.answer, "document", False, q.section, q.document_id)
-            for q in derived
-            if q.split == "training"
-        ),
-    ]
+    unfinished = 0
+    if teacher:
+        pool, unfinished = taught(settings, application, teacher, known_answers(derived), held_out, size=size, run=run)
+    else:
+        pool = [*corrections(lake.read(SILVER_FEEDBACK)), *known_answers(derived)]
     retrieve, build = retrieval(settings, application, manifest)
 
     def prompted(asked: Asked) -> Example | None:
@@ -135,13 +116,25 @@ def build_training_set(
             prompt=render(manifest.prompt.template, asked.question, hits),
         )
 
-    examples, left_out = choose(pool, held_out, prompted, max_examples or application.training.max_examples)
+    learnt = _learnt(lake, starting_weights(settings, application, start).training_sets) if start else set()
+    replay = application.training.replay if learnt else 0.0
+    fresh = [asked for asked in pool if asked.example_id not in learnt]
+    examples, left_out = choose(fresh, held_out, prompted, max(min(MINIMUM, size), round(size * (1 - replay))))
+    if unfinished:
+        left_out["teacher's answer cut short or empty"] = unfinished
     if len(examples) < MINIMUM:
+        found = f"application {application.name!r}: {len(examples)} training examples"
+        if learnt:
+            why = f"{found} are new since release {start}, at least {MINIMUM} are waited for"
+            return {"training_set": None, "why": why, "changed": False}
         raise TrainingError(
-            f"application {application.name!r}: {len(examples)} training examples, at least {MINIMUM} are needed "
+            f"{found}, at least {MINIMUM} are needed "
             f"(left out: {left_out or 'none'}); ingest documents that give questions outside of the evaluation "
             "and live sections, or gather corrections"
         )
+    older = [asked for asked in pool if asked.example_id in learnt]
+    replayed, _ = choose(older, held_out, prompted, round(len(examples) * replay / (1 - replay)))
+    examples = sorted([*examples, *replayed], key=lambda example: example.example_id)
     refuse_leaks(examples, held_out, application.questions.evaluation_sections)
     set_id = training_set_id(examples)
     rows = [{"training_set": set_id} | asdict(example) for example in examples]
@@ -150,9 +143,11 @@ def build_training_set(
     )
     return {
         "training_set": set_id,
+        "why": f"{len(examples)} examples",
         "examples": len(examples),
         "corrections": sum(example.origin == "correction" for example in examples),
         "simulated": sum(example.simulated for example in examples),
+        "replayed": len(replayed),
         "left_out": left_out,
         "index_build": build,
         "changed": written.changed,
@@ -176,25 +171,6 @@ def read_training_set(lake: Lake, set_id: str) -> list[Example]:
             "build a set with build_training_set and use the id that it returns"
         )
     return examples
-
-
-def corrections(feedback: pa.Table) -> Iterator[Asked]:
-    """What users said the answer should have been: the latest for each question."""
-    latest: dict[str, Asked] = {}
-    for row in feedback.sort_by([("occurred_at", "ascending"), ("completion_id", "ascending")]).to_pylist():
-        correction, question = (row["correction"] or "").strip(), row["question"].strip()
-        if row["rating"] >= LOW_RATING or not 0 < len(correction) <= MAX_CORRECTION:
-            continue
-        if 0 < len(question) <= MAX_QUESTION:
-            key = " ".join(normalised_words(question)) or question
-            latest[key] = Asked(question, correction, "correction", row["simulated"], None, None)
-    yield from latest.values()
-
-
-def held_out_questions(lake: Lake, derived: Iterable[Question]) -> list[str]:
-    """What the gate asks, or may ask."""
-    asked = {question.question for question in derived if question.split == "evaluation"}
-    return sorted(asked | set(lake.read(GOLD_EVALUATION_EXAMPLES, ["question"])["question"].to_pylist()))
 
 
 def retrieval(
@@ -277,6 +253,12 @@ def training_set_id(examples: Sequence[Example]) -> str:
     """`train-` and 16 hexadecimal digits, of the examples whatever their order."""
     content = sorted(json.dumps(asdict(example), sort_keys=True) for example in examples)
     return f"train-{content_hash(*content)[:16]}"
+
+
+def _learnt(lake: Lake, training_sets: Sequence[str]) -> set[str]:
+    """The ids of the examples in these sets."""
+    rows = lake.read(GOLD_TRAINING_EXAMPLES, ["example_id"], where=pc.field("training_set").isin(training_sets))
+    return set(rows["example_id"].to_pylist())
 
 
 def _ranked(pool: Iterable[Asked], size: int) -> list[Asked]:

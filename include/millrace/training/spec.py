@@ -105,7 +105,7 @@ class Spec(Strict):
     """One fine-tune. Paths are absolute; processes on several machines see them all."""
 
     base: Path
-    """The base model, a GGUF file."""
+    """The weights to start from, a GGUF file."""
     cache: Path
     """Of the machine; the base is there as the program reads it (`engines/converted.py`)."""
     examples: Path
@@ -228,15 +228,18 @@ class Spec(Strict):
         return DeepSpeedConfig.model_validate(_merged(made, self.deepspeed))
 
 
+OF_THE_SET = ("max_examples", "start", "replay", "teacher_chunks")
+"""Fields of the declaration that the set and the weights show already."""
 LATER = ("method", "packing", "evaluate_steps", "patience", "dpo")
 """Fields of the declaration that came after the first release. At their default nothing else is learnt than before."""
 
 
-def fingerprint(training: Training, training_set: str, base_sha256: str) -> str:
+def fingerprint(training: Training, training_set: str, start_sha256: str, remove_blocks: int = 0) -> str:
     """Names what a fine-tune learns: the same fingerprint, the same weights. Sixteen hexadecimal digits."""
     unchanged = {name for name in LATER if getattr(training, name) == type(training).model_fields[name].default}
-    learned = training.model_dump_json(exclude={"max_examples", *unchanged})
-    return content_hash(PROGRAM, learned, training_set, base_sha256)[:16]
+    learned = training.model_dump_json(exclude={*OF_THE_SET, *unchanged})
+    pruned = (remove_blocks,) if remove_blocks else ()
+    return content_hash(PROGRAM, learned, training_set, start_sha256, *pruned)[:16]
 
 
 def read_spec(path: Path) -> Spec:
