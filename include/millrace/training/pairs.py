@@ -19,7 +19,8 @@ from millrace.retrieval.embed import embedded_text
 from millrace.retrieval.search import Hit
 from millrace.scoring.overlap import normalised_words
 from millrace.sources.questions import Question
-from millrace.training.sets import LOW_RATING, corrections, refuse_near, take
+from millrace.training.pool import LOW_RATING, corrections
+from millrace.training.sets import refuse_near, take
 
 HOLDS = 0.6
 """Share of an answer's words that a chunk must have to hold it."""

@@ -19,6 +19,8 @@ from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import GOLD_TRAINING_EXAMPLES, SILVER_DOCUMENTS, SILVER_FEEDBACK
 from millrace.releases.manifest import Manifest
 from millrace.releases.prompt import render
+from millrace.releases.registry import embedding_folder
+from millrace.retrieval.embed import Embedder
 from millrace.retrieval.index import builds_of
 from millrace.retrieval.search import Hit, Retriever
 from millrace.scoring.duplicates import near_duplicates
@@ -177,9 +179,8 @@ def retrieval(
     settings: Settings, application: Application, manifest: Manifest
 ) -> tuple[Callable[[str], Sequence[Hit]], str]:
     """What finds a question's chunks as the release would, and the index build that it searches."""
-    from millrace.retrieval.embed import Embedder
-
-    embedder = Embedder(manifest.retrieval.embedding_model, settings.cache, settings.threads)
+    tuned = embedding_folder(settings, manifest) if manifest.retrieval.tuned else None
+    embedder = Embedder(manifest.retrieval.embedding_model, settings.cache, settings.threads, tuned)
     retriever = Retriever(builds_of(settings, application.name, manifest.retrieval.lineage), embedder)
     build = retriever.build
     return lambda question: retriever.search(question, manifest.retrieval.chunks, build), build
