@@ -1,7 +1,7 @@
 """Fine-tuning by our program and by TRL's SFTTrainer: trained tokens a second, held-out loss, peak memory.
 
     .venv/bin/uv pip install --python .venv/bin/python --target .trl --no-deps -r benchmarks/trl_peer.txt
-    .venv/bin/python benchmarks/trl_peer.py [--examples N] [--held-out N] [--threads N]
+    .venv/bin/python benchmarks/trl_peer.py [--examples N] [--held-out N] [--row-tokens N]
 
 On questions and answers of Airflow's configuration reference, on the machine's processors. Every arm starts from the
 same weights in float32, learns the same token ids (a peer that has others ends the benchmark), loss on answers alone,
@@ -10,8 +10,9 @@ chat template as text: as messages it would also learn the line break after an a
 
 - `ours`: `[training]` of the reference application, as declared.
 - `ours, packed`: with `packing = true` and four examples in a micro-batch, eight in a step.
-- `TRL, packed, DeepSpeed`: rows of as many examples as fit into `max_tokens`, one in each of two processes, with our
-  DeepSpeed configuration (ZeRO-2, gloo), without TRL's recomputation of activations, which is slower.
+- `TRL, packed, DeepSpeed`: one row in each of two processes, with our DeepSpeed configuration (ZeRO-2, gloo), without
+  TRL's recomputation of activations, which is slower. A row has room for about four examples, as ours, so that there
+  are as many steps; `--row-tokens` makes it longer.
 - `TRL, defaults`: one process, eight examples in a step, padded, activations recomputed. Its default of bfloat16 is
   off: equal precision, and processors without such arithmetic are slower with it.
 
@@ -33,7 +34,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -92,7 +93,8 @@ class Memory:
 
 
 def ours(spec: Spec, threads: int) -> Ran:
-    memory, began = Memory(), []
+    memory = Memory()
+    began: list[float] = []
 
     def watch() -> None:
         memory.look()
@@ -107,7 +109,7 @@ def ours(spec: Spec, threads: int) -> Ran:
 def peer(spec: Spec, threads: int) -> Ran:
     """TRL with the spec: packed, by DeepSpeed in the spec's processes, or its defaults in one."""
     processes = spec.processes if spec.packing else 1
-    path, memory = spec.folder / "spec.json", Memory()
+    path, log, memory = spec.folder / "spec.json", spec.folder / "program.log", Memory()
     path.write_text(spec.model_dump_json())
     torchrun = ["-m", TORCHRUN, "--standalone", f"--nproc-per-node={processes}", f"--local-addr={LOOPBACK}"]
     variables = {
@@ -116,16 +118,12 @@ def peer(spec: Spec, threads: int) -> Ran:
         "GLOO_SOCKET_IFNAME": "lo",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str(spec.folder / "datasets"),
         **({"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"} if spec.packing else {}),
     }
     command = [sys.executable, *(torchrun if spec.packing else []), __file__, "--peer", str(path)]
-    log = spec.folder / "program.log"
     with (
-        log.open("wb") as printed,
-        subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=printed, stderr=subprocess.STDOUT, env=os.environ | variables
-        ) as running,
+        log.open("wb") as out,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=out, env=os.environ | variables) as running,
     ):
         while running.poll() is None:
             memory.look()
@@ -173,12 +171,7 @@ def train_peer(spec: Spec) -> None:
     trainer = SFTTrainer(
         model=model,
         processing_class=tokenizer,
-        train_dataset=Dataset.from_list(
-            [
-                {"prompt": chat_prompt([Message("user", row["prompt"])]), "completion": row["answer"] + END_OF_TURN}
-                for row in rows
-            ]
-        ),
+        train_dataset=Dataset.from_list([asked(**row) for row in rows]),
         peft_config=LoraConfig(r=spec.lora_rank, lora_alpha=2 * spec.lora_rank, target_modules=list(TARGETS)),
         callbacks=[clock],
         args=SFTConfig(
@@ -213,6 +206,10 @@ def train_peer(spec: Spec) -> None:
         torch.distributed.destroy_process_group()
 
 
+def asked(prompt: str, answer: str) -> dict[str, str]:
+    return {"prompt": chat_prompt([Message("user", prompt)]), "completion": answer + END_OF_TURN}
+
+
 def labelled(example: Encoded) -> tuple[list[int], list[int]]:
     """Token ids, and what is to be predicted."""
     return [*example.prompt, *example.answer], [IGNORED] * len(example.prompt) + [*example.answer]
@@ -245,6 +242,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=96, help="to train on")
     parser.add_argument("--held-out", type=int, default=24, help="examples that the loss is measured on")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of the machine, for each arm")
+    parser.add_argument("--row-tokens", type=int, help="of TRL's packed rows; empty: as many as four examples have")
     parser.add_argument("--peer", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -261,35 +259,36 @@ def main() -> None:
     fitting = [(pair, example) for pair, example in every if example.tokens <= training.max_tokens]
     random.Random(training.seed).shuffle(fitting)
     taken, held_out = fitting[: arguments.examples], [e for _, e in fitting[arguments.examples :]][: arguments.held_out]
-    tokens = sum(example.tokens for _, example in taken) * training.epochs
+    tokens, longest = sum(example.tokens for _, example in taken), max(example.tokens for _, example in taken)
     told = [{"prompt": prompt, "answer": answer.strip()} for (prompt, answer), _ in taken]
     apart = split_held_out(len(told) + 1, SHARE, training.seed)[1][0]
     told.insert(apart, told[0])
     packed = {"packing": True, "micro_batch": 4, "gradient_accumulation": 1}
-    arms = {
-        "ours": (ours, {}),
-        "ours, packed": (ours, packed),
-        "TRL, packed, DeepSpeed": (peer, packed),
-        "TRL, defaults": (peer, {}),
-    }
+    rows = {"max_tokens": arguments.row_tokens or max(longest, -(-4 * tokens // len(taken) // 64) * 64)}
+    arms: list[tuple[str, Callable[[Spec, int], Ran], dict[str, object]]] = [
+        ("ours", ours, {}),
+        ("ours, packed", ours, packed),
+        ("TRL, packed, DeepSpeed", peer, packed | rows),
+        ("TRL, defaults", peer, {}),
+    ]
     print(f"{len(taken)} examples, {tokens} tokens; {len(held_out)} held out; {arguments.threads} threads")
     print(f"held-out loss of the base model {loss(base, settings.cache, None, held_out):.4f}", flush=True)
     ran: dict[str, tuple[Ran, float]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         examples = Path(scratch) / "examples.jsonl"
         examples.write_text("".join(json.dumps(one) + "\n" for one in told))
-        for number, (name, (arm, changed)) in enumerate(arms.items()):
+        for number, (name, arm, changed) in enumerate(arms):
             folder = Path(scratch) / str(number)
             folder.mkdir()
-            declared = training.model_copy(update=changed).model_dump(include=set(Spec.model_fields))
             given = {"base": base, "cache": settings.cache, "examples": examples, "folder": folder, "held_out": SHARE}
-            one = arm(Spec(**given, **declared), arguments.threads)
+            declared = training.model_copy(update=changed).model_dump(include=set(Spec.model_fields))
+            one = arm(Spec.model_validate(given | declared), arguments.threads)
             ran[name] = one, loss(base, settings.cache, one.adapter, held_out)
     peers = [one for name, (one, _) in ran.items() if name.startswith("TRL")]
     print(f"{'arm':<24}{'tokens/s':>9}{'/ packed':>9}{'/ defaults':>11}{'loss':>8}{'peak MiB':>9}{'steps':>6}{'s':>7}")
     for name, (one, measured) in ran.items():
         faster = [other.seconds / one.seconds for other in peers]
-        paces = f"{name:<24}{tokens / one.seconds:>9.0f}{faster[0]:>9.2f}{faster[1]:>11.2f}"
+        paces = f"{name:<24}{tokens * training.epochs / one.seconds:>9.0f}{faster[0]:>9.2f}{faster[1]:>11.2f}"
         print(f"{paces}{measured:>8.4f}{one.peak_mib:>9.0f}{one.steps:>6}{one.seconds:>7.1f}")
 
 
