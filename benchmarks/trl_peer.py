@@ -13,8 +13,8 @@ chat template as text: as messages it would also learn the line break after an a
 - `TRL, packed, DeepSpeed`: one row in each of two processes, with our DeepSpeed configuration (ZeRO-2, gloo), without
   TRL's recomputation of activations, which is slower. A row has room for about four examples, as ours, so that there
   are as many steps; `--row-tokens` makes it longer.
-- `TRL, defaults`: one process, eight examples in a step, padded, activations recomputed. Its default of bfloat16 is
-  off: equal precision, and processors without such arithmetic are slower with it.
+- `TRL, defaults`: one process, eight examples in a step, padded, activations recomputed; its warm-up begins at a rate
+  of zero. Its default of bfloat16 is off: equal precision, and processors without such arithmetic are slower with it.
 
 Tokens are those of the examples, without padding and repetitions. Seconds are the clock's from the first step to the
 end of the last: our checkpoints are among them, TRL writes none. Memory is the highest resident memory of each process
