@@ -133,7 +133,7 @@ def peer(spec: Spec, threads: int) -> Ran:
     return Ran(spec.adapter, **json.loads(spec.result.read_text()), peak_mib=memory.mib)
 
 
-class Clock(TrainerCallback):
+class Clock(TrainerCallback):  # type: ignore[misc]
     """Of the steps alone: `train_runtime` has the start of DeepSpeed in it."""
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -263,7 +263,7 @@ def main() -> None:
     told = [{"prompt": prompt, "answer": answer.strip()} for (prompt, answer), _ in taken]
     apart = split_held_out(len(told) + 1, SHARE, training.seed)[1][0]
     told.insert(apart, told[0])
-    packed = {"packing": True, "micro_batch": 4, "gradient_accumulation": 1}
+    packed: dict[str, object] = {"packing": True, "micro_batch": 4, "gradient_accumulation": 1}
     rows = {"max_tokens": arguments.row_tokens or max(longest, -(-4 * tokens // len(taken) // 64) * 64)}
     arms: list[tuple[str, Callable[[Spec, int], Ran], dict[str, object]]] = [
         ("ours", ours, {}),
