@@ -77,8 +77,10 @@ def build_set(
             raise TrainingError("a teacher gives answers, and dpo learns preferences; choose sft, or no teacher")
         built = build_preference_set(settings, application, run=run, max_examples=max_examples)
     else:
+        # A student, and what pruning broke, have everything to learn.
+        since = None if teacher or remove_blocks else begun
         built = build_training_set(
-            settings, application, run=run, max_examples=max_examples, start=begun, teacher=teacher
+            settings, application, run=run, max_examples=max_examples, start=since, teacher=teacher
         )
     learns = {"training_set": built["training_set"], "start": begun, "teacher": teacher, "remove_blocks": remove_blocks}
     return built | {"learns": learns}

@@ -76,8 +76,8 @@ def build_training_set(
 
     Args:
         max_examples: instead of the declared `training.max_examples`.
-        start: the release whose weights are to be trained on. What they haven't learnt makes the set, and of what they
-            have a share of `training.replay`, so that it isn't forgotten. None: the base model, which knows nothing.
+        start: a release whose weights go on being trained. What they haven't learnt makes the set, and of what they
+            have a share of `training.replay`, so that it isn't forgotten. None: all is to be learnt.
         teacher: a release whose answers are learnt, instead of known ones (`training/teacher.py`).
 
     Returns:
