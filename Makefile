@@ -52,7 +52,7 @@ $(VLLM): tests/engines/vllm.txt | $(BIN)/uv
 
 # The peer of benchmarks/trl_peer.py, beside our packages and not among them.
 $(TRL): benchmarks/trl_peer.txt $(INSTALLED)
-	$(BIN)/uv pip install --python $(BIN)/python --target .trl --no-deps -r $<
+	$(BIN)/uv pip install --target .trl --python $(BIN)/python --no-deps -r $<
 	touch $@
 
 $(BIN)/uv:
