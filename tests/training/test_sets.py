@@ -76,6 +76,11 @@ def test_a_question_whose_answer_is_not_retrieved_is_left_out_and_counted() -> N
     assert left_out == {"answer not retrieved": 1}
 
 
+def test_what_a_teacher_answers_is_chosen_like_what_documents_do() -> None:
+    examples, left_out = choose([asked(f"Question {i}?", "teacher") for i in range(9)], [], prompted, 8)
+    assert ([example.origin for example in examples], left_out) == (["teacher"] * 8, {})
+
+
 @given(st.integers(1, 20), st.integers(0, 15), st.integers(0, 15))
 def test_corrections_take_at_most_half_while_there_are_documents_questions(size: int, said: int, derived: int) -> None:
     pool = [asked(f"said {i}", "correction") for i in range(said)] + [asked(f"derived {i}") for i in range(derived)]

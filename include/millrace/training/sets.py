@@ -191,7 +191,7 @@ def choose(
     """At most `size` examples whose questions are not nearly one of `held_out`, and what was left out, by reason.
 
     The same ones every time, chosen by hash, so that a pool that grows keeps most of them. Corrections take at most
-    half while there are documents' questions: they are rare, and they are what users missed.
+    half while there are other questions: they are rare, and they are what users missed.
 
     Args:
         prompted: gives None where a question can't be an example.
@@ -265,6 +265,6 @@ def _ranked(pool: Iterable[Asked], size: int) -> list[Asked]:
     """Each once, in the order in which they are taken."""
     unique = sorted({asked.example_id: asked for asked in pool}.values(), key=lambda asked: asked.example_id)
     corrected = [asked for asked in unique if asked.origin == "correction"]
-    derived = [asked for asked in unique if asked.origin == "document"]
-    first = size // 2 if derived else size
-    return [*corrected[:first], *derived, *corrected[first:]]
+    others = [asked for asked in unique if asked.origin != "correction"]
+    first = size // 2 if others else size
+    return [*corrected[:first], *others, *corrected[first:]]
