@@ -32,7 +32,7 @@ from millrace.training.preferences import (
 )
 from millrace.training.prune import prune
 from millrace.training.sets import Example, build_training_set, read_training_set
-from millrace.training.spec import Spec, fingerprint, read_spec, told, training_cost_id
+from millrace.training.spec import PRUNED, Spec, fingerprint, read_spec, told, training_cost_id
 from millrace.training.starting import required_champion, starting_weights, trained_champion
 from millrace.training.tracking import TrackedRun, TrainedOn
 
@@ -138,7 +138,7 @@ def finetune(
     name = fingerprint(training, training_set, start_sha256, remove_blocks)
     runs = settings.home / "training" / settings.environment / application.name
     folder = runs / name
-    pruned = folder / "pruned.gguf"
+    pruned = folder / PRUNED
     spec = _spec(settings, application.name, training, pruned if remove_blocks else begun.weights, folder)
     folder.mkdir(parents=True, exist_ok=True)
     folder.touch()  # in use: among the last to be removed
