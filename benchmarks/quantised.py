@@ -73,6 +73,7 @@ def tuned(base: Path, asked: list[tuple[Question, str]], folder: Path, threads: 
     examples.write_text("".join(json.dumps({"prompt": p, "answer": q.answer}) + "\n" for q, p in asked))
     spec = Spec(
         base=base,
+        cache=Settings().cache,
         examples=examples,
         folder=folder,
         epochs=1,
@@ -85,7 +86,7 @@ def tuned(base: Path, asked: list[tuple[Question, str]], folder: Path, threads: 
         processes=2,
         seed=0,
     )
-    run_program(spec, threads=threads, watch=lambda: None)
+    run_program(spec, threads=threads, watch=lambda: None, launcher="local")
     target = folder / f"{base.name.split('.')[0]}-tuned.gguf"
     write_merged(base, spec.adapter, target)
     return target

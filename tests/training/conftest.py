@@ -3,14 +3,17 @@
 import json
 import uuid
 from collections.abc import Callable, Collection
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from millrace.applications import Application
 from millrace.engines.base_model import base_model_path
+from millrace.lakehouse.tables import SILVER_FEEDBACK
 from millrace.retrieval.chunk import refresh_chunks
 from millrace.retrieval.embed import refresh_embeddings
 from millrace.retrieval.index import build_index, declared_builds
@@ -120,6 +123,32 @@ def make_spec(tmp_path: Path, two_blocks: Path) -> Callable[..., Spec]:
         return spec_in(tmp_path / folder, changed.pop("base", two_blocks), examples, **changed)
 
     return make
+
+
+def feedback(*rows: dict[str, Any]) -> pa.Table:
+    """Rows of `silver/feedback`, a minute apart; each says what matters of it."""
+    start = datetime(2026, 1, 1, tzinfo=UTC)
+    base = {
+        "content_hash": "h",
+        "events_seen": 1,
+        "date": start.date(),
+        "user": "u",
+        "simulated": False,
+        "comment": None,
+        "correction": None,
+        "release_id": "r",
+        "release_version": "1",
+        "index_build": "b",
+        "question": "What is it?",
+        "answer": "no",
+    }
+    return pa.Table.from_pylist(
+        [
+            base | {"completion_id": str(i), "occurred_at": start + timedelta(minutes=i)} | row
+            for i, row in enumerate(rows)
+        ],
+        schema=SILVER_FEEDBACK.rows_schema,
+    )
 
 
 def index(settings: Settings, application: Application) -> None:

@@ -1,5 +1,3 @@
-from datetime import UTC, datetime, timedelta
-
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -19,31 +17,7 @@ from millrace.training.preferences import (
     preferences,
     read_preference_set,
 )
-from tests.training.conftest import index
-
-
-def feedback(*rows: dict) -> pa.Table:
-    start = datetime(2026, 1, 1, tzinfo=UTC)
-    base = {
-        "content_hash": "h",
-        "events_seen": 1,
-        "date": start.date(),
-        "user": "u",
-        "simulated": False,
-        "comment": None,
-        "correction": None,
-        "release_id": "r",
-        "release_version": "1",
-        "index_build": "b",
-        "question": "What is it?",
-    }
-    return pa.Table.from_pylist(
-        [
-            base | {"completion_id": str(i), "occurred_at": start + timedelta(minutes=i)} | row
-            for i, row in enumerate(rows)
-        ],
-        schema=SILVER_FEEDBACK.rows_schema,
-    )
+from tests.training.conftest import feedback, index
 
 
 def test_a_correction_is_better_than_the_answer_that_it_corrects() -> None:

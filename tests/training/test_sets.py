@@ -1,5 +1,3 @@
-from datetime import UTC, datetime, timedelta
-
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -7,10 +5,11 @@ from hypothesis import strategies as st
 
 from millrace.errors import TrainingError
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import GOLD_TRAINING_EXAMPLES, SILVER_FEEDBACK
+from millrace.lakehouse.tables import GOLD_TRAINING_EXAMPLES
 from millrace.scoring.duplicates import near_duplicates
 from millrace.training.pool import Asked, corrections
 from millrace.training.sets import Example, choose, read_training_set, refuse_leaks, training_set_id
+from tests.training.conftest import feedback
 
 
 def asked(question: str, origin: str = "document", section: str | None = "api") -> Asked:
@@ -26,33 +25,10 @@ def prompted(a: Asked) -> Example:
     return Example(a.example_id, a.origin, a.simulated, a.section, a.question, a.answer, ("chunk",), f"{a.question}?")
 
 
-def feedback(*rows: dict) -> pa.Table:
-    start = datetime(2026, 1, 1, tzinfo=UTC)
-    base = {
-        "content_hash": "h",
-        "events_seen": 1,
-        "date": start.date(),
-        "user": "u",
-        "simulated": True,
-        "comment": None,
-        "answer": "no",
-        "release_id": "r",
-        "release_version": "1",
-        "index_build": "b",
-    }
-    return pa.Table.from_pylist(
-        [
-            base | {"completion_id": str(i), "occurred_at": start + timedelta(minutes=i)} | row
-            for i, row in enumerate(rows)
-        ],
-        schema=SILVER_FEEDBACK.rows_schema,
-    )
-
-
 def test_corrections_of_bad_answers_are_learnt_once_a_question_the_latest_one() -> None:
     rows = feedback(
         {"rating": 0.0, "question": "What is it?", "correction": "A cat."},
-        {"rating": 0.1, "question": "what is it", "correction": "A dog."},
+        {"rating": 0.1, "question": "what is it", "correction": "A dog.", "simulated": True},
         {"rating": 0.9, "question": "And that?", "correction": "Fine already."},
         {"rating": 0.0, "question": "Nothing said?", "correction": None},
         {"rating": 0.0, "question": "Only spaces?", "correction": "  "},
@@ -74,6 +50,11 @@ def test_a_question_whose_answer_is_not_retrieved_is_left_out_and_counted() -> N
     examples, left_out = choose(pool, [], lambda a: None if "3" in a.question else prompted(a), 10)
     assert len(examples) == 9
     assert left_out == {"answer not retrieved": 1}
+
+
+def test_what_a_teacher_answers_is_chosen_like_what_documents_do() -> None:
+    examples, left_out = choose([asked(f"Question {i}?", "teacher") for i in range(9)], [], prompted, 8)
+    assert ([example.origin for example in examples], left_out) == (["teacher"] * 8, {})
 
 
 @given(st.integers(1, 20), st.integers(0, 15), st.integers(0, 15))

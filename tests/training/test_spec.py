@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from millrace.applications import Training
 from millrace.errors import TrainingError
-from millrace.training.spec import Spec, fingerprint, read_spec
+from millrace.training.spec import Spec, Zero, fingerprint, read_spec
 
 
 @pytest.mark.parametrize(
@@ -101,12 +101,15 @@ def test_deepspeed_knows_every_key_that_it_is_given(make_spec: Callable[..., Spe
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     offload = {"device": "cpu", "pin_memory": False}
-    zero = {"stage": 3, "offload_optimizer": offload, "offload_param": offload}
-    config = make_spec(deepspeed={"zero_optimization": zero}).deepspeed_config(100).model_dump()
+    zero = {"stage": 3, "offload_optimizer": offload, "offload_param": offload, "stage3_prefetch_bucket_size": 7}
+    given = make_spec(deepspeed={"zero_optimization": zero}).deepspeed_config(100)
+    config = given.model_dump(mode="json", exclude_none=True)  # as the program hands it over
     known = {value for value in vars(constants).values() if isinstance(value, str)} | {"zero_optimization"}
     assert config.keys() <= known
-    assert config["zero_optimization"].keys() <= DeepSpeedZeroConfig.model_fields.keys()
-    assert DeepSpeedZeroConfig(**config["zero_optimization"]).offload_param.device == "cpu"
+    written = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    assert Zero.model_fields.keys() <= written
+    read = DeepSpeedZeroConfig(**config["zero_optimization"])
+    assert (read.offload_param.device, read.prefetch_bucket_size) == ("cpu", 7)
     assert config["scheduler"]["params"].keys() <= inspect.signature(WarmupDecayLR).parameters.keys()
     adam = inspect.signature(torch.optim.AdamW).parameters.keys() | {"torch_adam"}
     assert config["optimizer"]["params"].keys() <= adam

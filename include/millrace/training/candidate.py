@@ -17,7 +17,7 @@ from millrace.releases.registry import register_once
 from millrace.settings import Settings
 from millrace.training.export import verify_answers, write_full, write_merged
 from millrace.training.measure import PROBE_TOKENS, PROBES, as_tags, measure, side_by_side
-from millrace.training.spec import read_spec, training_cost_id
+from millrace.training.spec import PRUNED, training_cost_id
 from millrace.training.starting import starting_manifest, starting_weights
 
 
@@ -45,7 +45,7 @@ def release_candidate(
     }
     if not (folder / "result.json").exists():
         raise TrainingError(f"{folder} holds no finished fine-tune; run the train task again, it reuses what it can")
-    generator, files, agreement = _export(settings, application, folder)
+    generator, files, agreement = _export(settings, application, trained, folder)
     manifest = starting_manifest(settings, application, run=run).changed(generator=generator)
     registered = register_once(
         settings,
@@ -85,9 +85,14 @@ def _smaller(settings: Settings, application: Application, trained: dict[str, An
     return {"removed_blocks": str(trained["remove_blocks"])} | as_tags(told)
 
 
-def _export(settings: Settings, application: Application, folder: Path) -> tuple[Generator, Path, float]:
+def _export(
+    settings: Settings, application: Application, trained: dict[str, Any], folder: Path
+) -> tuple[Generator, Path, float]:
     """The candidate's generator, the folder with its files, and how far its answers agree; asked once."""
-    generator, files = (_served if settings.upstream_model else _merged)(settings, application, folder)
+    if settings.upstream_model:
+        generator, files = _served(settings, folder)
+    else:
+        generator, files = _merged(settings, application, trained, folder)
     kept = folder / "export.json"
     told = json.loads(kept.read_text()) if kept.exists() else {}
     if told.get("generator") != generator.identity:
@@ -99,9 +104,12 @@ def _export(settings: Settings, application: Application, folder: Path) -> tuple
     return generator, files, told["agreement"]
 
 
-def _merged(settings: Settings, application: Application, folder: Path) -> tuple[Generator, Path]:
+def _merged(
+    settings: Settings, application: Application, trained: dict[str, Any], folder: Path
+) -> tuple[Generator, Path]:
     """For this process's engine: what it started from with the adapter merged in, or with all weights replaced."""
-    base = read_spec(folder / "spec.json").base
+    begun = starting_weights(settings, application, trained["start"]).weights
+    base = folder / PRUNED if trained["remove_blocks"] else begun
     weights = folder / f"{base_model_path(application.generator).name.split('.')[0]}-{folder.name}.gguf"
     if not weights.exists():
         if (folder / "adapter").exists():
@@ -111,7 +119,7 @@ def _merged(settings: Settings, application: Application, folder: Path) -> tuple
     return describe_weights(weights), folder
 
 
-def _served(settings: Settings, application: Application, folder: Path) -> tuple[Generator, Path]:
+def _served(settings: Settings, folder: Path) -> tuple[Generator, Path]:
     """For a server that has the base: the adapter, which it loads while it runs."""
     files = folder / "adapter"
     return served_model(settings).model_copy(update={"adapter": describe_adapter(files)}), files

@@ -32,7 +32,7 @@ from millrace.training.preferences import (
 )
 from millrace.training.prune import prune
 from millrace.training.sets import Example, build_training_set, read_training_set
-from millrace.training.spec import Spec, fingerprint, read_spec, told, training_cost_id
+from millrace.training.spec import PRUNED, Spec, fingerprint, read_spec, told, training_cost_id
 from millrace.training.starting import required_champion, starting_weights, trained_champion
 from millrace.training.tracking import TrackedRun, TrainedOn
 
@@ -77,8 +77,10 @@ def build_set(
             raise TrainingError("a teacher gives answers, and dpo learns preferences; choose sft, or no teacher")
         built = build_preference_set(settings, application, run=run, max_examples=max_examples)
     else:
+        # A student, and what pruning broke, have everything to learn.
+        since = None if teacher or remove_blocks else begun
         built = build_training_set(
-            settings, application, run=run, max_examples=max_examples, start=begun, teacher=teacher
+            settings, application, run=run, max_examples=max_examples, start=since, teacher=teacher
         )
     learns = {"training_set": built["training_set"], "start": begun, "teacher": teacher, "remove_blocks": remove_blocks}
     return built | {"learns": learns}
@@ -136,7 +138,7 @@ def finetune(
     name = fingerprint(training, training_set, start_sha256, remove_blocks)
     runs = settings.home / "training" / settings.environment / application.name
     folder = runs / name
-    pruned = folder / "pruned.gguf"
+    pruned = folder / PRUNED
     spec = _spec(settings, application.name, training, pruned if remove_blocks else begun.weights, folder)
     folder.mkdir(parents=True, exist_ok=True)
     folder.touch()  # in use: among the last to be removed

@@ -54,8 +54,7 @@ def corrections(feedback: pa.Table) -> Iterator[Asked]:
         if row["rating"] >= LOW_RATING or not 0 < len(correction) <= MAX_CORRECTION:
             continue
         if 0 < len(question) <= MAX_QUESTION:
-            key = " ".join(normalised_words(question)) or question
-            latest[key] = Asked(question, correction, "correction", row["simulated"], None, None)
+            latest[same_words(question)] = Asked(question, correction, "correction", row["simulated"], None, None)
     yield from latest.values()
 
 
@@ -63,3 +62,8 @@ def held_out_questions(lake: Lake, derived: Iterable[Question]) -> list[str]:
     """What the gate asks, or may ask."""
     asked = {question.question for question in derived if question.split == "evaluation"}
     return sorted(asked | set(lake.read(GOLD_EVALUATION_EXAMPLES, ["question"])["question"].to_pylist()))
+
+
+def same_words(text: str) -> str:
+    """The same for what differs in case and punctuation only."""
+    return " ".join(normalised_words(text)) or text

@@ -22,10 +22,9 @@ from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import GOLD_PREFERENCE_EXAMPLES, SILVER_DOCUMENTS, SILVER_FEEDBACK
 from millrace.releases.pipeline import MAX_QUESTION
 from millrace.releases.prompt import render
-from millrace.scoring.overlap import normalised_words
 from millrace.settings import Settings
 from millrace.sources.questions import derive_questions
-from millrace.training.pool import LOW_RATING, MAX_CORRECTION, held_out_questions
+from millrace.training.pool import LOW_RATING, MAX_CORRECTION, held_out_questions, same_words
 from millrace.training.sets import MINIMUM, refuse_near, retrieval, take
 from millrace.training.starting import starting_manifest
 
@@ -155,10 +154,14 @@ def preferences(feedback: pa.Table) -> Iterator[Compared]:
         question, answer = row["question"].strip(), (row["answer"] or "").strip()
         if not 0 < len(question) <= MAX_QUESTION or not answer:
             continue
-        key = _key(question)
-        rated[key][_key(answer)].append(row | {"question": question, "answer": answer})
+        key = same_words(question)
+        rated[key][same_words(answer)].append(row | {"question": question, "answer": answer})
         correction = (row["correction"] or "").strip()
-        if row["rating"] < LOW_RATING and 0 < len(correction) <= MAX_CORRECTION and _key(correction) != _key(answer):
+        if (
+            row["rating"] < LOW_RATING
+            and 0 < len(correction) <= MAX_CORRECTION
+            and same_words(correction) != same_words(answer)
+        ):
             corrected[key] = Compared(question, correction, answer, "correction", row["simulated"])
     yield from corrected.values()
     for answers in rated.values():
@@ -177,8 +180,3 @@ def preference_set_id(examples: Sequence[PreferenceExample]) -> str:
     """`prefer-` and 16 hexadecimal digits, of the examples whatever their order."""
     content = sorted(json.dumps(asdict(example), sort_keys=True) for example in examples)
     return f"{PREFIX}{content_hash(*content)[:16]}"
-
-
-def _key(text: str) -> str:
-    """The same for what differs in case and punctuation only."""
-    return " ".join(normalised_words(text)) or text

@@ -78,8 +78,8 @@ def build_training_set(
 
     Args:
         max_examples: instead of the declared `training.max_examples`.
-        start: the release whose weights are to be trained on. What they haven't learnt makes the set, and of what they
-            have a share of `training.replay`, so that it isn't forgotten. None: the base model, which knows nothing.
+        start: a release whose weights go on being trained. What they haven't learnt makes the set, and of what they
+            have a share of `training.replay`, so that it isn't forgotten. None: all is to be learnt.
         teacher: a release whose answers are learnt, instead of known ones (`training/teacher.py`).
 
     Returns:
@@ -192,7 +192,7 @@ def choose(
     """At most `size` examples whose questions are not nearly one of `held_out`, and what was left out, by reason.
 
     The same ones every time, chosen by hash, so that a pool that grows keeps most of them. Corrections take at most
-    half while there are documents' questions: they are rare, and they are what users missed.
+    half while there are other questions: they are rare, and they are what users missed.
 
     Args:
         prompted: gives None where a question can't be an example.
@@ -266,6 +266,6 @@ def _ranked(pool: Iterable[Asked], size: int) -> list[Asked]:
     """Each once, in the order in which they are taken."""
     unique = sorted({asked.example_id: asked for asked in pool}.values(), key=lambda asked: asked.example_id)
     corrected = [asked for asked in unique if asked.origin == "correction"]
-    derived = [asked for asked in unique if asked.origin == "document"]
-    first = size // 2 if derived else size
-    return [*corrected[:first], *derived, *corrected[first:]]
+    others = [asked for asked in unique if asked.origin != "correction"]
+    first = size // 2 if others else size
+    return [*corrected[:first], *others, *corrected[first:]]

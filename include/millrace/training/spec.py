@@ -21,6 +21,8 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 """Linear layers of a block that get an adapter."""
 
 
+PRUNED = "pruned.gguf"
+"""In a fine-tune's folder, the weights that it starts from where blocks were removed."""
 OUT_OF_MEMORY = "out of memory"
 """How the program's last sentence begins where that was the reason."""
 

@@ -20,9 +20,8 @@ from millrace.lakehouse.tables import SILVER_EXCHANGES
 from millrace.releases.loader import ReleaseLoader
 from millrace.releases.pipeline import MAX_QUESTION, Answer, AnswerPipeline
 from millrace.scoring.duplicates import near_duplicates
-from millrace.scoring.overlap import normalised_words
 from millrace.settings import Settings
-from millrace.training.pool import Asked
+from millrace.training.pool import Asked, same_words
 
 AT_ONCE = 8
 """Questions that the teacher answers together."""
@@ -94,11 +93,11 @@ def _questions(lake: Lake, known: Sequence[Asked]) -> list[Asked]:
     """Each once: what users asked, then what documents answer."""
     rows = lake.read(SILVER_EXCHANGES, ["question", "simulated"], where=~pc.field("pinned")).to_pylist()
     users = {
-        _key(row["question"]): Asked(row["question"].strip(), "", "teacher", row["simulated"], None, None)
+        same_words(row["question"]): Asked(row["question"].strip(), "", "teacher", row["simulated"], None, None)
         for row in sorted(rows, key=lambda row: row["question"])
         if 0 < len(row["question"].strip()) <= MAX_QUESTION
     }
-    documents = {_key(one.question): one for one in known}
+    documents = {same_words(one.question): one for one in known}
     return [
         *sorted(users.values(), key=lambda one: content_hash(one.question)),
         *sorted(
@@ -112,7 +111,3 @@ def _answer(teacher: AnswerPipeline, question: str, build: str) -> Answer | None
         return teacher.answer(question, build=build)
     except ReleaseError:
         return None  # A question that doesn't fit the prompt is no example.
-
-
-def _key(question: str) -> str:
-    return " ".join(normalised_words(question)) or question
