@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from millrace.applications import Application, EmbeddingTraining, Gate
 from millrace.errors import RetrievalError, TrainingError
@@ -25,7 +27,7 @@ from millrace.releases.pyfunc import open_pipeline
 from millrace.releases.registry import fetch_release, publish_split, release_manifest, versions
 from millrace.releases.split import Split
 from millrace.retrieval.embed import Embedder, lineage_id
-from millrace.retrieval.embedding_model import model_folder
+from millrace.retrieval.embedding_model import WEIGHTS, model_folder
 from millrace.retrieval.index import builds_of
 from millrace.retrieval.search import Retriever
 from millrace.scoring.duplicates import near_duplicates
@@ -42,10 +44,31 @@ QUESTION = "What is the default of [core] parallelism?"
 
 
 @pytest.fixture
-def small(tiny: Application) -> Application:
-    """`tiny` with a fine-tune of a few steps, and lineages that go as soon as nobody searches them."""
-    training = EmbeddingTraining(max_examples=80, epochs=2, batch=8, learning_rate=1e-4)
-    return tiny.model_copy(update={"embedding_training": training})
+def small(tiny: Application, one_block: str) -> Application:
+    """`tiny` with a fine-tune of a few steps of a model that finds little yet."""
+    training = EmbeddingTraining(max_examples=40, epochs=2, batch=8, learning_rate=1e-4)
+    retrieval = tiny.retrieval.model_copy(update={"embedding_model": one_block})
+    return tiny.model_copy(update={"embedding_training": training, "retrieval": retrieval})
+
+
+@pytest.fixture
+def one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A package whose model is the first of the six blocks of `PACKAGE`'s."""
+    source, packages = model_folder(PACKAGE), tmp_path / "packages"
+    model = packages / "one_block" / "model"
+    model.mkdir(parents=True)
+    (packages / "one_block-1.dist-info").mkdir()
+    (packages / "one_block-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: one-block\nVersion: 1\n")
+    shutil.copyfile(source / "tokenizer.json", model / "tokenizer.json")
+    (model / "config.json").write_text(
+        json.dumps(json.loads((source / "config.json").read_text()) | {"num_hidden_layers": 1})
+    )
+    (model / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 128}))
+    weights = load_file(source / WEIGHTS)
+    first = {name: value for name, value in weights.items() if ".layer." not in name or ".layer.0." in name}
+    save_file(first, model / WEIGHTS, metadata={"format": "pt"})
+    monkeypatch.syspath_prepend(packages)
+    return "one-block"
 
 
 def test_questions_are_measured_by_where_their_chunk_is_found() -> None:
@@ -99,7 +122,7 @@ def test_a_fine_tuned_model_is_a_candidate_with_an_index_beside_the_old_one_whic
     tuned = tune_embedding(tracked, small, run="test")
     assert tuned["better"], tuned["why"]
     assert (tuned["recall"], tuned["reciprocal_rank"]) > (tuned["recall_before"], tuned["reciprocal_rank_before"])
-    assert tuned["origins"] == {"document": 80}
+    assert tuned["origins"] == {"document": 40}
     learnt = [json.loads(line) for line in (Path(tuned["folder"]) / "pairs.jsonl").read_text().splitlines()]
     asked = [one.question for one in derive_questions(lake.read(SILVER_DOCUMENTS), small) if one.split == "evaluation"]
     assert not near_duplicates([one["question"] for one in learnt], asked)
@@ -114,7 +137,7 @@ def test_a_fine_tuned_model_is_a_candidate_with_an_index_beside_the_old_one_whic
     assert (manifest.generator, manifest.prompt, manifest.format) == (old.generator, old.prompt, 4)
     assert manifest.retrieval.lineage == tuned["lineage"] != old.retrieval.lineage
     tags = versions(tracked, small)[made["version"]]
-    assert (tags["millrace.origin"], tags["pairs"], tags["millrace.state"]) == ("embedding", "80", "candidate")
+    assert (tags["millrace.origin"], tags["pairs"], tags["millrace.state"]) == ("embedding", "40", "candidate")
     (cost,) = [row for row in lake.read(OPS_COSTS).to_pylist() if row["stage"] == "training"]
     assert cost["release_id"] == made["release_id"]
 
@@ -139,7 +162,7 @@ def test_a_fine_tuned_model_is_a_candidate_with_an_index_beside_the_old_one_whic
     config = LOAD_CONFIG | {"index_builds": str(tracked.index_builds(small.name)), "threads": 2}
     alone = open_pipeline(fetch_release(tracked, small, made["version"]), config | {"cache": str(tracked.cache)})
     assert [hit.score for hit in alone.answer(QUESTION).citations] == [hit.score for hit in answer.citations]
-    package = Embedder(PACKAGE, tracked.cache, threads=2)
+    package = Embedder(small.retrieval.embedding_model, tracked.cache, threads=2)
     with pytest.raises(RetrievalError, match=r"has vectors of lineage tuned-.*; search with the model of the release"):
         Retriever(builds_of(tracked, small.name, tuned["lineage"]), package).search(QUESTION, 1)
 

@@ -99,10 +99,11 @@ def tune(
         best: tuple[Found, dict[str, Any]] | None = None
         curve = []
         for _ in range(configuration.epochs):
-            losses = []
+            losses: list[float] = []
             model.bert.train()
-            for batch in torch.randperm(len(triples)).split(configuration.batch):
-                loss = _loss(model, [triples[i] for i in batch.tolist()])
+            order = torch.randperm(len(triples)).tolist()
+            for start in range(0, len(order), configuration.batch):
+                loss = _loss(model, [triples[at] for at in order[start : start + configuration.batch]])
                 if not torch.isfinite(loss):
                     raise TrainingError(
                         f"the loss is {loss.item()} after {len(losses)} steps; declare a lower embedding_training."

@@ -203,9 +203,9 @@ def _tune(
     depth = manifest.retrieval.chunks
     learnt = configuration.model_dump(exclude={"max_examples"})
     told = [json.dumps(asdict(pair) | {"chunk": corpus.by_id[pair.chunk_id].text}, sort_keys=True) for pair in pairs]
-    made_of = (PROGRAM, weights_sha256(source), json.dumps(learnt, sort_keys=True), depth, before.lineages, *told)
+    made_of = [str(PROGRAM), weights_sha256(source), json.dumps(learnt, sort_keys=True), str(depth), before.lineages]
     runs = settings.home / "training" / settings.environment / application.name
-    folder = runs / f"{PREFIX}{content_hash(*made_of)[:16]}"
+    folder = runs / f"{PREFIX}{content_hash(*made_of, *told)[:16]}"
     if not folder.is_dir():
         runs.mkdir(parents=True, exist_ok=True)
         for unfinished in runs.glob(f".{PREFIX}*"):  # of a run that was killed: there is one at a time
