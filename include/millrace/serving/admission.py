@@ -97,6 +97,7 @@ class Admission:
         self._settings = settings
         self._store = KeyStore(settings) if self.required else None
         self._known: dict[str, _Known] = {}
+        self._spent: dict[str, float] = {}
         self._owed: defaultdict[str, Decimal] = defaultdict(Decimal)
         self._away_until: float | None = None
         self._told: dict[tuple[str | None, str], float] = {}
@@ -174,7 +175,10 @@ class Admission:
             raise self._unauthorised(
                 f"this is an API key of {said.environment}, and the gateway is {self._settings.environment}'s"
             )
-        key, at = self._find(said.id), now()
+        key, at = self._find(said.id, CACHE_SECONDS), now()
+        if key is not None and not key.opened_by(shown, at):
+            # What is remembered may be from before a rotation.
+            key = self._find(said.id, 0)
         if key is None or not key.opened_by(shown, at):
             # Of a key that is there, so that whoever keeps a record sees somebody guess.
             raise self._unauthorised("this API key is not valid", key and key.id)
@@ -182,12 +186,14 @@ class Admission:
             raise self._unauthorised(f"API key {key.id} {ended}; ask for a new one", key.id)
         return key
 
-    def _find(self, key_id: str) -> ApiKey | None:
-        """Raises:
-        Refusal: 503, the database is away and did not confirm this key lately.
+    def _find(self, key_id: str, remembered: float) -> ApiKey | None:
+        """The key, as it was at most `remembered` seconds ago where the database answers.
+
+        Raises:
+            Refusal: 503, the database is away and did not confirm this key lately.
         """
         known, moment = self._known.get(key_id), time.monotonic()
-        if known is not None and moment - known.at < CACHE_SECONDS:
+        if known is not None and moment - known.at < remembered:
             return known.key
         try:
             key = self._reached().find(key_id)
@@ -220,11 +226,12 @@ class Admission:
             ) from None
         except KeysAway as error:
             self._failed(error)
-            return key.month_usd
+            return self._spent.get(key.id, key.month_usd)
         except ApiKeyError as error:
             self._failed(error)
             raise _uncertain() from None
         self._back()
+        self._spent[key.id] = spent
         return spent
 
     def _settle(self) -> None:
@@ -236,12 +243,13 @@ class Admission:
                 owed = dict(self._owed)
             for key_id, usd in owed.items():
                 try:
-                    self._reached().charge(key_id, usd)
+                    spent = self._reached().charge(key_id, usd)
                 except ApiKeyError as error:
                     self._failed(error)
                     return
                 self._back()
                 with self._lock:
+                    self._spent[key_id] = spent
                     self._owed[key_id] -= usd
                     if not self._owed[key_id]:
                         del self._owed[key_id]

@@ -73,6 +73,7 @@ update api_keys.keys
 set month = {_THIS_MONTH}, month_usd = {_SPENT} + %(usd)s, total_usd = total_usd + %(usd)s,
     last_used_at = clock_timestamp()
 where id = %(id)s
+returning month_usd
 """
 
 _AWAY = (psycopg2.OperationalError, psycopg2.InterfaceError, psycopg2.InternalError)
@@ -208,9 +209,10 @@ class KeyStore:
             raise RateExceeded(max(0.0, float(waits[0][0] or 0)) if waits else 0.0)
         return float(rows[0][0])
 
-    def charge(self, key_id: str, usd: Decimal) -> None:
-        """Add to what a key has spent."""
-        self._run(_CHARGE, {"id": key_id, "usd": usd})
+    def charge(self, key_id: str, usd: Decimal) -> float:
+        """Add to what a key has spent; returns what that is this month, in US dollars."""
+        ((spent,),) = self._run(_CHARGE, {"id": key_id, "usd": usd})
+        return float(spent)
 
     def close(self) -> None:
         with self._lock:
