@@ -162,7 +162,7 @@ def store(keyed: Settings) -> Iterator[KeyStore]:
 def make(store: KeyStore) -> Callable[..., tuple[ApiKey, str]]:
     """Makes a key for scopes; without more it has no limits."""
 
-    def run(*scopes: str, **changes: Any) -> tuple[ApiKey, str]:
+    def run(*scopes: str, into: KeyStore = store, **changes: Any) -> tuple[ApiKey, str]:
         about: dict[str, Any] = {
             "owner": "ann",
             "applications": None,
@@ -171,6 +171,6 @@ def make(store: KeyStore) -> Callable[..., tuple[ApiKey, str]]:
             "expires_at": None,
             "actor": "bob",
         }
-        return store.create("a test", scopes=scopes or ("ask", "feedback"), **about | changes)
+        return into.create("a test", scopes=scopes or ("ask", "feedback"), **about | changes)
 
     return run

@@ -135,12 +135,12 @@ def test_millrace_ask_shows_the_key_that_it_is_given_and_says_how_to_get_one(gua
         ask(here, "qa", "why is that?", user="ann")
     with _keyed(here, "qa") as keyed:
         assert ask(keyed, "qa", "why is that?", user="ann").text == "you asked why is that?"
-        with pytest.raises(StackError, match="the gateway refused: .* this needs pin"):
+        with pytest.raises(StackError, match=r"the gateway refused: .* this needs pin"):
             ask(keyed, "qa@1", "why is that?", user="ann")
 
 
 def test_simulated_users_have_a_key_of_their_own_as_long_as_they_come(guarded: Gateway, store: KeyStore, qa) -> None:
-    question = Question("q", "why is that?", "because", "d", "live")
+    question = Question("q", "why is that?", "because", "d", None, "live")
     with _keyed(guarded.settings, "qa") as keyed:
         users = SimulatedUsers(
             guarded.url, "qa", [question], qa.demo, crowd="c", corrections=False,
