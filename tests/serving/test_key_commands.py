@@ -29,8 +29,7 @@ def millrace(keyed: Settings) -> Callable[..., Result]:
     environment = settings_variables(keyed, keys=True)
 
     def run(line: str, **changes: str) -> Result:
-        # Wide, so that no table folds an id.
-        return CliRunner().invoke(app, shlex.split(line), env=environment | {"COLUMNS": "300"} | changes)
+        return CliRunner().invoke(app, shlex.split(line), env=environment | changes)
 
     return run
 

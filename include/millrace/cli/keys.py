@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from millrace.applications import load_application
 from millrace.cli.common import console, group, one_sentence
@@ -79,16 +77,11 @@ def key_list(
         if as_json:
             print(json.dumps([_for_programs(key, at) for key in keys], indent=1))
             return
-        table = Table(box=None, pad_edge=False)
-        for column in ("id", "name", "owner", "may", "this month", "in all", "last used", "state"):
-            table.add_column(column, justify="right" if column in ("this month", "in all") else "left", overflow="fold")
         for key in keys:
-            spent = (f"${key.month_usd:.6f}", f"${key.total_usd:.6f}")
-            told = (key.id, key.name, key.owner, _about(key), *spent, _minute(key.last_used_at), _state(key, at))
-            table.add_row(*map(Text, told))
-        if keys:
-            console.print(table)
-        else:
+            spent = f"${key.month_usd:.6f} this month, ${key.total_usd:.6f} in all"
+            told = f"{key.id}  {key.name}, of {key.owner}: {_about(key)}; {spent}; {_state(key, at)}"
+            console.print(f"{told}; last used {_minute(key.last_used_at)}", markup=False, soft_wrap=True)
+        if not keys:
             _note("There are no keys; `millrace key create` makes one.")
         _warn_where_none_is_required(settings)
 
@@ -161,7 +154,7 @@ def _for_programs(key: "ApiKey", at: datetime) -> dict[str, Any]:
 
 
 def _minute(moment: datetime | None) -> str:
-    return f"{moment:%Y-%m-%d %H:%M} UTC" if moment else ""
+    return f"{moment:%Y-%m-%d %H:%M} UTC" if moment else "never"
 
 
 def _warn_where_none_is_required(settings: Settings) -> None:
