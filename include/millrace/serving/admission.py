@@ -217,6 +217,7 @@ class Admission:
         try:
             spent = self._reached().take(key)
         except RateExceeded as error:
+            self._back()
             raise Refusal(
                 429,
                 f"API key {key.id} may make {key.requests_per_minute} requests a minute; come back in "

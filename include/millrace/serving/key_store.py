@@ -6,6 +6,7 @@ left in this minute, and what it has spent. Nothing here knows a request.
 
 import contextlib
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from datetime import datetime, timedelta
@@ -105,6 +106,7 @@ class KeyStore:
         self._where = _where(self._url)
         self._settings = settings
         self._connection: psycopg2.extensions.connection | None = None
+        self._lost_at = 0.0
         self._lock = threading.Lock()
 
     def create(
@@ -211,8 +213,8 @@ class KeyStore:
 
     def charge(self, key_id: str, usd: Decimal) -> float:
         """Add to what a key has spent; returns what that is this month, in US dollars."""
-        ((spent,),) = self._run(_CHARGE, {"id": key_id, "usd": usd})
-        return float(spent)
+        rows = self._run(_CHARGE, {"id": key_id, "usd": usd})
+        return float(rows[0][0]) if rows else 0.0  # somebody took the row away
 
     def close(self) -> None:
         with self._lock:
@@ -238,13 +240,18 @@ class KeyStore:
 
     def _run(self, sql: str, values: Mapping[str, Any]) -> Rows:
         """One statement, committed. A connection that was lost since the statement before is made again, once."""
+        asked = time.monotonic()
         with self._lock:
+            if asked < self._lost_at:
+                # It was found away while this one waited its turn: not everybody in the row has to find that out.
+                raise KeysAway(f"the database of API keys, {self._where}, does not answer")
             for fresh in (self._connection is None, True):
                 try:
                     return self._execute(sql, values)
                 except _AWAY as error:
                     self._drop()
                     if fresh:
+                        self._lost_at = time.monotonic()
                         raise KeysAway(
                             f"the database of API keys, {self._where}, does not answer ({_first_line(error)}); "
                             "start it (`millrace up`), or correct MILLRACE_KEYS_URL"
