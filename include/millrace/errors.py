@@ -11,6 +11,8 @@ MillraceError
 ├── ReleaseError           a release can't be packaged, registered or loaded
 ├── EngineError            a generator can't be loaded or doesn't answer
 ├── ServingError           a request can't be answered as asked
+├── ApiKeyError            an API key can't be made, found or changed
+│   └── KeysAway           the database of API keys does not answer
 ├── TrainingError          a training set or a fine-tune is unusable
 │   └── OutOfMemory        a training process needs more memory than there is
 ├── PromptError            a prompt version isn't there, or a study of prompts can't be held
@@ -63,6 +65,14 @@ class EngineError(MillraceError):
 
 class ServingError(MillraceError):
     """A request can't be answered as asked."""
+
+
+class ApiKeyError(MillraceError):
+    """An API key can't be made, found or changed."""
+
+
+class KeysAway(ApiKeyError):
+    """The database of API keys does not answer."""
 
 
 class TrainingError(MillraceError):

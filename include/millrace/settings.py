@@ -4,9 +4,10 @@ It knows where things are and who may be asked; it does not know what an applica
 (`applications.py`) nor start anything (`stack.py`).
 """
 
+import ipaddress
 import os
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 from urllib.parse import quote
 
 from pydantic import Field, SecretStr, ValidationError, model_validator
@@ -84,6 +85,12 @@ class Settings(BaseSettings):
     """Exchanges that one gateway works on at once; its engines compute them together."""
     gateway_queue: int = Field(64, ge=0)
     """Exchanges that may wait for a worker; beyond that a caller is told to come back (429)."""
+    gateway_keys: Literal["", "required", "off"] = ""
+    """Whether callers of the gateway need an API key; empty: wherever others could reach it (`keys_required`)."""
+    keys_url: SecretStr = SecretStr("")
+    """Where API keys are kept (`postgresql://user:password@host/database`); empty: the embedded PostgreSQL."""
+    api_key: SecretStr = SecretStr("")
+    """What `millrace ask` and simulated users show a gateway that requires one."""
     trace_exchanges: bool = False
     """In dev, send exchanges to MLflow as traces, question and answer in them (experiment `<application>/traces`), at
     most ten a second. Elsewhere nothing is traced: `silver/exchanges` holds the same, of every exchange."""
@@ -111,6 +118,15 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _only_this_machine_asks_without_a_key(self) -> Self:
+        if self.gateway_keys == "off" and self._reached_by_others:
+            raise ValueError(
+                f"MILLRACE_GATEWAY_KEYS=off would let anybody ask: it is for dev on 127.0.0.1 only, and this is "
+                f"{self.environment} on {self.listens_on}; leave it empty, and make keys with `millrace key create`"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _absolute_paths(self) -> Self:
         for name in ("home", "cache", "applications"):
             object.__setattr__(self, name, Path(getattr(self, name)).expanduser().absolute())
@@ -124,6 +140,16 @@ class Settings(BaseSettings):
     @property
     def listens_on(self) -> str:
         return self.bind or self.host
+
+    @property
+    def keys_required(self) -> bool:
+        """Whether the gateway answers only to an API key: in staging, in prod, where it listens beyond this machine,
+        and wherever `gateway_keys` says so."""
+        return self.gateway_keys == "required" or self._reached_by_others
+
+    @property
+    def _reached_by_others(self) -> bool:
+        return self.environment != "dev" or not _is_loopback(self.listens_on)
 
     @property
     def mlflow_url(self) -> str:
@@ -173,8 +199,22 @@ def read_settings() -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        problems = "; ".join(
-            f"MILLRACE_{'_'.join(str(part) for part in e['loc']).upper()}: {e['msg']} (got {e.get('input')!r})"
-            for e in error.errors()
-        )
-        raise SettingsError(f"invalid settings: {problems}") from None
+        raise SettingsError(f"invalid settings: {'; '.join(_problem(one) for one in error.errors())}") from None
+
+
+def _problem(error: Any) -> str:
+    """One of pydantic's errors in a sentence, without a value that may be secret."""
+    if not error["loc"]:  # of several settings together: its input is all of them
+        return str(error["msg"]).removeprefix("Value error, ")
+    name = "_".join(str(part) for part in error["loc"])
+    secret = Settings.model_fields[str(error["loc"][0])].annotation is SecretStr
+    got = "" if secret else f" (got {error['input']!r})"
+    return f"MILLRACE_{name.upper()}: {error['msg']}{got}"
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens on `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

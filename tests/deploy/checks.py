@@ -48,10 +48,10 @@ OF_THE_PLACE = frozenset(
 """Variables whose values are addresses, folders and secrets, which differ between a process and a container."""
 _NOTHING_TO_ASK = frozenset({"otel-collector", "airflow-history"})
 """One has no program that could ask it, the other serves nobody: it ends when it fails, and is started again."""
-_NOT_NEEDED = {("gateway", "spark_token")}
-"""Serving never asks Spark."""
+_NOT_NEEDED = {("gateway", "spark_token"), ("airflow-scheduler", "keys_url"), ("airflow-scheduler", "api_key")}
+"""Serving never asks Spark, and no task the gateway."""
 _ELSEWHERE = ("_uri", "_url", "_urls", "_remote")
-_SECRET = re.compile(r"(PASSWORD|SECRET|TOKEN|KEY|CONN|BACKEND_STORE_URI)$")
+_SECRET = re.compile(r"(PASSWORD|SECRET|TOKEN|KEY|CONN|BACKEND_STORE_URI|KEYS_URL)$")
 _NOT_SECRET = {"AWS_ACCESS_KEY_ID", "ROOT_ACCESS_KEY"}
 _FROM_OUTSIDE = re.compile(r"\$\{\w+(:\?[^}]*|:-)\}")
 """A variable that must have a value, or may be empty: not one with a value in the file."""

@@ -77,6 +77,7 @@ def test_the_file_and_the_code_agree(check, compose: Compose) -> None:
         (checks.settings, "MILLRACE_SPARK_REMOTE: sc://spark:15002", "X: y", "embedded part"),
         (checks.settings, "  MILLRACE_ALERT_URLS: ${ALERT_URLS:-}\n", "", "MILLRACE_ALERT_URLS"),
         (checks.settings, "MILLRACE_BIND: 0.0.0.0", "MILLRACE_BIND: 127.0.0.1", "listens where no other"),
+        (checks.settings, "GATEWAY_KEYS: required", 'GATEWAY_KEYS: "off"', "would let anybody ask"),
         (checks.as_embedded, 'HEARTBEAT_TIMEOUT: "120"', 'HEARTBEAT_TIMEOUT: "300"', "the embedded stack 120"),
         (checks.as_embedded, '  SPT_NOENV: "1"\n', "", "SPT_NOENV=None"),
         (checks.as_embedded, "[*settings, *one-thread,", "[*settings, *keys, *one-thread,", "isn't told"),

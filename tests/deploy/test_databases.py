@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import permutations
 from pathlib import Path
 
 import psycopg2
@@ -15,7 +16,7 @@ from millrace.settings import PROJECT
 from millrace.stack.postgres import Postgres
 
 SCRIPT = PROJECT / "deploy" / "compose" / "postgres" / "databases.sh"
-PASSWORDS = {"airflow": 'it\'s "a" $(password)', "mlflow": "another"}
+PASSWORDS = {"airflow": 'it\'s "a" $(password)', "mlflow": "another", "gateway": "a third"}
 
 
 @pytest.fixture
@@ -49,11 +50,12 @@ def test_each_who_needs_a_database_has_its_own_and_no_way_into_the_others(server
         "POSTGRES_USER": "postgres",
         "AIRFLOW_DATABASE_PASSWORD": PASSWORDS["airflow"],
         "MLFLOW_DATABASE_PASSWORD": PASSWORDS["mlflow"],
+        "GATEWAY_DATABASE_PASSWORD": PASSWORDS["gateway"],
     }
     subprocess.run(["sh", str(SCRIPT)], env=variables, check=True, stdout=subprocess.DEVNULL)
-    for role, other in (("airflow", "mlflow"), ("mlflow", "airflow")):
+    for role, other in permutations(PASSWORDS, 2):
         with connected(server, role, role) as connection, connection.cursor() as cursor:
-            cursor.execute("create table its_own (id int)")
+            cursor.execute("create table if not exists its_own (id int)")
         connection.close()
         with pytest.raises(psycopg2.OperationalError, match="password authentication failed"):
             connected(server, role, role, password="a guess")

@@ -1,18 +1,28 @@
 """Gateways over parrots, in every state that a test needs."""
 
 import os
+import signal
 import subprocess
+import tempfile
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psycopg2
 import pytest
+from pydantic import SecretStr
 
 from millrace.applications import Application
 from millrace.releases.split import Split
+from millrace.serving.api_keys import ApiKey
+from millrace.serving.key_store import KeyStore
 from millrace.settings import Settings
 from millrace.sources.feedback import land_events, refine_feedback
+from millrace.stack.postgres import Postgres
 from tests.serving.parrot import EVER, Drawer, Gateway, Parrot, Shelf, a_release, listening
 
 
@@ -74,3 +84,93 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], check=True)
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.fixture(scope="session")
+def postgres(open_folder: Path) -> Iterator[Postgres]:
+    """One PostgreSQL for the whole session. Tests share it: each makes a database of its own."""
+    folder = Path(tempfile.mkdtemp(dir=open_folder))
+    server = Postgres(folder / "postgres")
+    server.prepare()
+    user = server.system_user
+    process = subprocess.Popen(
+        server.command(), user=user, group=user, extra_groups=[] if user else None, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not server.answers():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        yield server
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(30)
+
+
+@pytest.fixture
+def database(postgres: Postgres) -> Iterator["Database"]:
+    """An empty database, and its ways of being away."""
+    name = f"keys_{uuid.uuid4().hex}"
+    postgres.create_database(name)
+    admin = psycopg2.connect(postgres.url("postgres").replace("+psycopg2", ""))
+    admin.autocommit = True
+    yield Database(name, postgres.url(name), admin)
+    admin.close()
+
+
+@dataclass(frozen=True)
+class Database:
+    name: str
+    url: str
+    admin: "psycopg2.extensions.connection"
+
+    def go_away(self) -> None:
+        """End every connection and take no other."""
+        self._do(f'alter database "{self.name}" allow_connections false')
+        self._do(f"select pg_terminate_backend(pid) from pg_stat_activity where datname = '{self.name}'")
+
+    def come_back(self) -> None:
+        self._do(f'alter database "{self.name}" allow_connections true')
+
+    def run(self, sql: str) -> list[tuple[Any, ...]]:
+        with psycopg2.connect(self.url.replace("+psycopg2", "")) as connection, connection.cursor() as cursor:
+            cursor.execute(sql)
+            rows = cursor.fetchall() if cursor.description else []
+        connection.close()
+        return rows
+
+    def _do(self, sql: str) -> None:
+        with self.admin.cursor() as cursor:
+            cursor.execute(sql)
+
+
+@pytest.fixture
+def keyed(settings: Settings, database: Database) -> Settings:
+    """Settings of a gateway that requires keys."""
+    return settings.model_copy(update={"gateway_keys": "required", "keys_url": SecretStr(database.url)})
+
+
+@pytest.fixture
+def store(keyed: Settings) -> Iterator[KeyStore]:
+    made = KeyStore(keyed)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def make(store: KeyStore) -> Callable[..., tuple[ApiKey, str]]:
+    """Makes a key for scopes; without more it has no limits."""
+
+    def run(*scopes: str, into: KeyStore = store, **changes: Any) -> tuple[ApiKey, str]:
+        about: dict[str, Any] = {
+            "owner": "ann",
+            "applications": None,
+            "requests_per_minute": None,
+            "monthly_budget_usd": None,
+            "expires_at": None,
+            "actor": "bob",
+        }
+        return into.create("a test", scopes=scopes or ("ask", "feedback"), **about | changes)
+
+    return run

@@ -12,6 +12,7 @@ import pytest
 from millrace.applications import Application
 from millrace.releases.retention import delete_traces
 from millrace.releases.split import Split
+from millrace.serving.key_store import KeyStore
 from millrace.serving.metrics import Metrics
 from millrace.serving.traces import WAITING, ExchangeTraces
 from millrace.settings import Settings
@@ -97,9 +98,11 @@ def test_an_exchange_neither_fails_nor_waits_where_mlflow_does_not_answer(
 
 @pytest.mark.parametrize("changes", [{}, {"trace_exchanges": True, "environment": "prod"}])
 def test_nothing_is_traced_unless_it_is_asked_for_and_never_outside_of_dev(
-    start: Callable[..., Gateway], changes: dict[str, Any]
+    start: Callable[..., Gateway], keyed: Settings, make: Callable[..., tuple[Any, str]], changes: dict[str, Any]
 ) -> None:
-    gateway = start(a_shelf(), mlflow_uri="http://127.0.0.1:9", **changes)
+    _, written = make("ask", "admin", into=KeyStore(keyed.model_copy(update=changes)))
+    gateway = start(a_shelf(), mlflow_uri="http://127.0.0.1:9", keys_url=keyed.keys_url, **changes)
+    gateway.client.headers["Authorization"] = f"Bearer {written}"
     assert gateway.ask().status_code == 200
     assert gateway.settings.trace_exchanges == bool(changes)
     time.sleep(1.5)  # longer than traces gather

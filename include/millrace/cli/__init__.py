@@ -11,6 +11,7 @@ from rich.table import Table
 from millrace.cli.batch import batch_app
 from millrace.cli.common import ApplicationName, console, one_sentence
 from millrace.cli.cost import cost_app
+from millrace.cli.keys import key_app
 from millrace.cli.prompts import prompt_app
 from millrace.cli.releases import index_app, release_app, rollout_app
 from millrace.errors import StackError
@@ -25,6 +26,7 @@ app.add_typer(rollout_app, name="rollout")
 app.add_typer(prompt_app, name="prompt")
 app.add_typer(index_app, name="index")
 app.add_typer(batch_app, name="batch")
+app.add_typer(key_app, name="key")
 app.add_typer(cost_app, name="cost")
 
 

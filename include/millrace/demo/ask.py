@@ -24,14 +24,23 @@ def ask(settings: Settings, model: str, question: str, *, user: str) -> Told:
     Raises:
         StackError: it does not answer, or refuses; its own sentence is in the message.
     """
+    key = settings.api_key.get_secret_value()
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     request = {"model": model, "user": user, "messages": [{"role": "user", "content": question}]}
     try:
-        answered = httpx.post(f"{settings.gateway_url}/v1/chat/completions", json=request, timeout=120, trust_env=False)
+        answered = httpx.post(
+            f"{settings.gateway_url}/v1/chat/completions", json=request, headers=headers, timeout=120, trust_env=False
+        )
     except httpx.HTTPError as error:
         raise StackError(
             f"the gateway at {settings.gateway_url} does not answer ({error}); `millrace up` starts it"
         ) from None
     body = answered.json()
+    if answered.status_code == 401:
+        raise StackError(
+            f"the gateway refused: {body['error']['message']}; set MILLRACE_API_KEY to a key, which "
+            "`millrace key create` makes"
+        )
     if answered.is_error:
         raise StackError(f"the gateway refused: {body['error']['message']}")
     ours, usage = body["millrace"], body["usage"]

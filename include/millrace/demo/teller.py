@@ -148,6 +148,7 @@ class Teller:
             self.application.demo,
             crowd=crowd,
             corrections=corrections,
+            api_key=self.settings.api_key.get_secret_value(),
         )
 
     def questions(self, split: str) -> list[Question]:

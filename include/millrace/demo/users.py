@@ -39,7 +39,8 @@ class SimulatedUsers:
     """A crowd that asks `questions` of `application`. Ratings repeat for the same crowd, user and answer.
 
     With `corrections`, who rates a poor answer also writes a better one. Crowds that measure a rollout write
-    none: the next fine-tune would train on the questions that the next rollout is measured with.
+    none: the next fine-tune would train on the questions that the next rollout is measured with. `api_key` is what they
+    show a gateway that requires one.
     """
 
     def __init__(
@@ -51,8 +52,10 @@ class SimulatedUsers:
         *,
         crowd: str,
         corrections: bool,
+        api_key: str = "",
     ) -> None:
-        self._client = httpx.Client(base_url=gateway_url, headers=SIMULATED, timeout=120)
+        shown = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._client = httpx.Client(base_url=gateway_url, headers=SIMULATED | shown, timeout=120)
         self._application = application
         self._questions = questions
         self._demo = demo

@@ -8,12 +8,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
 from millrace.applications import Application
-from millrace.errors import MillraceError, ReleaseError, SourceError
+from millrace.errors import EngineError, MillraceError, ReleaseError, SourceError
 from millrace.releases.pipeline import Answer, AnswerPipeline, AnswerStream
 from millrace.releases.split import Arm
 from millrace.serving.answer_cache import AnswerCache
@@ -71,15 +72,23 @@ class Desk:
     completion_key: bytes
 
 
-def hold(desk: Desk, asked: Asked, tell: Callable[[Told], None], left: threading.Event) -> None:
+def hold(
+    desk: Desk,
+    asked: Asked,
+    tell: Callable[[Told], None],
+    left: threading.Event,
+    charge: Callable[[float], None],
+) -> None:
     """Answer `asked`. Always tells exactly one last message; never raises.
 
     Args:
         left: set when nobody listens any more; the generation is cancelled then.
+        charge: called with what was computed for the caller costs, in US dollars, before the last message: also for one
+            who left, or to leave early would be to ask for nothing.
     """
     try:
         with desk.traffic.route(asked.pin, asked.user) as route:
-            tell(_Exchange(desk, asked, route, tell, left).run())
+            tell(_Exchange(desk, asked, route, tell, left, charge).run())
     except Refusal as refusal:
         tell(refusal)
     except MillraceError as error:
@@ -97,6 +106,7 @@ class _Exchange:
     route: Route
     tell: Callable[[Told], None]
     left: threading.Event
+    charge: Callable[[float], None]
     sent: str = ""
     challenger_error: str | None = None
 
@@ -154,6 +164,12 @@ class _Exchange:
         try:
             for piece in self._until_left(stream):
                 self._say(piece)
+        except _ClientLeft:
+            stream.close()
+            with suppress(EngineError):  # it broke meanwhile, and nobody knows what it had computed
+                usage = stream.answer.usage
+                self.charge(self._cost(pipeline, usage.prompt_tokens, usage.completion_tokens))
+            raise
         finally:
             stream.close()
         answer = stream.answer
@@ -175,7 +191,7 @@ class _Exchange:
     def _complete(self, pipeline: AnswerPipeline, version: str, answer: Answer, cached: bool) -> Answered:
         usage = answer.usage
         computed = (0, 0) if cached else (usage.prompt_tokens, usage.completion_tokens)
-        cost = self.desk.application.prices.answer(pipeline.manifest.generator.name, *computed)
+        cost = self._cost(pipeline, *computed)
         fell_back = self.challenger_error is not None
         seconds = time.perf_counter() - self.asked.started
         self._append(
@@ -192,6 +208,7 @@ class _Exchange:
                 error=self.challenger_error,
             )
         )
+        self.charge(cost)
         labels = self._measure("completed", seconds)
         for kind, tokens in zip(("prompt", "completion"), computed, strict=True):
             self.desk.metrics.tokens.labels(*labels, kind).inc(tokens)
@@ -215,6 +232,9 @@ class _Exchange:
                 fell_back=self.challenger_error is not None,
             )
         )
+
+    def _cost(self, pipeline: AnswerPipeline, prompt_tokens: int, completion_tokens: int) -> float:
+        return self.desk.application.prices.answer(pipeline.manifest.generator.name, prompt_tokens, completion_tokens)
 
     def _measure(self, outcome: str, seconds: float) -> tuple[str, str, str]:
         """Counted under the release that was assigned, which is not always the one that answered."""

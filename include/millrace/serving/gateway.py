@@ -19,7 +19,9 @@ from starlette.exceptions import HTTPException
 from millrace.applications import Application
 from millrace.errors import SettingsError, SourceError
 from millrace.serving import openai_format
+from millrace.serving.admission import Admission, Caller
 from millrace.serving.answer_cache import AnswerCache
+from millrace.serving.api_keys import Scope
 from millrace.serving.asked import MAX_BODY, Asked, read_asked, read_said
 from millrace.serving.exchange import Answered, Begun, Desk, Piece, Told, hold
 from millrace.serving.metrics import Metrics
@@ -45,9 +47,11 @@ def create_app(
         releases: where an application's releases come from; the MLflow registry, unless a test knows better.
 
     Raises:
-        SettingsError: a key is missing, so that ids could be forged or users recognised.
+        SettingsError: a key is missing, so that ids could be forged or users recognised; or callers need API keys, and
+            nowhere is said where those are kept.
     """
     completion_key, pseudonym_key = (_key(settings, name) for name in ("completion_key", "pseudonym_key"))
+    admission = Admission(settings)
     metrics = Metrics()
     desks = {
         application.name: Desk(
@@ -69,9 +73,15 @@ def create_app(
             desk.traffic.start()
             desk.traces.start()
         yield
-        await asyncio.to_thread(_close, workers, list(desks.values()))
+        await asyncio.to_thread(_close, workers, list(desks.values()), admission)
 
-    app = FastAPI(title="Millrace gateway", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Millrace gateway", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+
+    async def admitted(request: Request, scope: Scope, *, pays: bool = False) -> Caller:
+        # Before anything of the body is read. In a thread, because the database may be asked.
+        if not admission.required:
+            return admission.anybody
+        return await asyncio.to_thread(admission.admit, request.headers, scope, pays=pays)
 
     @app.exception_handler(Refusal)
     async def refused(request: Request, refusal: Refusal) -> Response:
@@ -84,7 +94,11 @@ def create_app(
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
+        caller = await admitted(request, "ask", pays=True)
         asked = read_asked(await _body(request), request.headers, pseudonym_key)
+        caller.require_application(asked.application)
+        if asked.pin:
+            caller.require("pin")
         desk = desks.get(asked.application)
         if desk is None:
             raise Refusal(
@@ -93,7 +107,7 @@ def create_app(
                 code="model_not_found",
                 param="model",
             )
-        exchange = workers.take(desk, asked)
+        exchange = workers.take(desk, asked, caller.charge)
         begun = await exchange.begin()
         if asked.stream:
             return StreamingResponse(_streamed(asked, begun, exchange), media_type="text/event-stream")
@@ -104,11 +118,13 @@ def create_app(
 
     @app.post("/v1/feedback")
     async def feedback(request: Request) -> Response:
+        caller = await admitted(request, "feedback")
         said = read_said(await _body(request), request.headers, pseudonym_key)
         try:
             issued = verify(completion_key, said.completion_id)
         except SourceError as error:
             raise Refusal(403, str(error), code="forged_completion_id", param="completion_id") from None
+        caller.require_application(issued.application)
         desk = desks.get(issued.application)
         if desk is None:
             raise Refusal(
@@ -131,15 +147,22 @@ def create_app(
         return JSONResponse({"id": event.event_id, "object": "feedback", "completion_id": said.completion_id})
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        named = {name: since for desk in desks.values() for name, since in desk.traffic.models().items()}
+    async def models(request: Request) -> dict[str, Any]:
+        caller = await admitted(request, "ask")
+        named = {
+            name: since
+            for desk in desks.values()
+            for name, since in desk.traffic.models().items()
+            if caller.may_ask(name)
+        }
         return {"object": "list", "data": [_model(name, since) for name, since in named.items()]}
 
     @app.get("/v1/models/{name}")
-    async def model(name: str) -> dict[str, Any]:
+    async def model(request: Request, name: str) -> dict[str, Any]:
+        caller = await admitted(request, "ask")
         desk = desks.get(name.partition("@")[0])
         since = desk.traffic.models().get(name) if desk else None
-        if since is None:
+        if since is None or not caller.may_ask(name):
             raise Refusal(404, f"there is no model {name!r}; see /v1/models", code="model_not_found", param="model")
         return _model(name, since)
 
@@ -161,7 +184,8 @@ def create_app(
         return JSONResponse(body, status_code=200 if ready else 503)
 
     @app.get("/metrics")
-    async def exposition() -> Response:
+    async def exposition(request: Request) -> Response:
+        await admitted(request, "admin")
         return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return app
@@ -176,7 +200,7 @@ class _Workers:
         self._taken = 0
         self._metrics = metrics
 
-    def take(self, desk: Desk, asked: Asked) -> "_Listener":
+    def take(self, desk: Desk, asked: Asked, charge: Callable[[float], None]) -> "_Listener":
         """Begin an exchange. Called in the event loop, like the release of its place: no lock is needed.
 
         Raises:
@@ -195,7 +219,7 @@ class _Workers:
             loop.call_soon_threadsafe(exchange.told.put_nowait, told)
 
         def work() -> None:
-            hold(desk, asked, tell, exchange.left)
+            hold(desk, asked, tell, exchange.left, charge)
             loop.call_soon_threadsafe(self._release)
 
         self._pool.submit(work)
@@ -291,8 +315,9 @@ def _key(settings: Settings, name: str) -> bytes:
     return key
 
 
-def _close(workers: _Workers, desks: Sequence[Desk]) -> None:
+def _close(workers: _Workers, desks: Sequence[Desk], admission: Admission) -> None:
     workers.close()
+    admission.close()
     for desk in desks:
         desk.events.close()
         desk.traces.stop()

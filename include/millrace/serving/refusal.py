@@ -4,6 +4,9 @@ from typing import Any
 
 from millrace.errors import ServingError
 
+QUOTA = "insufficient_quota"
+"""Code, and type, of a refusal for a spent budget."""
+
 
 class Refusal(ServingError):
     """A request that is answered with `status` and this sentence. `code` is for programs, `param` names the field."""
@@ -21,10 +24,18 @@ class Refusal(ServingError):
     def body(self) -> dict[str, Any]:
         """As OpenAI's API says it."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
+        if self.code == QUOTA:
+            kind = QUOTA
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
-        return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        if self.code == QUOTA:
+            # OpenAI's clients would try a 429 again.
+            headers["X-Should-Retry"] = "false"
+        return headers
 
 
 def unavailable(sentence: str, *, code: str = "unavailable", retry_after: int = 2) -> Refusal:

@@ -14,7 +14,8 @@ It knows how to start, watch and end processes; it does not know what an applica
     status.py       what is running, asked from outside
 """
 
+from millrace.stack.parts import with_keys_url
 from millrace.stack.running import Progress, Stack
 from millrace.stack.status import Status, airflow_of, down, status, up
 
-__all__ = ["Progress", "Stack", "Status", "airflow_of", "down", "status", "up"]
+__all__ = ["Progress", "Stack", "Status", "airflow_of", "down", "status", "up", "with_keys_url"]

@@ -13,12 +13,15 @@ from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from pydantic import SecretStr
+
 from millrace.lakehouse import spark_server
 from millrace.settings import PROJECT, Settings
 from millrace.stack.environment import part_environment
 from millrace.stack.home import Secrets, write_json
 from millrace.stack.postgres import Postgres
 
+_KEYS_DATABASE = "gateway"
 ADMIN = "admin"
 """Airflow's one user."""
 
@@ -57,18 +60,29 @@ def all_parts(settings: Settings, secrets: Secrets) -> tuple[Part, ...]:
     Args:
         settings: with its keys filled in.
     """
-    postgres = Postgres(settings.home / "postgres")
+    postgres = _postgres_of(settings)
     parts = [_postgres(settings, postgres)]
     if not settings.spark_remote:
         parts.append(_spark(settings))
     if not settings.mlflow_uri:
         parts.append(_mlflow(settings, postgres))
-    return (*parts, *_airflow(settings, secrets, postgres), _gateway(settings))
+    return (*parts, *_airflow(settings, secrets, postgres), _gateway(settings, postgres))
+
+
+def with_keys_url(settings: Settings) -> Settings:
+    """`settings` with the embedded database of API keys, unless they name another."""
+    if settings.keys_url.get_secret_value():
+        return settings
+    return settings.model_copy(update={"keys_url": SecretStr(_postgres_of(settings).url(_KEYS_DATABASE))})
 
 
 def password_file(home: Path) -> Path:
     """Where a person finds the password of Airflow's user."""
     return home / "airflow" / "password.json"
+
+
+def _postgres_of(settings: Settings) -> Postgres:
+    return Postgres(settings.home / "postgres")
 
 
 def _postgres(settings: Settings, postgres: Postgres) -> Part:
@@ -243,14 +257,17 @@ def _airflow_variables(settings: Settings, secrets: Secrets, postgres: Postgres)
     return variables
 
 
-def _gateway(settings: Settings) -> Part:
-    needs = () if settings.mlflow_uri else ("mlflow",)
+def _gateway(settings: Settings, postgres: Postgres) -> Part:
+    known = with_keys_url(settings)
+    embedded = known.keys_url.get_secret_value() == postgres.url(_KEYS_DATABASE)
+    needs = [name for name, here in (("mlflow", not settings.mlflow_uri), ("postgres", embedded)) if here]
     return Part(
         name="gateway",
         command=(sys.executable, "-m", "millrace.serving"),
-        environment=part_environment(settings, threads=settings.threads, keys=True),
+        environment=part_environment(known, threads=settings.threads, keys=True),
         ready=lambda started: _get(settings, settings.gateway_port, "/healthz") is not None,
-        after=needs,
+        after=tuple(needs),
+        prepare=(lambda: postgres.create_database(_KEYS_DATABASE)) if embedded else _nothing,
         url=settings.gateway_url,
     )
 

@@ -92,8 +92,15 @@ class Postgres:
         return True
 
     def create_database(self, name: str) -> None:
-        """Create the database `name` unless it exists."""
-        connection = self._connect("postgres")
+        """Create the database `name` unless it exists.
+
+        Raises:
+            StackError: the server does not answer.
+        """
+        try:
+            connection = self._connect("postgres")
+        except psycopg2.OperationalError as error:
+            raise StackError(f"PostgreSQL does not answer, and {name} needs a database: {error}") from None
         try:
             connection.autocommit = True
             with connection.cursor() as cursor:

@@ -30,7 +30,7 @@ from millrace.stack.home import (
     write_json,
 )
 from millrace.stack.interrupts import Interrupts
-from millrace.stack.parts import ADMIN, Part, all_parts
+from millrace.stack.parts import ADMIN, Part, all_parts, with_keys_url
 from millrace.stack.preflight import check_machine
 from millrace.stack.runner import Runner
 
@@ -129,7 +129,7 @@ class Stack:
         check_machine(self.settings)
         bring_up_to_date(home)
         self._secrets = obtain_secrets(home)
-        self.settings = with_secrets(self.settings, self._secrets)
+        self.settings = with_keys_url(with_secrets(self.settings, self._secrets))
         parts = all_parts(self.settings, self._secrets)
         self._runners = {part.name: Runner(part, home, PROJECT) for part in parts}
         log.info("starting %s on %s", ", ".join(self._runners), home)

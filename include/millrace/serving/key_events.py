@@ -1,0 +1,44 @@
+"""What happens to API keys: made, revoked, rotated, or shown and refused. Told in one place, for whoever keeps
+a record.
+
+An event names keys by id; nothing in it opens anything.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Literal
+
+from millrace.settings import Settings
+from millrace.sources.event_log import now
+
+log = logging.getLogger("millrace.keys")
+
+
+Kind = Literal["created", "revoked", "rotated", "refused"]
+
+
+@dataclass(frozen=True)
+class KeyEvent:
+    """`actor` did it, or showed it."""
+
+    kind: Kind
+    key_id: str | None
+    """None: what was shown is no key of this environment."""
+    actor: str
+    """Who, as the operating system knows them; the gateway, where it refused."""
+    told: str
+    """What the key may do, why it ended, why it was refused."""
+    at: datetime = field(default_factory=now)
+
+
+def record_key_event(settings: Settings, event: KeyEvent) -> None:
+    """Every event passes here once. Refusals of one key for one reason: the first in a minute."""
+    log.info(
+        "%s: API key %s %s by %s: %s",
+        settings.environment,
+        event.key_id or "unknown",
+        event.kind,
+        event.actor,
+        event.told,
+    )
