@@ -110,7 +110,7 @@ def swapped_and_rehashed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def without_the_last_column_changed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def the_last_changed_and_rehashed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows[4]["outcome"] = "promote"
     return rehashed(rows, 4)
 
@@ -138,7 +138,7 @@ def removed_and_renumbered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         (lambda rows: rows[:3], r"at entry 3: it is missing, and so are all up to 4, which .*dev\.json noted"),
         (lambda rows: [], "at entry 0: it is missing, and so are all up to 4"),
         (changed_and_rehashed, "at entry 4 or before: .* somebody wrote the trail anew"),
-        (without_the_last_column_changed, "at entry 4 or before"),
+        (the_last_changed_and_rehashed, "at entry 4 or before"),
         (removed_and_renumbered, "at entry 4: it is missing"),
     ],
 )
@@ -176,6 +176,15 @@ def test_a_cut_tail_is_found_by_the_hash_that_a_person_noted_even_if_the_home_wa
     record(settings, [happened(f"{number}") for number in range(4)], run="r")
     with pytest.raises(AuditError, match="none of the 7 entries"):
         verify(settings, head=trail.head.hash)
+
+
+def test_a_clock_that_is_behind_puts_no_entry_before_its_predecessor(settings: Settings, lake: Lake) -> None:
+    """The trail is walked by month: here the last entry was appended by a machine of the far future."""
+    rewritten(lake, lambda rows: rehashed([*rows[:-1], rows[-1] | {"month": "2999-01"}], 4))
+    noted_in(settings).unlink()
+    record(settings, [happened("later")], run="r")
+    assert verify(settings).entries == 6
+    assert search(settings, text="later")[0]["month"] == "2999-01"
 
 
 def test_a_table_that_would_let_entries_be_changed_is_not_trusted(settings: Settings, lake: Lake) -> None:

@@ -60,8 +60,21 @@ def note(settings: Settings, before: Head | None, head: Head, holds: Callable[[H
     Args:
         before: the end that `head` was appended to.
         holds: whether the trail holds an entry.
+
+    Raises:
+        AuditError: the file can't be understood, or not be written.
     """
     path = noted_in(settings)
+    try:
+        _note(path, settings, before, head, holds)
+    except OSError as error:
+        raise AuditError(
+            f"the end of the audit trail, entry {head.sequence} with hash {head.hash}, can't be noted in {path}: "
+            f"{error}; the trail itself is written"
+        ) from error
+
+
+def _note(path: Path, settings: Settings, before: Head | None, head: Head, holds: Callable[[Head], bool]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
