@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millrace.alerts import PLATFORM, Alert, check_addresses, following, send
+from millrace.alerts import Alert, check_addresses, following, send
 from millrace.errors import SettingsError
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import OPS_ALERTS
+from millrace.lakehouse.tables import OPS_ALERTS, PLATFORM
 from millrace.settings import Settings
 from tests.conftest import Webhook, free_port
 

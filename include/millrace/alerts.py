@@ -15,13 +15,10 @@ import pyarrow.compute as pc
 from millrace.errors import MillraceError, SettingsError
 from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import OPS_ALERTS
+from millrace.lakehouse.tables import OPS_ALERTS, PLATFORM
 from millrace.settings import Settings
 
 log = logging.getLogger("millrace.alerts")
-
-PLATFORM = "_platform"
-"""Whose tables hold what belongs to an environment as a whole."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ MillraceError
 ├── BatchError             a table of questions can't be used, or can't be answered
 ├── CostError              a cost can't be planned from what is known
 ├── GateRefusal            a candidate did not pass; the message names the criterion
-└── ApprovalError          who answered may not decide this
+├── ApprovalError          who answered may not decide this
+└── AuditError             the audit trail is not whole, or an entry can't go into it
 """
 
 
@@ -101,3 +102,7 @@ class GateRefusal(MillraceError):
 
 class ApprovalError(MillraceError):
     """Who answered may not decide this."""
+
+
+class AuditError(MillraceError):
+    """The audit trail is not whole, or an entry can't go into it."""

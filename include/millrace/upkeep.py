@@ -17,7 +17,14 @@ from millrace.applications import Application
 from millrace.engines.upstream import unload_adapter
 from millrace.errors import EngineError, LakehouseError, ReleaseError
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import BRONZE_EVENTS, QUARANTINE_FEEDBACK, SILVER_CHUNKS, SILVER_EMBEDDINGS, TABLES
+from millrace.lakehouse.tables import (
+    BRONZE_EVENTS,
+    PLATFORM,
+    QUARANTINE_FEEDBACK,
+    SILVER_CHUNKS,
+    SILVER_EMBEDDINGS,
+    TABLES,
+)
 from millrace.lakehouse.upkeep import keep_up
 from millrace.releases.generator import adapter_name, upstream_of
 from millrace.releases.lineages import searched_lineages
@@ -34,9 +41,10 @@ DAY = 86_400
 
 
 def tidy_tables(settings: Settings, application: Application) -> dict[str, Any]:
-    """Compact every table and remove what only old versions need; not what an index build was made from.
+    """Compact every table and remove what only old versions need; not what an index build was made from. With them
+    the environment's own tables, which have no stage of theirs.
 
-    Returns: by table, the fields of `Kept`.
+    Returns: by table (the environment's begin with `_platform/`), the fields of `Kept`.
 
     Raises:
         LakehouseError: some tables could not be tidied, each with its reason; the others were.
@@ -51,10 +59,14 @@ def tidy_tables(settings: Settings, application: Application) -> dict[str, Any]:
         SILVER_CHUNKS.path: min((build.chunks_version for build in manifests), default=None),
         SILVER_EMBEDDINGS.path: min((build.embeddings_version for build in manifests), default=None),
     }
+    platform = Lake.of(settings, PLATFORM)
+    tables = {table.path: (lake, table) for table in TABLES.values()}
+    tables |= {f"{PLATFORM}/{table.path}": (platform, table) for table in TABLES.values()}
     told, problems = {}, []
-    for table in filter(lake.exists, TABLES.values()):
+    for name, (where, table) in tables.items():
         try:
-            told[table.path] = asdict(keep_up(lake, table, needed=needed.get(table.path)))
+            if where.exists(table):
+                told[name] = asdict(keep_up(where, table, needed=needed.get(name)))
         except LakehouseError as error:
             problems.append(str(error))
     if problems:

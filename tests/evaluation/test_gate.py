@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from millrace.applications import Application, Gate
+from millrace.environments.audit import search, verify
 from millrace.errors import GateRefusal, MillraceError
 from millrace.evaluation.gate import evaluate_candidate, find_leaks, newest_unevaluated, require_passed
 from millrace.evaluation.sets import Example, freeze_evaluation_set, read_evaluation_set
@@ -116,6 +117,13 @@ def test_a_candidate_that_was_trained_on_the_questions_is_refused_before_anythin
     assert evaluate_candidate(served, own, run="test", candidate=candidate) == result | {"changed": False}
     (logged,) = _logged(served, own)
     assert logged.data.metrics == {"leak.count": 1, "leak.passed": 0}
+    (entry,) = search(served, application=own.name)
+    told = [entry[name] for name in ("actor", "action", "resource", "outcome", "release_version", "run")]
+    verdict = f"ops/evaluations/{result['evaluation_id']}"
+    assert told == ["service/gate", "gate", verdict, "refused", candidate, "test"]
+    assert entry["details"]["failed"] == ["leak"]
+    assert examples[0].question.upper() not in str(entry)
+    assert verify(served).waiting == 0
 
 
 @pytest.mark.long  # the loop's own test does the same through Airflow

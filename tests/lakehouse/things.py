@@ -3,12 +3,15 @@
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
 from millrace.applications import Chunking
 from millrace.errors import ConflictError, LakehouseError
+from millrace.lakehouse.audit.chain import Event, record
 from millrace.lakehouse.cursors import move_cursor
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.local import LocalEngine
@@ -22,6 +25,7 @@ from millrace.lakehouse.tables import (
     text,
 )
 from millrace.lakehouse.tables import time as time_column
+from millrace.settings import Settings
 
 THINGS = Table(
     "silver", "things", (text("key"), text("content_hash"), count("size")), key=("key",), change_feed=True,
@@ -72,6 +76,20 @@ def decision(sequence: int) -> pa.Table:
     row |= {"sequence": sequence, "decided_at": 0, "kind": "hold", "actor": "test", "reason": "none"}
     row |= {"share": 0.0, "evidence": "{}", "simulated": True}
     return pa.Table.from_pylist([row], schema=OPS_DECISIONS.rows_schema)
+
+
+def happened(event_id: str, **changes: Any) -> Event:
+    """Something for the audit trail."""
+    told = {
+        "occurred_at": datetime(2026, 11, 25, 12, tzinfo=UTC),
+        "actor": "service/controller",
+        "action": "decision",
+        "application": "qa",
+        "resource": "rollout",
+        "outcome": "hold",
+        "run": "test",
+    }
+    return Event(event_id=event_id, **told | changes)
 
 
 def fill(folder: Path) -> None:
@@ -154,6 +172,15 @@ def move(root: str, versions: Sequence[int], start: float) -> None:
     _wait_until(start)
     for version in versions:
         move_cursor(Lake(root, "dev", "qa"), "reader", THINGS, version, run="r")
+
+
+def record_often(settings: Settings, writer: int, times: int, start: float) -> int:
+    """Append events of its own and one that all writers tell, each time: how many entries this writer made."""
+    _wait_until(start)
+    return sum(
+        record(settings, [happened(f"{writer}-{i}"), happened(f"shared-{i}")], run=f"writer {writer}")
+        for i in range(times)
+    )
 
 
 def create_and_break(uri: str, writer: int, start: float) -> str:

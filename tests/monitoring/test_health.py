@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millrace.alerts import PLATFORM
 from millrace.applications import Application
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import OPS_ALERTS
+from millrace.lakehouse.tables import OPS_ALERTS, PLATFORM
 from millrace.monitoring.health import MISSED, check_health, last_intervals
 from millrace.settings import Settings
 

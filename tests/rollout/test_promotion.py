@@ -35,6 +35,7 @@ def passed(tracked: Settings, application: Application) -> Lake:
         "champion": "1",
         "candidate": "2",
         "passed": True,
+        "criteria": "[]",
         "evaluated_at": datetime.now(UTC),
     }
     lake.merge(OPS_EVALUATIONS, pa.Table.from_pylist([row], schema=OPS_EVALUATIONS.rows_schema), run="test")

@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from millrace.alerts import PLATFORM
 from millrace.applications import Application, pace_differences
 from millrace.demo.progress import Stage
 from millrace.demo.report_model import (
@@ -40,6 +39,7 @@ from millrace.demo.report_reading import (
     study_entries,
 )
 from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.tables import PLATFORM
 from millrace.monitoring.cost import costs
 from millrace.rollout.decisions import read_journal
 from millrace.settings import Settings

@@ -24,6 +24,7 @@ from millrace.evaluation.comparison import Criterion, compare
 from millrace.evaluation.general import GeneralAnswer, ask_general, general_questions, general_set_id
 from millrace.evaluation.sets import Example, freeze_evaluation_set, read_evaluation_set
 from millrace.evaluation.tracking import log_evaluation
+from millrace.lakehouse.audit.journals import follow
 from millrace.lakehouse.costs import Cost, cost_id, record_cost
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import OPS_EVALUATIONS
@@ -99,6 +100,7 @@ def evaluate_candidate(
         record_cost(lake, _cost(application, evaluation_id, sides[1], scored, general, seconds), run=run)
         known = _write(lake, evaluation_id, set_id, sides, criteria, scored, run)
     # Also when nothing is new: a run that was killed after its write has not logged.
+    follow(settings, application.name, run=run)
     log_evaluation(settings, application.name, known)
     return known | {"changed": changed}
 

@@ -19,7 +19,8 @@ FORMAT_PROPERTY = "millrace.format"
 def properties(table: Table) -> dict[str, str | None]:
     """Delta table properties of a declared table, for either engine."""
     days = f"interval {table.retention_days} days"
-    return {
+    append_only: dict[str, str | None] = {"delta.appendOnly": "true"} if table.append_only else {}
+    return append_only | {
         "delta.enableChangeDataFeed": "true" if table.change_feed else "false",
         "delta.logRetentionDuration": days,
         "delta.deletedFileRetentionDuration": days,

@@ -2,7 +2,8 @@
 
 Level-triggered: nothing is remembered between ticks but the journal, so a tick that is killed anywhere is made good
 by the next one. A decision is appended on the version of the journal that it was taken on, so two ticks can't both
-decide; the registry's tag is made to match afterwards. It does not know how evidence is judged (`judgement.py`).
+decide; the registry's tag is made to match afterwards, and the audit trail follows. It does not know how evidence is
+judged (`judgement.py`).
 """
 
 import uuid
@@ -13,6 +14,7 @@ from typing import Any
 from millrace.alerts import Alert, send
 from millrace.applications import Application
 from millrace.errors import ConflictError
+from millrace.lakehouse.audit.journals import follow
 from millrace.lakehouse.lake import Lake
 from millrace.releases import registry
 from millrace.releases.split import Split
@@ -49,8 +51,16 @@ def tick(settings: Settings, application: Application, *, run: str) -> dict[str,
 
     Raises:
         ReleaseError: the registry does not answer; what was decided is published by the next tick.
-        LakehouseError: the journal can't be understood.
+        LakehouseError: the journal can't be understood, or the audit trail can't be written: the next tick does it.
     """
+    try:
+        return _tick(settings, application, run=run)
+    finally:
+        # Last, so that nobody's share waits for it; and at every tick, for whoever was cut off before it.
+        follow(settings, application.name, run=run)
+
+
+def _tick(settings: Settings, application: Application, *, run: str) -> dict[str, Any]:
     view = look(settings, application)
     moved, written = moved_by_hand(view), False
     if moved is None:

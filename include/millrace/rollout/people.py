@@ -1,13 +1,14 @@
 """What people do to a rollout by hand: each act is a decision in the journal, with name and reason.
 
 Whoever calls has found out who the actor is; here a name is only required. The split is published at once, so that
-a person needn't wait for the next tick; if that fails, the next tick does it.
+a person needn't wait for the next tick, then the audit trail follows; if either fails, the next tick does it.
 """
 
 from typing import Any
 
 from millrace.applications import Application
 from millrace.errors import ConflictError, MillraceError
+from millrace.lakehouse.audit.journals import PERSON, follow
 from millrace.lakehouse.lake import Lake
 from millrace.releases import registry
 from millrace.rollout.decisions import Decision, Kind, State, append, decide, fold, read_journal
@@ -93,6 +94,7 @@ def _act(settings: Settings, application: Application, kind: Kind, actor: str, r
     if not actor.strip() or not reason.strip():
         raise MillraceError(f"{kind} needs the name of who decides and a reason; give both")
     lake = Lake.of(settings, application.name)
+    run = f"{PERSON}{actor}"
     for _ in range(ATTEMPTS):
         state = fold(read_journal(lake))
         if kind in ("admit", "reject") and fields["challenger"] in (state.champion, state.challenger):
@@ -100,11 +102,12 @@ def _act(settings: Settings, application: Application, kind: Kind, actor: str, r
             raise MillraceError(f"version {fields['challenger']} is {role} already; there is nothing to {kind}")
         decision = decide(state, kind, actor=actor, reason=reason, **(_fields(state, kind) | fields))
         try:
-            append(lake, decision, run=f"person/{actor}")
+            append(lake, decision, run=run)
         except ConflictError:
             continue
         if state.after(decision).split_sequence == decision.sequence:
             publish(settings, application)
+        follow(settings, application.name, run=run)
         return decision
     raise MillraceError(f"{kind} lost {ATTEMPTS} times to other decisions; try again")
 

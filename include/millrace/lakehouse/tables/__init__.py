@@ -27,12 +27,14 @@ from millrace.lakehouse.tables.gold import (
 )
 from millrace.lakehouse.tables.ops import (
     OPS_ALERTS,
+    OPS_AUDIT,
     OPS_BREACHES,
     OPS_COSTS,
     OPS_CURSORS,
     OPS_DECISIONS,
     OPS_EVALUATIONS,
     OPS_PROMPT_TRIALS,
+    PLATFORM,
     QUARANTINE_FEEDBACK,
 )
 from millrace.lakehouse.tables.silver import (
@@ -55,12 +57,14 @@ __all__ = [
     "GOLD_PREFERENCE_EXAMPLES",
     "GOLD_TRAINING_EXAMPLES",
     "OPS_ALERTS",
+    "OPS_AUDIT",
     "OPS_BREACHES",
     "OPS_COSTS",
     "OPS_CURSORS",
     "OPS_DECISIONS",
     "OPS_EVALUATIONS",
     "OPS_PROMPT_TRIALS",
+    "PLATFORM",
     "PROVENANCE",
     "QUARANTINE_FEEDBACK",
     "SILVER_CHUNKS",
@@ -99,6 +103,7 @@ TABLES: dict[str, Table] = {
         OPS_PROMPT_TRIALS,
         OPS_CURSORS,
         OPS_ALERTS,
+        OPS_AUDIT,
         QUARANTINE_FEEDBACK,
         GOLD_METRICS_HOURLY,
         GOLD_DRIFT_HOURLY,

@@ -32,6 +32,8 @@ class Table:
     retention_days: int = 30
     constraints: dict[str, str] = field(default_factory=dict)
     """Name → SQL condition that every row satisfies."""
+    append_only: bool = False
+    """Delta refuses whoever would change or remove a row (`delta.appendOnly`); compacting rewrites files, not rows."""
     features: frozenset[str] = FEATURES
     """Delta features that the table may carry; one with another is refused."""
 

@@ -4,6 +4,9 @@ import pyarrow as pa
 
 from millrace.lakehouse.tables.declared import Table, count, flag, number, text, time
 
+PLATFORM = "_platform"
+"""The application whose tables hold what belongs to an environment as a whole."""
+
 OPS_DECISIONS = Table(
     "ops",
     "decisions",
@@ -91,6 +94,32 @@ OPS_ALERTS = Table(
         time("sent_at", nullable=True),  # when it last reached somebody
     ),
     key=("title",),
+)
+
+OPS_AUDIT = Table(
+    "ops",
+    "audit",
+    (
+        count("sequence"),  # 0, 1, 2 …, no gaps
+        text("month"),  # in which the entry was appended, 2026-11; never earlier than the entry's before
+        text("event_id"),  # the same event is one entry
+        time("occurred_at"),
+        text("actor"),  # service/…, person/…, key/…, or user/<pseudonym>
+        text("action"),  # see lakehouse/audit/chain.py
+        text("application"),
+        text("resource"),  # what it was done to, or the journal's row that tells
+        text("release_id", nullable=True),
+        text("release_version", nullable=True),
+        text("outcome"),
+        text("details"),  # JSON, keys sorted, no white space
+        text("run"),  # that did it, not that wrote this entry
+        text("previous_hash"),
+        text("hash"),  # of all columns above, see lakehouse/audit/chain.py
+    ),
+    key=("sequence",),
+    partition_by=("month",),
+    append_only=True,
+    retention_days=3650,
 )
 
 OPS_BREACHES = Table(

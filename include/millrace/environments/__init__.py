@@ -1,0 +1,1 @@
+"""What holds for an environment as a whole, beside its applications."""
