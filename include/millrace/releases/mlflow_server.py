@@ -1,7 +1,9 @@
-"""The MLflow server of a deployment: a client for it, and one sentence when it doesn't answer.
+"""The MLflow server of a deployment: a client for it, and one sentence when it doesn't answer or refuses.
 
 Every address is given to the client; MLflow's process-wide tracking address is neither read nor set, since the
-gateway's threads share it.
+gateway's threads share it. Who asks is what MLflow's own variables say (`MLFLOW_TRACKING_USERNAME` and `_PASSWORD`, or
+`_TOKEN`), and where, on a server that several environments share, is the workspace of this environment. That is
+process-wide in MLflow, whose threads know it from nowhere else: a process works in one environment at a time.
 """
 
 import urllib.error
@@ -27,10 +29,15 @@ def mlflow_client(settings: Settings, purpose: str) -> Iterator[Any]:
     require_mlflow(settings, purpose)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
+    from mlflow.utils.workspace_context import set_workspace
 
+    if settings.mlflow_workspace:
+        set_workspace(settings.mlflow_workspace)
     try:
         yield MlflowClient(settings.mlflow_url, settings.mlflow_url)
     except (MlflowException, OSError) as error:  # requests' errors are OSErrors
+        if refused := _refused(settings, error, purpose):
+            raise ReleaseError(refused) from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ReleaseError(
             f"MLflow at {settings.mlflow_url} failed to {purpose}: {reason}; see its log, then retry"
@@ -57,6 +64,27 @@ def require_mlflow(settings: Settings, purpose: str) -> None:
         ) from None
 
 
+def _refused(settings: Settings, error: Exception, purpose: str) -> str | None:
+    """The sentence for whom the server knows, or doesn't, and lets not do that; None: something else went wrong."""
+    from mlflow.utils.credentials import read_mlflow_creds
+
+    status = getattr(getattr(error, "response", None), "status_code", None)  # where requests says it, not MLflow
+    said = {401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED"}.get(status or 0, getattr(error, "error_code", None))
+    name = read_mlflow_creds().username
+    if said == "UNAUTHENTICATED":
+        who = f"{name} with this password" if name else "who gives no name"
+        return (
+            f"MLflow at {settings.mlflow_url} does not know {who}, so I can't {purpose}; "
+            "correct MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
+    if said == "PERMISSION_DENIED":
+        return (
+            f"MLflow at {settings.mlflow_url} does not let {name} {purpose} in {settings.environment}; ask with a "
+            "credential that may"
+        )
+    return None
+
+
 def ensure_experiment(client: Any, name: str) -> str:
     """The id of the experiment called `name`, created if it isn't there."""
     from mlflow.exceptions import MlflowException
@@ -70,3 +98,8 @@ def ensure_experiment(client: Any, name: str) -> str:
                 raise
             found = client.get_experiment_by_name(name)
     return str(found.experiment_id)
+
+
+def evaluations_experiment(application: str) -> str:
+    """Name of the experiment with what the gate found; parameter `candidate` of a run is a version here."""
+    return f"{application}/evaluations"

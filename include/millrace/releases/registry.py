@@ -8,6 +8,7 @@ the next attempt cleans up; killed after, the next attempt finds it. The gateway
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -70,11 +71,43 @@ def register_release(
     """
     if manifest.application != application.name:
         raise ReleaseError(f"the manifest is of application {manifest.application!r}, not {application.name!r}")
-    release_id = manifest.release_id
     tuned = manifest.retrieval.tuned_sha256
     if tuned:
         tags = tags | {EMBEDDING_TAG: tuned}
         embedding = embedding or embedding_folder(settings, manifest)
+
+    def write(scratch: Path) -> Path:
+        return _write(settings, application, manifest, files, embedding if tuned else None, scratch, tags)
+
+    return _register(settings, application, manifest, write, tags | {RUN_TAG: run, **_builder(run)}, run)
+
+
+def register_copy(
+    settings: Settings, application: Application, manifest: Manifest, model: Path, *, run: str, tags: dict[str, str]
+) -> str:
+    """Upload the MLflow model of a release as it is, and register it as a candidate, as `register_release` does.
+
+    Args:
+        model: the whole model, as `fetch_model` gives it.
+        run: who registers here.
+        tags: all of the version's, but for its state; who registered and built it first is among them.
+    """
+    return _register(settings, application, manifest, lambda scratch: model, tags, run)
+
+
+def _register(
+    settings: Settings,
+    application: Application,
+    manifest: Manifest,
+    write: Callable[[Path], Path],
+    tags: dict[str, str],
+    run: str,
+) -> str:
+    """
+    Args:
+        write: gives the folder of the MLflow model; it may use the one that it is given.
+    """
+    release_id = manifest.release_id
     with mlflow_client(settings, f"register release {release_id}") as client:
         known = _find(client, application.name, release_id)
         if known:
@@ -90,14 +123,13 @@ def register_release(
             model_type="millrace.release",
         )
         with tempfile.TemporaryDirectory(prefix=".upload-", dir=local_releases(settings)) as scratch:
-            written = _write(settings, application, manifest, files, embedding if tuned else None, Path(scratch), tags)
-            client.log_model_artifacts(model.model_id, str(written))
+            client.log_model_artifacts(model.model_id, str(write(Path(scratch))))
         client.finalize_logged_model(model.model_id, "READY")
         mine = client.create_model_version(
             application.name,
             source=f"models:/{model.model_id}",
             model_id=model.model_id,
-            tags={**tags, RELEASE_TAG: release_id, STATE_TAG: CANDIDATE, RUN_TAG: run, **_builder(run)},
+            tags={**tags, RELEASE_TAG: release_id, STATE_TAG: CANDIDATE},
             description=f"{release_id}: {manifest.generator.name}, prompt {manifest.prompt.version}",
             await_creation_for=0,
         )

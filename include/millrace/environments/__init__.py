@@ -1,0 +1,1 @@
+"""What keeps dev, staging and prod apart, and what moves between them."""
