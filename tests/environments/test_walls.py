@@ -1,5 +1,7 @@
 """What code of ours meets on a server that environments share."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from millrace.releases.manifest import PromptVersion, declared_manifest, describ
 from millrace.releases.split import Split
 from millrace.settings import Settings
 from tests.conftest import TEMPLATE
-from tests.environments.conftest import PASSWORDS, As
+from tests.environments.conftest import PASSWORDS, As, Walled
 
 
 def register(settings: Settings, application: Application, folder: Path, content: str = "weights") -> str:
@@ -98,6 +100,30 @@ def test_who_is_not_known_is_told_so(ask_as: As, application: Application, monke
         monkeypatch.delenv(f"MLFLOW_TRACKING_{name}")
     with pytest.raises(ReleaseError, match=r"does not know who gives no name, .*; correct MLFLOW_TRACKING_USERNAME"):
         registry.versions(nobody, application)
+
+
+def test_what_a_server_had_before_it_had_environments_is_moved_into_one_of_them(
+    ask_as: As, walled: Walled, application: Application, tmp_path: Path
+) -> None:
+    """By MLflow's own command, as docs/environments.md says."""
+    before = ask_as("admin", "dev").model_copy(update={"mlflow_workspaces": False})
+    register(before, application, tmp_path)
+    registry.register_prompt(before, application, TEMPLATE, run="test")
+    registry.publish_split(before, application.name, split := Split(sequence=1, champion="1"))
+    dev = ask_as("dev")
+    assert registry.versions(dev, application) == {}
+    for kind, names in {
+        "experiments": [f"{application.name}/releases"],
+        "registered_models": [application.name, f"{application.name}.prompt"],
+    }.items():
+        named = [argument for name in names for argument in ("--name", name)]
+        command = ["db", "move-resources", walled.database, "--from", "default", "--to", "dev", "--resource-type", kind]
+        subprocess.run([sys.executable, "-m", "mlflow", *command, *named, "--yes"], check=True)
+    assert registry.read_split(dev, application.name) == split
+    assert (registry.fetch_release(dev, application, "1") / "model.gguf").read_text() == "weights"
+    assert registry.register_prompt(dev, application, TEMPLATE, run="test").version == "1"
+    assert register(dev, application, tmp_path, "other") == "2"
+    assert (registry.fetch_release(dev, application, "2") / "model.gguf").read_text() == "other"
 
 
 def test_environments_need_a_server_that_keeps_them_apart(

@@ -85,7 +85,7 @@ def _probe(owner: Caller, environment: str) -> tuple[str, str]:
         owner("POST", "2.0/mlflow/experiments/restore", workspace=environment, json=body)
     for name, tags in ((PROBE, []), (_PROMPT, _IS_PROMPT)):
         model = owner.ask("GET", "2.0/mlflow/registered-models/get", workspace=environment, params={"name": name})
-        if model.status_code == 404:
+        if not model.is_success:  # The server says 403 of what isn't there.
             body = {"name": name, "tags": tags}
             owner("POST", "2.0/mlflow/registered-models/create", workspace=environment, json=body)
     probe = owner("GET", "2.0/mlflow/experiments/get-by-name", workspace=environment, **by_name)["experiment"]

@@ -8,12 +8,14 @@ process-wide in MLflow, whose threads know it from nowhere else: a process works
 
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from millrace.errors import ReleaseError
 from millrace.settings import Settings
+
+Found = TypeVar("Found")
 
 PATIENCE_SECONDS = 5.0
 """How long a server may take to say that it is there."""
@@ -29,12 +31,19 @@ def mlflow_client(settings: Settings, purpose: str) -> Iterator[Any]:
     require_mlflow(settings, purpose)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
     from mlflow.utils.workspace_context import set_workspace
 
     if settings.mlflow_workspace:
         set_workspace(settings.mlflow_workspace)
     try:
-        yield MlflowClient(settings.mlflow_url, settings.mlflow_url)
+        client = MlflowClient(settings.mlflow_url, settings.mlflow_url)
+        # To whom isn't let into a workspace, a search in it finds nothing and says nothing.
+        if settings.mlflow_workspace and settings.mlflow_workspace not in {
+            one.name for one in client.list_workspaces()
+        }:
+            raise MlflowException("no such workspace", PERMISSION_DENIED)
+        yield client
     except (MlflowException, OSError) as error:  # requests' errors are OSErrors
         if refused := _refused(settings, error, purpose):
             raise ReleaseError(refused) from error
@@ -83,6 +92,23 @@ def _refused(settings: Settings, error: Exception, purpose: str) -> str | None:
             "credential that may"
         )
     return None
+
+
+def found_or_none(settings: Settings, ask: Callable[[], Found]) -> Found | None:
+    """What `ask` gets of the registry by its name; None: there is none.
+
+    A server with a login answers "denied" for what isn't there. Whoever is let into an environment's workspace, as
+    `mlflow_client` makes sure, may read every model and prompt in it (`environments/mlflow_access.py`).
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return ask()
+    except MlflowException as error:
+        missing = {"RESOURCE_DOES_NOT_EXIST", *(("PERMISSION_DENIED",) if settings.mlflow_workspace else ())}
+        if error.error_code not in missing:
+            raise
+        return None
 
 
 def ensure_experiment(client: Any, name: str) -> str:
