@@ -48,6 +48,8 @@ class Settings(BaseSettings):
     spark_port: int = Field(15002, ge=1, le=65535)
     mlflow_uri: str = ""
     """An MLflow server elsewhere; empty: the embedded one."""
+    mlflow_workspaces: bool = False
+    """That server is several environments', each in an MLflow workspace of its name; else it is this one's alone."""
     spark_remote: str = ""
     """A Spark Connect server elsewhere (`sc://host:port`); empty: the embedded one."""
     spark_token: SecretStr = SecretStr("")
@@ -127,6 +129,14 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _workspaces_have_a_server(self) -> Self:
+        if self.mlflow_workspaces and not self.mlflow_uri:
+            raise ValueError(
+                "MILLRACE_MLFLOW_WORKSPACES needs MILLRACE_MLFLOW_URI, the server that the environments share"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _absolute_paths(self) -> Self:
         for name in ("home", "cache", "applications"):
             object.__setattr__(self, name, Path(getattr(self, name)).expanduser().absolute())
@@ -154,6 +164,11 @@ class Settings(BaseSettings):
     @property
     def mlflow_url(self) -> str:
         return self.mlflow_uri or f"http://{self.host}:{self.mlflow_port}"
+
+    @property
+    def mlflow_workspace(self) -> str | None:
+        """The MLflow workspace with this environment's models, prompts and experiments; None: the server has none."""
+        return self.environment if self.mlflow_workspaces else None
 
     @property
     def airflow_url(self) -> str:

@@ -6,6 +6,7 @@ import pytest
 from millrace.errors import StackError
 from millrace.settings import Settings
 from millrace.stack import Stack, preflight
+from millrace.stack.home import registry_mark
 from millrace.stack.processes import part_processes
 
 
@@ -61,3 +62,15 @@ def test_the_package_has_a_java_for_a_machine_without_one(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     preflight.check_machine(settings.model_copy(update=free_ports))
+
+
+def test_the_embedded_mlflow_is_one_environments(settings: Settings, free_ports: dict[str, int]) -> None:
+    dev = settings.model_copy(update=free_ports)
+    mark = registry_mark(dev.home)
+    mark.parent.mkdir(parents=True)
+    mark.write_text("dev")
+    preflight.check_machine(dev)
+    prod = dev.model_copy(update={"environment": "prod"})
+    with pytest.raises(StackError, match=r"has the releases of dev, not of prod: use another MILLRACE_HOME"):
+        preflight.check_machine(prod)
+    preflight.check_machine(prod.model_copy(update={"mlflow_uri": "http://mlflow.example"}))

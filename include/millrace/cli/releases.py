@@ -10,7 +10,7 @@ from millrace.cli.common import ApplicationName, Reason, console, declaration, g
 from millrace.settings import read_settings
 from millrace.stack import airflow_of
 
-release_app = group("Releases: list, let one past the gate, make one smaller.")
+release_app = group("Releases: list, bring one from another environment, let one past the gate, make one smaller.")
 rollout_app = group("Rollouts: what people decide by hand, with a reason.")
 index_app = group("Index builds: list, and publish the one before again.")
 
@@ -82,6 +82,28 @@ def release_container(
             markup=False,
             soft_wrap=True,
         )
+
+
+@release_app.command("copy")
+def release_copy(
+    version: str,
+    source: Annotated[str, typer.Option("--from", help="Environment that has it: dev, staging or prod.")],
+    application: ApplicationName = "qa",
+) -> None:
+    """Register a release of another environment here as it is, with its evidence: a candidate like any other."""
+    from millrace.environments.transfer import copy_release
+
+    with one_sentence():
+        settings, declared = declaration(application)
+        run = f"millrace release copy by {getpass.getuser()}"
+        copied = copy_release(settings, declared, version, source=source, run=run)
+        console.print(
+            f"{copied['release_id']} of {source} is {application}@{copied['version']} in {settings.environment}, with "
+            f"{copied['evaluations']} evaluations.",
+            markup=False,
+            soft_wrap=True,
+        )
+        _told(application, copied, evaluate=False)
 
 
 @release_app.command("admit")

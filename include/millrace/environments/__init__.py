@@ -1,1 +1,1 @@
-"""What holds for an environment as a whole, beside its applications."""
+"""What holds for an environment as a whole, keeps dev, staging and prod apart, and moves between them."""

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from millrace.releases.mlflow_server import ensure_experiment, mlflow_client
+from millrace.releases.mlflow_server import ensure_experiment, evaluations_experiment, mlflow_client
 from millrace.settings import Settings
 
 EVALUATION_TAG = "millrace.evaluation_id"
@@ -22,7 +22,7 @@ def log_evaluation(settings: Settings, application: str, evaluation: dict[str, A
         from mlflow.entities import Metric, Param
         from mlflow.utils.time import get_current_time_millis
 
-        experiment = ensure_experiment(client, f"{application}/evaluations")
+        experiment = ensure_experiment(client, evaluations_experiment(application))
         found = client.search_runs([experiment], f"tags.`{EVALUATION_TAG}` = '{evaluation_id}'")
         if any(run.info.status == "FINISHED" for run in found):
             return

@@ -18,7 +18,7 @@ from millrace.prompts.space import UNREGISTERED
 from millrace.releases.embedding import release_lineage
 from millrace.releases.loader import ReleaseLoader
 from millrace.releases.manifest import PromptVersion
-from millrace.releases.mlflow_server import mlflow_client
+from millrace.releases.mlflow_server import found_or_none, mlflow_client
 from millrace.releases.package import read_release
 from millrace.releases.pipeline import Answer, AnswerPipeline, checked_question
 from millrace.releases.prompt import check_template, render
@@ -59,7 +59,8 @@ def list_versions(settings: Settings, application: Application) -> list[Version]
     """
     name = prompt_name(application)
     with mlflow_client(settings, f"list the versions of prompt {name}") as client:
-        found = list(client.search_prompt_versions(name)) if client.get_prompt(name) is not None else []
+        prompt = found_or_none(settings, lambda: client.get_prompt(name))
+        found = list(client.search_prompt_versions(name)) if prompt is not None else []
     met = Counter(
         Lake.of(settings, application.name).read(SILVER_EXCHANGES, ["prompt_version"])["prompt_version"].to_pylist()
     )

@@ -8,6 +8,7 @@ the next attempt cleans up; killed after, the next attempt finds it. The gateway
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -20,7 +21,7 @@ from millrace.errors import ReleaseError
 from millrace.lakehouse.lake import Lake
 from millrace.releases.card import example_question, licences, model_card, training_data
 from millrace.releases.manifest import Manifest, PromptVersion
-from millrace.releases.mlflow_server import ensure_experiment, mlflow_client
+from millrace.releases.mlflow_server import ensure_experiment, found_or_none, mlflow_client
 from millrace.releases.package import DATA, EMBEDDING, install, read_release, verify_release, write_model
 from millrace.releases.prompt import check_template
 from millrace.releases.split import Split
@@ -70,16 +71,48 @@ def register_release(
     """
     if manifest.application != application.name:
         raise ReleaseError(f"the manifest is of application {manifest.application!r}, not {application.name!r}")
-    release_id = manifest.release_id
     tuned = manifest.retrieval.tuned_sha256
     if tuned:
         tags = tags | {EMBEDDING_TAG: tuned}
         embedding = embedding or embedding_folder(settings, manifest)
+
+    def write(scratch: Path) -> Path:
+        return _write(settings, application, manifest, files, embedding if tuned else None, scratch, tags)
+
+    return _register(settings, application, manifest, write, tags | {RUN_TAG: run, **_builder(run)}, run)
+
+
+def register_copy(
+    settings: Settings, application: Application, manifest: Manifest, model: Path, *, run: str, tags: dict[str, str]
+) -> str:
+    """Upload the MLflow model of a release as it is, and register it as a candidate, as `register_release` does.
+
+    Args:
+        model: the whole model, as `fetch_model` gives it.
+        run: who registers here.
+        tags: all of the version's, but for its state; who registered and built it first is among them.
+    """
+    return _register(settings, application, manifest, lambda scratch: model, tags, run)
+
+
+def _register(
+    settings: Settings,
+    application: Application,
+    manifest: Manifest,
+    write: Callable[[Path], Path],
+    tags: dict[str, str],
+    run: str,
+) -> str:
+    """
+    Args:
+        write: gives the folder of the MLflow model; it may use the one that it is given.
+    """
+    release_id = manifest.release_id
     with mlflow_client(settings, f"register release {release_id}") as client:
         known = _find(client, application.name, release_id)
         if known:
             return known
-        _ensure_model(client, application.name, application.description)
+        _ensure_model(settings, client, application.name, application.description)
         experiment = ensure_experiment(client, f"{application.name}/releases")
         _remove_unfinished(client, experiment, release_id)
         model = client.create_logged_model(
@@ -90,14 +123,13 @@ def register_release(
             model_type="millrace.release",
         )
         with tempfile.TemporaryDirectory(prefix=".upload-", dir=local_releases(settings)) as scratch:
-            written = _write(settings, application, manifest, files, embedding if tuned else None, Path(scratch), tags)
-            client.log_model_artifacts(model.model_id, str(written))
+            client.log_model_artifacts(model.model_id, str(write(Path(scratch))))
         client.finalize_logged_model(model.model_id, "READY")
         mine = client.create_model_version(
             application.name,
             source=f"models:/{model.model_id}",
             model_id=model.model_id,
-            tags={**tags, RELEASE_TAG: release_id, STATE_TAG: CANDIDATE, RUN_TAG: run, **_builder(run)},
+            tags={**tags, RELEASE_TAG: release_id, STATE_TAG: CANDIDATE},
             description=f"{release_id}: {manifest.generator.name}, prompt {manifest.prompt.version}",
             await_creation_for=0,
         )
@@ -177,7 +209,7 @@ def fetch_release(settings: Settings, application: Application, version: str) ->
     """
     purpose = f"fetch release {application.name}@{version}"
     with mlflow_client(settings, purpose) as client:
-        release_id = _release_id(client, application.name, version)
+        release_id = _release_id(settings, client, application.name, version)
         folder = local_releases(settings) / release_id
         if not folder.is_dir():
             with tempfile.TemporaryDirectory(prefix=".download-", dir=folder.parent) as scratch:
@@ -198,7 +230,7 @@ def fetch_model(settings: Settings, application: Application, version: str, fold
         mlflow_client(settings, f"fetch release {application.name}@{version}") as client,
         tempfile.TemporaryDirectory(prefix=".download-", dir=folder.parent) as scratch,
     ):
-        release_id = _release_id(client, application.name, version)
+        release_id = _release_id(settings, client, application.name, version)
         model = _download(client, settings, application.name, version, "", Path(scratch))
         manifest = verify_release(model / "data" / DATA, release_id)
         model.rename(folder)
@@ -236,10 +268,10 @@ def register_prompt(settings: Settings, application: Application, template: str,
     check_template(template)
     name = f"{application.name}.prompt"
     with mlflow_client(settings, f"register a version of prompt {name}") as client:
-        known = _prompt_versions(client, name, template)
+        known = _prompt_versions(settings, client, name, template)
         if not known:
             client.register_prompt(name, template, tags={RUN_TAG: run})
-            known = _prompt_versions(client, name, template)
+            known = _prompt_versions(settings, client, name, template)
         return PromptVersion(name=name, version=str(min(known)), template=template)
 
 
@@ -250,7 +282,7 @@ def read_split(settings: Settings, application: str) -> Split | None:
         ReleaseError: the tag can't be understood, or MLflow doesn't answer.
     """
     with mlflow_client(settings, f"read the split of {application}") as client:
-        model = _model(client, application)
+        model = _model(settings, client, application)
         text = model.tags.get(SPLIT_TAG) if model else None
     if text is None:
         return None
@@ -276,8 +308,8 @@ def publish_split(settings: Settings, application: str, split: Split, *, previou
     was moved by a person, not left behind by a crash.
     """
     with mlflow_client(settings, f"publish the split of {application}") as client:
-        _ensure_model(client, application, None)
-        named = _aliases(_model(client, application))
+        _ensure_model(settings, client, application, None)
+        named = _aliases(_model(settings, client, application))
         for alias, version in {
             "champion": split.champion,
             "challenger": split.challenger,
@@ -293,7 +325,7 @@ def publish_split(settings: Settings, application: str, split: Split, *, previou
 def read_aliases(settings: Settings, application: str) -> dict[str, str]:
     """Alias → version, as it stands; a person may have moved one."""
     with mlflow_client(settings, f"read the aliases of {application}") as client:
-        return _aliases(_model(client, application))
+        return _aliases(_model(settings, client, application))
 
 
 def _write(
@@ -350,20 +382,20 @@ def _search(client: Any, where: str) -> list[Any]:
             return sorted(found, key=lambda one: int(one.version))
 
 
-def _release_id(client: Any, application: str, version: str) -> str:
+def _release_id(settings: Settings, client: Any, application: str, version: str) -> str:
     from mlflow.exceptions import MlflowException
 
     try:
-        tags = client.get_model_version(application, version).tags
+        found = found_or_none(settings, lambda: client.get_model_version(application, version))
     except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise ReleaseError(
-                f"release {application}@{version} is not registered; `millrace status` lists what is"
-            ) from None
-        raise
-    if RELEASE_TAG not in tags:
+        if error.error_code != "INVALID_PARAMETER_VALUE":
+            raise
+        found = None
+    if found is None:
+        raise ReleaseError(f"release {application}@{version} is not registered; `millrace status` lists what is")
+    if RELEASE_TAG not in found.tags:
         raise ReleaseError(f"model version {application}@{version} carries no release (no tag {RELEASE_TAG})")
-    return str(tags[RELEASE_TAG])
+    return str(found.tags[RELEASE_TAG])
 
 
 def _download(client: Any, settings: Settings, application: str, version: str, part: str, folder: Path) -> Path:
@@ -390,25 +422,18 @@ def _download(client: Any, settings: Settings, application: str, version: str, p
     )
 
 
-def _model(client: Any, application: str) -> Any | None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_registered_model(application)
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return None
-        raise
+def _model(settings: Settings, client: Any, application: str) -> Any | None:
+    return found_or_none(settings, lambda: client.get_registered_model(application))
 
 
 def _aliases(model: Any | None) -> dict[str, str]:
     return {alias: str(version) for alias, version in model.aliases.items()} if model else {}
 
 
-def _ensure_model(client: Any, application: str, description: str | None) -> None:
+def _ensure_model(settings: Settings, client: Any, application: str, description: str | None) -> None:
     from mlflow.exceptions import MlflowException
 
-    if _model(client, application):
+    if _model(settings, client, application):
         return
     try:
         client.create_registered_model(application, description=description)
@@ -425,8 +450,8 @@ def _remove_unfinished(client: Any, experiment: str, release_id: str) -> None:
             client.delete_logged_model(model.model_id)
 
 
-def _prompt_versions(client: Any, name: str, template: str) -> list[int]:
-    if client.get_prompt(name) is None:
+def _prompt_versions(settings: Settings, client: Any, name: str, template: str) -> list[int]:
+    if found_or_none(settings, lambda: client.get_prompt(name)) is None:
         return []
     return [int(one.version) for one in client.search_prompt_versions(name) if one.template == template]
 

@@ -87,6 +87,11 @@ def read_format(home: Path) -> int | None:
     return found
 
 
+def registry_mark(home: Path) -> Path:
+    """The file that says which environment's releases are in the embedded MLflow."""
+    return home / "mlflow" / "environment"
+
+
 def obtain_secrets(home: Path) -> Secrets:
     """The secrets of `home`, generated where they are missing.
 

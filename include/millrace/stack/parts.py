@@ -18,7 +18,7 @@ from pydantic import SecretStr
 from millrace.lakehouse import spark_server
 from millrace.settings import PROJECT, Settings
 from millrace.stack.environment import part_environment
-from millrace.stack.home import Secrets, write_json
+from millrace.stack.home import Secrets, registry_mark, write_json
 from millrace.stack.postgres import Postgres
 
 _KEYS_DATABASE = "gateway"
@@ -117,6 +117,7 @@ def _mlflow(settings: Settings, postgres: Postgres) -> Part:
 
     def prepare() -> None:
         artifacts.mkdir(parents=True, exist_ok=True, mode=0o700)
+        registry_mark(settings.home).write_text(settings.environment)
         postgres.create_database("mlflow")
 
     return Part(

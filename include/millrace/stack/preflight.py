@@ -1,4 +1,5 @@
-"""What must be true of the machine before anything starts: free ports, disk, memory, a Java. It changes nothing."""
+"""What must be true of the machine and the home before anything starts: free ports, disk, memory, a Java, an MLflow of
+this environment. It changes nothing."""
 
 import shutil
 import socket
@@ -12,6 +13,7 @@ from millrace.alerts import check_addresses
 from millrace.errors import LakehouseError, SettingsError, StackError
 from millrace.lakehouse import spark_server
 from millrace.settings import Settings
+from millrace.stack.home import registry_mark
 
 DISK_BYTES = 3 * 2**30
 MEMORY_BYTES = 5 * 2**30
@@ -22,7 +24,14 @@ def check_machine(settings: Settings) -> None:
     """Raises:
     StackError: everything that is missing, a sentence each.
     """
-    problems = [*_ports(settings), *_disk(settings.home), *_memory(), *_java(settings), *_alerts(settings)]
+    problems = [
+        *_ports(settings),
+        *_disk(settings.home),
+        *_memory(),
+        *_java(settings),
+        *_alerts(settings),
+        *_registry(settings),
+    ]
     if problems:
         raise StackError(". ".join(problems))
 
@@ -97,3 +106,13 @@ def _alerts(settings: Settings) -> Iterator[str]:
         check_addresses(settings)
     except SettingsError as error:
         yield str(error)
+
+
+def _registry(settings: Settings) -> Iterator[str]:
+    mark = registry_mark(settings.home)
+    if settings.mlflow_uri or not mark.exists() or (held := mark.read_text()) == settings.environment:
+        return
+    yield (
+        f"the embedded MLflow of {settings.home} has the releases of {held}, not of {settings.environment}: "
+        "use another MILLRACE_HOME, or a server that they share (MILLRACE_MLFLOW_URI, MILLRACE_MLFLOW_WORKSPACES)"
+    )

@@ -1,0 +1,163 @@
+"""A release moves to another environment as it is ("deploy models"): bytes, what it was trained on, and its evidence.
+
+Whoever copies has this environment's credential: it reads the other's workspace and lake, and writes here, nowhere
+else. The release is a candidate here as any other: this environment's gate asks it, and its people decide.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+
+from millrace.applications import Application
+from millrace.environments.mlflow_access import READS
+from millrace.errors import ReleaseError
+from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.tables import GOLD_PREFERENCE_EXAMPLES, GOLD_TRAINING_EXAMPLES
+from millrace.lakehouse.trained import trained_questions, trained_sets
+from millrace.releases.mlflow_server import ensure_experiment, evaluations_experiment, mlflow_client
+from millrace.releases.registry import (
+    RELEASE_TAG,
+    STATE_TAG,
+    fetch_model,
+    find_version,
+    local_releases,
+    register_copy,
+    versions,
+)
+from millrace.settings import Settings
+
+COPIED_TAG = "millrace.copied_from"
+"""Of a release, where it has been, oldest first: `dev/qa@7 staging/qa@3`. Of a run, the one that it is a copy of:
+`dev/<run id>`."""
+COPIER_TAG = "millrace.copied_by"
+"""The run that copied; who registered and built a release first, its other tags go on saying."""
+
+
+def copy_release(
+    settings: Settings, application: Application, version: str, *, source: str, run: str
+) -> dict[str, Any]:
+    """Register here what is registered in environment `source`: the same release id and the same files.
+
+    What the release was trained on comes first, so that the gate can look for leaks, then its evaluations, to
+    experiment `<application>/evidence`; the version is last. Killed anywhere, the next call does the rest, and to a
+    release that is here it brings what evidence is new. No other thread of the process may talk to MLflow meanwhile.
+
+    Args:
+        version: in `source`.
+        run: who copies, for provenance.
+
+    Returns:
+        `version` (here), `release_id`, `changed`: whether it was registered now, `evaluations`: how many it came with.
+
+    Raises:
+        ReleaseError: there is no such version, its bytes are not those of its manifest, what it was trained on isn't in
+            reach, or a server doesn't answer or refuses.
+    """
+    if not settings.mlflow_workspaces:
+        raise ReleaseError(
+            "releases are copied between environments of one MLflow server; set MILLRACE_MLFLOW_URI and "
+            "MILLRACE_MLFLOW_WORKSPACES"
+        )
+    others = sorted(READS.keys() - {settings.environment})
+    if source not in others:
+        raise ReleaseError(f"{settings.environment} copies releases from {' or '.join(others)}, not from {source!r}")
+    origin = settings.model_copy(update={"environment": source})
+    tags = versions(origin, application).get(version)
+    if tags is None:
+        raise ReleaseError(f"{application.name}@{version} is not registered in {source}")
+    release_id = tags[RELEASE_TAG]
+    _copy_training_sets(settings, origin, application, tags, run)
+    copied = _copy_evaluations(settings, origin, application, version, release_id)
+    known = find_version(settings, application, release_id)
+    return {
+        "version": known or _copy_model(settings, origin, application, version, tags, run),
+        "release_id": release_id,
+        "changed": known is None,
+        "evaluations": copied,
+    }
+
+
+def _copy_model(
+    settings: Settings, origin: Settings, application: Application, version: str, tags: dict[str, str], run: str
+) -> str:
+    been = f"{tags.get(COPIED_TAG, '')} {origin.environment}/{application.name}@{version}".strip()
+    kept = {name: value for name, value in tags.items() if name != STATE_TAG}
+    with tempfile.TemporaryDirectory(prefix=".copy-", dir=local_releases(settings)) as scratch:
+        model = Path(scratch) / "model"
+        manifest = fetch_model(origin, application, version, model)
+        return register_copy(
+            settings, application, manifest, model, run=run, tags=kept | {COPIED_TAG: been, COPIER_TAG: run}
+        )
+
+
+def _copy_training_sets(
+    settings: Settings, origin: Settings, application: Application, tags: dict[str, str], run: str
+) -> None:
+    theirs, ours = Lake.of(origin, application.name), Lake.of(settings, application.name)
+    for training_set in trained_sets(tags):
+        for table in (GOLD_TRAINING_EXAMPLES, GOLD_PREFERENCE_EXAMPLES):
+            rows = theirs.read(table, table.rows_schema.names, where=pc.field("training_set") == training_set)
+            if rows.num_rows:
+                ours.merge(table, rows, run=run)
+        if not trained_questions(ours, training_set):
+            raise ReleaseError(
+                f"training set {training_set} of release {tags[RELEASE_TAG]} is not in {theirs.root}/"
+                f"{origin.environment}, so nobody could tell whether it was trained on what it is asked here; the "
+                "environments need one lake"
+            )
+
+
+def _copy_evaluations(
+    settings: Settings, origin: Settings, application: Application, version: str, release_id: str
+) -> int:
+    """Bring the finished evaluations of a release, and those that it came to `origin` with; how many there are."""
+    with mlflow_client(origin, f"read the evaluations of {application.name}@{version}") as client:
+        its_own = _runs(client, evaluations_experiment(application.name), f"params.candidate = '{version}'")
+        brought = _runs(client, _evidence(application), f"tags.`{RELEASE_TAG}` = '{release_id}'")
+    with mlflow_client(settings, f"keep the evaluations of {release_id}") as client:
+        experiment = ensure_experiment(client, _evidence(application)) if its_own or brought else ""
+        for one in its_own:
+            _copy_run(client, experiment, one, f"{origin.environment}/{one.info.run_id}", release_id)
+        for one in brought:
+            _copy_run(client, experiment, one, one.data.tags[COPIED_TAG], release_id)
+    return len(its_own) + len(brought)
+
+
+def _copy_run(client: Any, experiment: str, run: Any, copied_from: str, release_id: str) -> None:
+    from mlflow.entities import Metric, Param
+
+    found = client.search_runs([experiment], f"tags.`{COPIED_TAG}` = '{copied_from}'")
+    if any(one.info.status == "FINISHED" for one in found):
+        return
+    said = {name: value for name, value in run.data.tags.items() if not name.startswith("mlflow.")}
+    # A run that a killed copy left behind is finished instead of left beside a second one.
+    unfinished = found or [
+        client.create_run(
+            experiment,
+            start_time=run.info.start_time,
+            tags=said | {COPIED_TAG: copied_from, RELEASE_TAG: release_id},
+            run_name=run.info.run_name,
+        )
+    ]
+    run_id = unfinished[0].info.run_id
+    client.log_batch(
+        run_id,
+        metrics=[Metric(name, value, run.info.end_time, 0) for name, value in run.data.metrics.items()],
+        params=[Param(name, value) for name, value in run.data.params.items()],
+    )
+    client.set_terminated(run_id, end_time=run.info.end_time)
+
+
+def _runs(client: Any, experiment: str, where: str) -> list[Any]:
+    """Finished runs, oldest first; none where there is no such experiment."""
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        return []
+    where = f"{where} and attributes.status = 'FINISHED'"
+    return list(client.search_runs([found.experiment_id], where, order_by=["attributes.start_time ASC"]))
+
+
+def _evidence(application: Application) -> str:
+    return f"{application.name}/evidence"

@@ -1,0 +1,77 @@
+"""One MLflow server with a login and a workspace for each environment, walled as declared, for the whole session."""
+
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import pytest
+
+from millrace.applications import Application
+from millrace.environments.mlflow_access import READS, apply
+from millrace.environments.mlflow_calls import Login
+from millrace.settings import PROJECT, Settings
+from tests.conftest import answers, free_port, running
+
+ADMINISTRATOR = Login("admin", "the administrator's password")
+PASSWORDS = {identity: f"the password of {identity}" for identity in READS}
+
+
+class As(Protocol):
+    def __call__(self, identity: str, environment: str | None = None) -> Settings:
+        """From now on this process asks MLflow as `identity`. The settings of that environment; None: of its own."""
+
+
+@dataclass(frozen=True)
+class Walled:
+    uri: str
+    database: str
+    """SQLAlchemy's address of it."""
+
+
+@pytest.fixture(scope="session")
+def walled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walled]:
+    folder = tmp_path_factory.mktemp("walled")
+    shutil.copy(PROJECT / "deploy" / "mlflow" / "basic_auth.ini", folder)
+    uri = f"http://127.0.0.1:{(port := free_port())}"
+    database = f"sqlite:///{folder}/mlflow.db"
+    arguments = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", port, "--workers", "1",
+                 "--backend-store-uri", database,
+                 "--artifacts-destination", folder / "artifacts",
+                 "--app-name", "basic-auth", "--enable-workspaces"]  # fmt: skip
+    environment = os.environ | {
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_AUTH_CONFIG_PATH": str(folder / "basic_auth.ini"),
+        "MLFLOW_AUTH_ADMIN_PASSWORD": ADMINISTRATOR.password,
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": "signs the forms of the test's server",
+    }
+    with running(arguments, environment, folder / "server.log", lambda: answers(f"{uri}/health")):
+        apply(Settings(mlflow_uri=uri, mlflow_workspaces=True), ADMINISTRATOR, PASSWORDS)
+        yield Walled(uri, database)
+
+
+@pytest.fixture
+def shared(settings: Settings, walled: Walled) -> Settings:
+    """Settings of dev on the server that the environments share."""
+    return settings.model_copy(update={"mlflow_uri": walled.uri, "mlflow_workspaces": True})
+
+
+@pytest.fixture
+def ask_as(shared: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[As]:
+    from mlflow.utils.workspace_context import WorkspaceContext
+
+    def ask_as(identity: str, environment: str | None = None) -> Settings:
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", identity)
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORDS.get(identity, ADMINISTRATOR.password))
+        return shared.model_copy(update={"environment": environment or identity})
+
+    with WorkspaceContext(None):  # Of other tests' servers, none has workspaces.
+        yield ask_as
+
+
+@pytest.fixture
+def application(qa: Application) -> Application:
+    return qa.model_copy(update={"name": f"walled_{uuid.uuid4().hex[:8]}"})

@@ -1,0 +1,137 @@
+"""What code of ours meets on a server that environments share."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from millrace.applications import Application
+from millrace.environments.mlflow_calls import Caller, Login
+from millrace.errors import ReleaseError
+from millrace.releases import registry
+from millrace.releases.manifest import PromptVersion, declared_manifest, describe_weights
+from millrace.releases.split import Split
+from millrace.settings import Settings
+from tests.conftest import TEMPLATE
+from tests.environments.conftest import PASSWORDS, As, Walled
+
+
+def register(settings: Settings, application: Application, folder: Path, content: str = "weights") -> str:
+    weights = folder / "model.gguf"
+    weights.write_text(content)
+    prompt = PromptVersion(name="p", version="1", template="{{ question }}")
+    manifest = declared_manifest(application, describe_weights(weights), prompt, "lineage")
+    return registry.register_release(settings, application, manifest, folder, run="test", tags={})
+
+
+def test_an_application_of_one_name_is_another_model_in_each_environment(
+    ask_as: As, application: Application, tmp_path: Path
+) -> None:
+    for identity, contents in {"dev": "ab", "staging": "c", "prod": "d"}.items():
+        for content in contents:
+            register(ask_as(identity), application, tmp_path, content)
+    dev = ask_as("dev")
+    registry.publish_split(dev, application.name, Split(sequence=1, champion="2"))
+    assert list(registry.versions(dev, application)) == ["1", "2"]
+    for identity in ("staging", "prod"):
+        settings = ask_as(identity)
+        assert list(registry.versions(settings, application)) == ["1"]
+        assert registry.read_split(settings, application.name) is None
+    assert (registry.fetch_release(dev, application, "2") / "model.gguf").read_text() == "b"
+
+
+def test_dev_reads_a_release_of_prod_and_is_told_that_it_can_write_nothing_there(
+    ask_as: As, application: Application, tmp_path: Path
+) -> None:
+    register(ask_as("prod"), application, tmp_path)
+    registry.register_prompt(ask_as("prod"), application, TEMPLATE, run="test")
+    prod = ask_as("dev", "prod")
+    name = application.name
+    assert (registry.fetch_release(prod, application, "1") / "model.gguf").read_text() == "weights"
+    for write, purpose in (
+        (lambda: registry.tag_release(prod, application, "1", {"a": "b"}), f"tag release {name}@1"),
+        (lambda: register(prod, application, tmp_path, "other"), r"register release rel-\w+"),
+        (
+            lambda: registry.register_prompt(prod, application, "{{ question }}", run="test"),
+            f"register .* {name}.prompt",
+        ),
+        (
+            lambda: registry.publish_split(prod, name, Split(sequence=1, champion="1")),
+            f"publish the split of {name}",
+        ),
+    ):
+        with pytest.raises(ReleaseError, match=f"does not let dev {purpose} in prod; ask with a credential that may"):
+            write()
+    register(ask_as("dev"), application, tmp_path)
+    dev = ask_as("prod", "dev")
+    with pytest.raises(ReleaseError, match=f"does not let prod read the split of {name} in dev"):
+        registry.read_split(dev, name)
+
+
+def test_the_path_of_another_environments_files_leads_nowhere(
+    shared: Settings, ask_as: As, application: Application, tmp_path: Path
+) -> None:
+    """Artifacts are paths on one server: a path into prod, asked for in one's own workspace, is no way in."""
+    register(prod := ask_as("prod"), application, tmp_path)
+    folder = registry.fetch_release(prod, application, "1")
+    with Caller(shared, Login("prod", PASSWORDS["prod"])) as ask:
+        where = {"params": {"name": application.name, "version": "1"}}
+        uri = ask("GET", "2.0/mlflow/model-versions/get-download-uri", workspace="prod", **where)["artifact_uri"]
+        model = ask("GET", f"2.0/mlflow/logged-models/{uri.rpartition('/')[2]}", workspace="prod")["model"]
+        inside = model["info"]["artifact_uri"].partition(":")[2].strip("/")
+        path = f"2.0/mlflow-artifacts/artifacts/{inside}/data/release/model.gguf"
+        assert ask.ask("GET", path, workspace="prod").content == (folder / "model.gguf").read_bytes()
+    for workspace in ("staging", "prod", None):
+        with Caller(shared, Login("staging", PASSWORDS["staging"])) as ask:
+            assert ask.ask("GET", path, workspace=workspace).status_code == 403
+            assert ask.ask("PUT", path, workspace=workspace, content=b"forged").status_code == 403
+    with Caller(shared, Login("staging", PASSWORDS["staging"])) as ask:
+        outside = path.replace("/workspaces/prod/", "/workspaces/staging/../prod/")
+        assert ask.ask("GET", outside, workspace="staging").status_code in (400, 403, 404)
+
+
+def test_who_is_not_known_is_told_so(ask_as: As, application: Application, monkeypatch: pytest.MonkeyPatch) -> None:
+    nobody = ask_as("nobody", "dev")
+    with pytest.raises(ReleaseError, match=r"does not know nobody with this password, so I can't list the releases"):
+        registry.versions(nobody, application)
+    for name in ("USERNAME", "PASSWORD"):
+        monkeypatch.delenv(f"MLFLOW_TRACKING_{name}")
+    with pytest.raises(ReleaseError, match=r"does not know who gives no name, .*; correct MLFLOW_TRACKING_USERNAME"):
+        registry.versions(nobody, application)
+
+
+def test_what_a_server_had_before_it_had_environments_is_moved_into_one_of_them(
+    ask_as: As, walled: Walled, application: Application, tmp_path: Path
+) -> None:
+    """By MLflow's own command, as docs/environments.md says."""
+    before = ask_as("admin", "dev").model_copy(update={"mlflow_workspaces": False})
+    register(before, application, tmp_path)
+    registry.register_prompt(before, application, TEMPLATE, run="test")
+    registry.publish_split(before, application.name, split := Split(sequence=1, champion="1"))
+    dev = ask_as("dev")
+    assert registry.versions(dev, application) == {}
+    for kind, names in {
+        "experiments": [f"{application.name}/releases"],
+        "registered_models": [application.name, f"{application.name}.prompt"],
+    }.items():
+        named = [argument for name in names for argument in ("--name", name)]
+        command = ["db", "move-resources", walled.database, "--from", "default", "--to", "dev", "--resource-type", kind]
+        subprocess.run([sys.executable, "-m", "mlflow", *command, *named, "--yes"], check=True)
+    assert registry.read_split(dev, application.name) == split
+    assert (registry.fetch_release(dev, application, "1") / "model.gguf").read_text() == "weights"
+    assert registry.register_prompt(dev, application, TEMPLATE, run="test").version == "1"
+    assert register(dev, application, tmp_path, "other") == "2"
+    assert (registry.fetch_release(dev, application, "2") / "model.gguf").read_text() == "other"
+
+
+def test_environments_need_a_server_that_keeps_them_apart(
+    ask_as: As, settings: Settings, application: Application, mlflow_uri: str
+) -> None:
+    ask_as("dev")
+    alone = settings.model_copy(update={"mlflow_uri": mlflow_uri, "mlflow_workspaces": True})
+    with pytest.raises(ReleaseError, match=r"does not support workspaces"):
+        registry.versions(alone, application)
+    with pytest.raises(ValidationError, match="MILLRACE_MLFLOW_WORKSPACES needs MILLRACE_MLFLOW_URI"):
+        Settings(mlflow_workspaces=True)
