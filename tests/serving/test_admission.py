@@ -1,10 +1,13 @@
 """Gateways that require API keys, over HTTP and a real PostgreSQL: who comes in, who doesn't, and what it costs."""
 
+import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from typing import Any
 
 import httpx
 import openai
@@ -12,6 +15,8 @@ import pytest
 
 from millrace.applications import Application
 from millrace.errors import SettingsError
+from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.tables import OPS_AUDIT, PLATFORM
 from millrace.releases.split import Split
 from millrace.serving import admission
 from millrace.serving.api_keys import SCOPES, ApiKey, new_key, new_secret
@@ -97,7 +102,7 @@ def test_what_is_no_valid_key_of_this_environment_is_refused_and_leaves_nothing(
     gateway = opened()
     headers = {
         "no API key: send one": [{}, {"Authorization": written}, {"Authorization": f"Basic {written}"}],
-        "no API key of Millrace": [shown(one) for one in ("", "unused", "sk-123", written[:-1], f"{written}0", "mr_é")],
+        "no API key of Millrace": [shown(one) for one in ("unused", "sk-123", written[:-1], f"{written}0", "mr_é")],
         "an API key of staging, and the gateway is dev's": [shown(written.replace("mr_dev", "mr_staging"))],
         "this API key is not valid": [shown(new_key("dev")[1]), shown(new_secret("dev", key.id))],
     }
@@ -380,3 +385,42 @@ def test_in_dev_on_this_machine_any_key_and_none_will_do(gateway: Gateway, setti
     for headers in ({}, shown("anything"), shown(new_key("prod")[1])):
         assert gateway.ask(headers=headers, model="qa@1").status_code == 200
     assert gateway.client.get("/metrics").status_code == 200
+
+
+def test_what_became_of_a_key_and_what_it_was_used_for_is_in_the_audit_trail(
+    keyed: Settings, qa: Application, make: Make, store: KeyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, written = make("ask")
+    gave = store.rotate(key.id, overlap=timedelta(hours=1), actor="bob")[1]
+    drawer = Drawer()
+    shelf = Shelf(Split(sequence=0, champion="1"), {"1": a_release(Parrot(), drawer)})
+    with listening(keyed, qa, shelf, drawer) as gateway:
+        gateway.wait_until(gateway.ready)
+        assert [ask(gateway, one).status_code for one in (written, gave, gave)] == [200, 200, 200]
+        assert gateway.client.get("/metrics", headers=shown(gave)).status_code == 403
+        assert ask(gateway, "sk-123").status_code == 401
+        assert trail(keyed, "key_use") == []
+        monkeypatch.setattr(admission, "EVERY", timedelta(0))
+        monkeypatch.setattr(admission, "now", lambda: now() + timedelta(hours=1))
+        assert ask(gateway, gave).status_code == 200
+        over = Counter({(key.id, "ask"): 4, (key.id, "refused"): 1, ("unknown", "refused"): 1})
+        assert uses(keyed) == over
+        assert gateway.client.get("/v1/models", headers=shown(gave)).status_code == 200
+        assert uses(keyed) == over
+    assert uses(keyed) == over + Counter({(key.id, "ask"): 1})
+    store.revoke(key.id, actor="bob", reason="ann@example.org left")
+    kept = [(entry["resource"], entry["actor"], entry["outcome"]) for entry in trail(keyed, "key")]
+    assert kept == [(f"key/{key.id}", "person/bob", outcome) for outcome in ("created", "rotated", "revoked")]
+
+
+def trail(settings: Settings, action: str) -> list[dict[str, Any]]:
+    entries = Lake.of(settings, PLATFORM).read(OPS_AUDIT).sort_by("sequence").to_pylist()
+    return [entry for entry in entries if entry["action"] == action]
+
+
+def uses(settings: Settings) -> Counter[tuple[str, str]]:
+    """Of each key, by outcome."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for entry in trail(settings, "key_use"):
+        counts[entry["resource"].removeprefix("key/"), entry["outcome"]] += json.loads(entry["details"])["uses"]
+    return counts

@@ -11,9 +11,12 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from decimal import Decimal
 
-from millrace.errors import ApiKeyError, KeysAway
+from millrace.errors import ApiKeyError, KeysAway, LakehouseError
+from millrace.lakehouse.audit.key_uses import KeyUses
+from millrace.lakehouse.tables import PLATFORM
 from millrace.serving.api_keys import ApiKey, Scope, read_key
 from millrace.serving.key_events import KeyEvent, record_key_event
 from millrace.serving.key_store import KeyStore, RateExceeded
@@ -30,6 +33,9 @@ RETRY_SECONDS = 2.0
 """Between two tries to reach a database that is away."""
 TOLD_AGAIN_SECONDS = 60.0
 """Before a refusal of the same key for the same reason is an event again."""
+
+EVERY = timedelta(hours=1)
+"""Between two records of what keys were used for."""
 
 log = logging.getLogger("millrace.serving")
 
@@ -100,6 +106,8 @@ class Admission:
         self._spent: dict[str, float] = {}
         self._owed: defaultdict[str, Decimal] = defaultdict(Decimal)
         self._away_until: float | None = None
+        self._uses = KeyUses()
+        self._recorded = now()
         self._told: dict[tuple[str | None, str], float] = {}
         self._lock = threading.Lock()
         self._settling = threading.Lock()
@@ -124,6 +132,7 @@ class Admission:
         key = self._authenticated(headers.get("authorization", ""))
         caller = Caller(key, self)
         caller.require(scope)
+        self._uses.count(key.id, PLATFORM, scope)
         spent = self._take(key)
         if pays and key.monthly_budget_usd is not None:
             with self._lock:
@@ -142,9 +151,11 @@ class Admission:
         with self._lock:
             self._owed[key.id] += Decimal(str(usd))
         self._settle()
+        self._record_uses(now())
 
     def refuse(self, status: int, sentence: str, *, code: str, key_id: str | None, param: str | None = None) -> Refusal:
         """The refusal of a key that is known, or of what is none, once it has been told to whoever keeps a record."""
+        self._uses.count(key_id or "unknown", PLATFORM, "refused")
         moment = time.monotonic()
         with self._lock:
             last = self._told.get((key_id, sentence))
@@ -157,11 +168,24 @@ class Admission:
         return Refusal(status, sentence, code=code, param=param)
 
     def close(self) -> None:
-        """Offer the database once more what it has not taken, and let go of it."""
+        """Offer the database once more what it has not taken, and let go of it; the audit trail has all uses then."""
+        self._record_uses(None)
         if self._store is not None:
             self._away_until = None
             self._settle()
             self._store.close()
+
+    def _record_uses(self, moment: datetime | None) -> None:
+        """Of the hours that are over at `moment`, into the audit trail, once an hour; None: of all, now. What it does
+        not take then, it is offered with the next."""
+        with self._lock:
+            if moment is not None and moment - self._recorded < EVERY:
+                return
+            self._recorded = moment or self._recorded
+        try:
+            self._uses.flush(self._settings, run="gateway", now=moment)
+        except LakehouseError as error:
+            log.error("the uses of API keys wait for the audit trail: %s", error)
 
     def _authenticated(self, header: str) -> ApiKey:
         scheme, _, shown = header.partition(" ")
@@ -181,7 +205,7 @@ class Admission:
             key = self._find(said.id, 0)
         if key is None or not key.opened_by(shown, at):
             # Of a key that is there, so that whoever keeps a record sees somebody guess.
-            raise self._unauthorised("this API key is not valid", key and key.id)
+            raise self._unauthorised("this API key is not valid", key.id if key else None)
         if (ended := key.ended(at)) is not None:
             raise self._unauthorised(f"API key {key.id} {ended}; ask for a new one", key.id)
         return key

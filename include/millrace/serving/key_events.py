@@ -1,5 +1,5 @@
-"""What happens to API keys: made, revoked, rotated, or shown and refused. Told in one place, for whoever keeps
-a record.
+"""What happens to API keys: made, revoked, rotated, or shown and refused. Told in one place, to the log and to the
+audit trail.
 
 An event names keys by id; nothing in it opens anything.
 """
@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
+from millrace.lakehouse.audit.chain import Event, record
+from millrace.lakehouse.tables import PLATFORM
 from millrace.settings import Settings
 from millrace.sources.event_log import now
 
@@ -28,12 +30,18 @@ class KeyEvent:
     actor: str
     """Who, as the operating system knows them; the gateway, where it refused."""
     told: str
-    """What the key may do, why it ended, why it was refused."""
+    """What the key may do, why it ended, why it was refused; for the log, since people wrote some of it."""
+    scopes: tuple[str, ...] = ()
     at: datetime = field(default_factory=now)
 
 
 def record_key_event(settings: Settings, event: KeyEvent) -> None:
-    """Every event passes here once. Refusals of one key for one reason: the first in a minute."""
+    """Every event passes here once. Refusals of one key for one reason: the first in a minute; the audit trail has
+    them among its uses (`admission.py`).
+
+    Raises:
+        LakehouseError: the audit trail can't be written; what happened to the key stands.
+    """
     log.info(
         "%s: API key %s %s by %s: %s",
         settings.environment,
@@ -42,3 +50,18 @@ def record_key_event(settings: Settings, event: KeyEvent) -> None:
         event.actor,
         event.told,
     )
+    if event.kind == "refused":
+        return
+    actor, resource = f"person/{event.actor}", f"key/{event.key_id}"
+    told = Event(
+        event_id=f"{resource}/{event.kind}/{event.at.isoformat()}",
+        occurred_at=event.at,
+        actor=actor,
+        action="key",
+        application=PLATFORM,
+        resource=resource,
+        outcome=event.kind,
+        run=actor,
+        details={"scopes": list(event.scopes)},
+    )
+    record(settings, [told], run=actor)

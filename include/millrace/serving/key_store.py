@@ -277,7 +277,7 @@ class KeyStore:
             self._connection = None
 
     def _record(self, kind: Kind, key: ApiKey, actor: str, told: str) -> None:
-        record_key_event(self._settings, KeyEvent(kind, key.id, actor, told))
+        record_key_event(self._settings, KeyEvent(kind, key.id, actor, told, tuple(sorted(key.scopes))))
 
 
 def _connect(url: str) -> "psycopg2.extensions.connection":

@@ -25,7 +25,7 @@ class KeyUses:
         self._waiting: list[Event] = []
 
     def count(self, key_id: str, application: str, outcome: str, *, at: datetime | None = None) -> None:
-        """One use of a key: `outcome` as `answered`, `refused`, `unknown`; `at`: now, unless said."""
+        """One use of a key: `outcome` is what it let in for (its scope), or `refused`; `at`: now, unless said."""
         hour = (at or datetime.now(UTC)).replace(minute=0, second=0, microsecond=0)
         with self._lock:
             self._counts[hour, key_id, application, outcome] += 1
