@@ -181,7 +181,7 @@ class Admission:
             key = self._find(said.id, 0)
         if key is None or not key.opened_by(shown, at):
             # Of a key that is there, so that whoever keeps a record sees somebody guess.
-            raise self._unauthorised("this API key is not valid", key and key.id)
+            raise self._unauthorised("this API key is not valid", key.id if key else None)
         if (ended := key.ended(at)) is not None:
             raise self._unauthorised(f"API key {key.id} {ended}; ask for a new one", key.id)
         return key
