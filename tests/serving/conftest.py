@@ -8,11 +8,9 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psycopg2
 import pytest
 from pydantic import SecretStr
 
@@ -23,6 +21,7 @@ from millrace.serving.key_store import KeyStore
 from millrace.settings import Settings
 from millrace.sources.feedback import land_events, refine_feedback
 from millrace.stack.postgres import Postgres
+from tests.serving.databases import Database
 from tests.serving.parrot import EVER, Drawer, Gateway, Parrot, Shelf, a_release, listening
 
 
@@ -104,45 +103,17 @@ def postgres(open_folder: Path) -> Iterator[Postgres]:
             time.sleep(0.05)
         yield server
     finally:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGQUIT)  # at once: nothing of it is kept
         process.wait(30)
 
 
 @pytest.fixture
-def database(postgres: Postgres) -> Iterator["Database"]:
+def database(postgres: Postgres) -> Iterator[Database]:
     """An empty database, and its ways of being away."""
     name = f"keys_{uuid.uuid4().hex}"
     postgres.create_database(name)
-    admin = psycopg2.connect(postgres.url("postgres").replace("+psycopg2", ""))
-    admin.autocommit = True
-    yield Database(name, postgres.url(name), admin)
-    admin.close()
-
-
-@dataclass(frozen=True)
-class Database:
-    name: str
-    url: str
-    admin: "psycopg2.extensions.connection"
-
-    def go_away(self) -> None:
-        """End every connection and take no other."""
-        self._do(f'alter database "{self.name}" allow_connections false')
-        self._do(f"select pg_terminate_backend(pid) from pg_stat_activity where datname = '{self.name}'")
-
-    def come_back(self) -> None:
-        self._do(f'alter database "{self.name}" allow_connections true')
-
-    def run(self, sql: str) -> list[tuple[Any, ...]]:
-        with psycopg2.connect(self.url.replace("+psycopg2", "")) as connection, connection.cursor() as cursor:
-            cursor.execute(sql)
-            rows = cursor.fetchall() if cursor.description else []
-        connection.close()
-        return rows
-
-    def _do(self, sql: str) -> None:
-        with self.admin.cursor() as cursor:
-            cursor.execute(sql)
+    with Database(name, postgres.url(name), postgres.url("postgres")) as made:
+        yield made
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from millrace.settings import Settings
 from millrace.sources.completion_id import issue
 from millrace.sources.event_log import now
 from millrace.sources.pseudonym import pseudonym
-from tests.serving.conftest import Database
+from tests.serving.databases import Database
 from tests.serving.parrot import Drawer, Gateway, Parrot, Shelf, a_release, listening
 from tests.serving.test_gateway import error_of
 

@@ -19,7 +19,7 @@ from millrace.settings import Settings
 from millrace.sources.event_log import now
 from millrace.sources.questions import Question
 from millrace.stack.environment import settings_variables
-from tests.serving.conftest import Database
+from tests.serving.databases import Database
 from tests.serving.parrot import Drawer, Gateway, Parrot, Shelf, a_release
 
 

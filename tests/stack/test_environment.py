@@ -8,7 +8,8 @@ from pydantic import SecretStr
 from millrace.settings import Settings
 from millrace.stack.environment import part_environment, settings_variables
 from millrace.stack.home import obtain_secrets, prepare_home
-from millrace.stack.parts import all_parts
+from millrace.stack.parts import Part, all_parts, with_keys_url
+from millrace.stack.postgres import Postgres
 
 READ_BACK = """
 from millrace.settings import read_settings
@@ -92,3 +93,20 @@ def test_servers_listen_where_they_are_told_and_are_reached_where_they_are(setti
     for name in ("mlflow", "airflow", "gateway", "spark"):
         assert "//127.0.0.1:" in parts[name].url
     assert not [part for part in all_parts(settings, obtain_secrets(settings.home)) if "0.0.0.0" in part.command]
+
+
+def test_the_gateway_finds_its_api_keys_in_the_embedded_database_unless_another_is_named(settings: Settings) -> None:
+    prepare_home(settings)
+
+    def gateway(given: Settings) -> Part:
+        return next(part for part in all_parts(given, obtain_secrets(settings.home)) if part.name == "gateway")
+
+    url = Postgres(settings.home / "postgres").url("gateway")
+    assert with_keys_url(settings).keys_url.get_secret_value() == url
+    for given in (settings, with_keys_url(settings)):
+        assert gateway(given).environment["MILLRACE_KEYS_URL"] == url
+        assert gateway(given).after == ("mlflow", "postgres")
+    named = settings.model_copy(update={"keys_url": SecretStr("postgresql://keys.example/gateway")})
+    assert with_keys_url(named) is named
+    assert gateway(named).environment["MILLRACE_KEYS_URL"] == "postgresql://keys.example/gateway"
+    assert gateway(named).after == ("mlflow",)
