@@ -108,7 +108,7 @@ def test_who_is_not_known_is_told_so(ask_as: As, application: Application, monke
 def test_what_a_server_had_before_it_had_environments_is_moved_into_one_of_them(
     settings: Settings, ask_as: As, application: Application, tmp_path: Path
 ) -> None:
-    """By MLflow's own command and one move of files, as docs/environments.md says."""
+    """By MLflow's own command and one move of files, as docs/mlflow.md says."""
     ask_as("nobody")
     kept = tmp_path / "server"
     uri = f"http://127.0.0.1:{(port := free_port())}"
