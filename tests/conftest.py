@@ -36,7 +36,7 @@ for _name in ("URL", "API_KEY"):
         os.environ[f"TEST_QDRANT_{_name}"] = os.environ.pop(f"MILLRACE_QDRANT_{_name}")
 
 DECLARATIONS = Path(__file__).parent / "applications"
-SERVERS = {"spark_url": "spark", "mlflow_uri": "mlflow", "walled": "mlflow"}
+SERVERS = {"spark_url": "spark", "mlflow_uri": "mlflow", "walled_uri": "mlflow"}
 """Fixture → the mark of the tests that use it."""
 TEMPLATE = "{% for chunk in chunks %}{{ chunk.text }}\n{% endfor %}Question: {{ question }}\nAnswer:"
 

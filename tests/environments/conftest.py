@@ -5,7 +5,6 @@ import shutil
 import sys
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Protocol
 
 import pytest
@@ -25,21 +24,13 @@ class As(Protocol):
         """From now on this process asks MLflow as `identity`. The settings of that environment; None: of its own."""
 
 
-@dataclass(frozen=True)
-class Walled:
-    uri: str
-    database: str
-    """SQLAlchemy's address of it."""
-
-
 @pytest.fixture(scope="session")
-def walled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walled]:
+def walled_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("walled")
     shutil.copy(PROJECT / "deploy" / "mlflow" / "basic_auth.ini", folder)
     uri = f"http://127.0.0.1:{(port := free_port())}"
-    database = f"sqlite:///{folder}/mlflow.db"
     arguments = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", port, "--workers", "1",
-                 "--backend-store-uri", database,
+                 "--backend-store-uri", f"sqlite:///{folder}/mlflow.db",
                  "--artifacts-destination", folder / "artifacts",
                  "--app-name", "basic-auth", "--enable-workspaces"]  # fmt: skip
     environment = os.environ | {
@@ -50,13 +41,13 @@ def walled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walled]:
     }
     with running(arguments, environment, folder / "server.log", lambda: answers(f"{uri}/health")):
         apply(Settings(mlflow_uri=uri, mlflow_workspaces=True), ADMINISTRATOR, PASSWORDS)
-        yield Walled(uri, database)
+        yield uri
 
 
 @pytest.fixture
-def shared(settings: Settings, walled: Walled) -> Settings:
+def shared(settings: Settings, walled_uri: str) -> Settings:
     """Settings of dev on the server that the environments share."""
-    return settings.model_copy(update={"mlflow_uri": walled.uri, "mlflow_workspaces": True})
+    return settings.model_copy(update={"mlflow_uri": walled_uri, "mlflow_workspaces": True})
 
 
 @pytest.fixture

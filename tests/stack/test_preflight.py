@@ -6,7 +6,7 @@ import pytest
 from millrace.errors import StackError
 from millrace.settings import Settings
 from millrace.stack import Stack, preflight
-from millrace.stack.home import registry_mark
+from millrace.stack.home import registry_mark, write_json
 from millrace.stack.processes import part_processes
 
 
@@ -67,8 +67,9 @@ def test_the_package_has_a_java_for_a_machine_without_one(
 def test_the_embedded_mlflow_is_one_environments(settings: Settings, free_ports: dict[str, int]) -> None:
     dev = settings.model_copy(update=free_ports)
     mark = registry_mark(dev.home)
+    preflight.check_machine(dev)
     mark.parent.mkdir(parents=True)
-    mark.write_text("dev")
+    write_json(mark, {"environment": "dev"})
     preflight.check_machine(dev)
     prod = dev.model_copy(update={"environment": "prod"})
     with pytest.raises(StackError, match=r"has the releases of dev, not of prod: use another MILLRACE_HOME"):

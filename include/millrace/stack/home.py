@@ -89,7 +89,7 @@ def read_format(home: Path) -> int | None:
 
 def registry_mark(home: Path) -> Path:
     """The file that says which environment's releases are in the embedded MLflow."""
-    return home / "mlflow" / "environment"
+    return home / "mlflow" / "environment.json"
 
 
 def obtain_secrets(home: Path) -> Secrets:

@@ -117,7 +117,7 @@ def _mlflow(settings: Settings, postgres: Postgres) -> Part:
 
     def prepare() -> None:
         artifacts.mkdir(parents=True, exist_ok=True, mode=0o700)
-        registry_mark(settings.home).write_text(settings.environment)
+        write_json(registry_mark(settings.home), {"environment": settings.environment})
         postgres.create_database("mlflow")
 
     return Part(

@@ -1,6 +1,7 @@
 """What must be true of the machine and the home before anything starts: free ports, disk, memory, a Java, an MLflow of
 this environment. It changes nothing."""
 
+import json
 import shutil
 import socket
 from collections import defaultdict
@@ -110,9 +111,11 @@ def _alerts(settings: Settings) -> Iterator[str]:
 
 def _registry(settings: Settings) -> Iterator[str]:
     mark = registry_mark(settings.home)
-    if settings.mlflow_uri or not mark.exists() or (held := mark.read_text()) == settings.environment:
+    if settings.mlflow_uri or not mark.exists():
         return
-    yield (
-        f"the embedded MLflow of {settings.home} has the releases of {held}, not of {settings.environment}: "
-        "use another MILLRACE_HOME, or a server that they share (MILLRACE_MLFLOW_URI, MILLRACE_MLFLOW_WORKSPACES)"
-    )
+    held = json.loads(mark.read_text())["environment"]
+    if held != settings.environment:
+        yield (
+            f"the embedded MLflow of {settings.home} has the releases of {held}, not of {settings.environment}: "
+            "use another MILLRACE_HOME, or a server that they share (MILLRACE_MLFLOW_URI, MILLRACE_MLFLOW_WORKSPACES)"
+        )
