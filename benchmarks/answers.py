@@ -88,7 +88,8 @@ def qa_feedback(folder: Path) -> Iterator[tuple[Question, Texts]]:
     rows = json.loads((folder / "qa-feedback/dev_feedback.json").read_text())
     rows = [row for row in rows if row["passages"] and row["feedback"].get("corrected-prediction", "").strip()]
     # Articles that one question has passages of belong together, and so on: all get one name.
-    names, before = {title: title for row in rows for title, *_ in row["passages"]}, {}
+    names = {title: title for row in rows for title, *_ in row["passages"]}
+    before: dict[str, str] = {}
     while names != before:
         before = dict(names)
         for row in rows:
