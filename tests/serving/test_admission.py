@@ -118,17 +118,16 @@ def test_what_is_no_valid_key_of_this_environment_is_refused_and_leaves_nothing(
 
 
 def test_a_revoked_key_is_out_as_soon_as_it_is_looked_up_again(
-    opened: Open, make: Make, store: KeyStore, quick: None, monkeypatch: pytest.MonkeyPatch
+    opened: Open, make: Make, store: KeyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key, written = make()
-    monkeypatch.setattr(admission, "CACHE_SECONDS", 1.0)
+    monkeypatch.setattr(admission, "CACHE_SECONDS", 2.0)
     gateway = opened()
     assert ask(gateway, written).status_code == 200
     store.revoke(key.id, actor="bob", reason="lost")
     assert ask(gateway, written).status_code == 200
     gateway.wait_until(lambda: ask(gateway, written).status_code == 401, seconds=5)
     assert f"API key {key.id} was revoked on" in error_of(ask(gateway, written))
-    assert admission.CACHE_SECONDS <= 5
 
 
 def test_an_expired_key_is_out_at_that_moment(opened: Open, make: Make) -> None:

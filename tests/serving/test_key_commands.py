@@ -19,6 +19,7 @@ from millrace.settings import Settings
 from millrace.sources.event_log import now
 from millrace.sources.questions import Question
 from millrace.stack.environment import settings_variables
+from millrace.stack.postgres import Postgres
 from tests.serving.databases import Database
 from tests.serving.parrot import Drawer, Gateway, Parrot, Shelf, a_release
 
@@ -119,7 +120,8 @@ def test_without_a_setting_the_keys_are_in_the_embedded_database(
     millrace: Callable[..., Result], keyed: Settings
 ) -> None:
     refused = millrace("key list", MILLRACE_KEYS_URL="")
-    assert f"the database of API keys, gateway at {keyed.home}/postgres/socket, does not answer" in refused.stderr
+    folder = Postgres(keyed.home / "postgres").socket_folder
+    assert f"the database of API keys, gateway at {folder}, does not answer" in refused.stderr
 
 
 @pytest.fixture
