@@ -10,7 +10,9 @@ import pyarrow as pa
 import pytest
 
 from millrace.applications import Application
+from millrace.environments.audit import verify
 from millrace.errors import ReleaseError
+from millrace.lakehouse.audit.chain import record
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import BRONZE_EVENTS
 from millrace.releases.manifest import PromptVersion, declared_manifest, describe_weights
@@ -24,7 +26,8 @@ from millrace.settings import Settings
 from millrace.sources.completion_id import issue
 from millrace.sources.event_log import EventLog, Feedback
 from millrace.sources.feedback import land_events
-from millrace.upkeep import remove_unused
+from millrace.upkeep import remove_unused, tidy_tables
+from tests.lakehouse.things import happened
 from tests.retrieval.stand_in import StandIn
 
 KEY = b"test completion key"
@@ -51,6 +54,14 @@ def feedback(tracked: Settings, at: datetime, count: int) -> Path:
         log.append(Feedback(completion_id=completion, application="upkeep", simulated=True, user="a" * 32, rating=1.0))
     log.close()
     return (set(folder.glob("*.jsonl")) - before).pop()
+
+
+def test_the_environments_own_tables_are_tidied_with_an_applications(settings: Settings, qa: Application) -> None:
+    for event in "ab":
+        record(settings, [happened(event)], run="r")
+    told = tidy_tables(settings, qa)["_platform/ops/audit"]
+    assert (told["files_before"], told["files"]) == (2, 1)
+    assert verify(settings).entries == 2
 
 
 def test_event_segments_go_once_every_line_is_in_a_table_and_they_are_old(tracked: Settings, qa: Application) -> None:

@@ -10,6 +10,8 @@ from rich.table import Column, Table
 from millrace.cli.common import console, group, one_sentence
 from millrace.settings import read_settings
 
+WIDEST = 1000
+
 audit_app = group("The audit trail: verify it, search it.")
 
 
@@ -30,7 +32,7 @@ def audit_verify(
     if trail.head is not None:
         told += f", head {trail.head.hash} at {trail.head.occurred_at:%Y-%m-%d %H:%M:%S} UTC"
     if trail.waiting:
-        told += f"; {trail.waiting:,} rows of journals wait for the next tick of their rollout"
+        told += f"; journal rows that wait for the next tick of their rollout: {trail.waiting:,}"
     console.print(told, markup=False, soft_wrap=True)
 
 
@@ -69,13 +71,13 @@ def audit_search(
     if not found:
         console.print("No entry.")
         return
-    table = Table(Column("entry", justify="right"), Column("at, UTC", no_wrap=True), box=None, pad_edge=False)
+    table = Table(Column("entry", justify="right"), "at, UTC", box=None, pad_edge=False)
     for name in ("actor", "action", "application", "resource", "release", "outcome"):
-        table.add_column(name, overflow="fold")
+        table.add_column(name)
     for entry in found:
         told = (entry[name] or "" for name in ("actor", "action", "application", "resource"))
         release = entry["release_version"] or entry["release_id"] or ""
         table.add_row(
             str(entry["sequence"]), f"{entry['occurred_at']:%Y-%m-%d %H:%M:%S}", *told, release, entry["outcome"]
         )
-    console.print(table)
+    console.print(table, width=WIDEST, crop=False)  # as wide as it needs: an id that is cut is no use

@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from deltalake import DeltaTable
 
 from millrace.errors import AuditError
 from millrace.lakehouse.audit.head import Head, note
@@ -124,16 +125,6 @@ def digest(entry: Mapping[str, Any]) -> str:
     return hashlib.sha256(_canonical(covered).encode()).hexdigest()
 
 
-def read_head(lake: Lake) -> Head | None:
-    """The trail's last entry; None: it has none."""
-    months = open_table(lake.uri(OPS_AUDIT), OPS_AUDIT).partitions() if lake.exists(OPS_AUDIT) else []
-    if not months:
-        return None
-    last = max(partition["month"] for partition in months)
-    rows = lake.read(OPS_AUDIT, [*Head.COLUMNS], where=pc.field("month") == last)
-    return Head(**rows.slice(pc.index(rows["sequence"], pc.max(rows["sequence"])).as_py(), 1).to_pylist()[0])
-
-
 def _append(lake: Lake, told: Mapping[str, Mapping[str, Any]], run: str) -> tuple[Head | None, list[Head]]:
     """The end before, and the entries appended.
 
@@ -141,17 +132,31 @@ def _append(lake: Lake, told: Mapping[str, Mapping[str, Any]], run: str) -> tupl
         ConflictError: somebody else appended since.
     """
     uri = lake.uri(OPS_AUDIT)
-    # Before all else that is read: whoever appends after this makes the append below fail.
-    number = open_table(uri, OPS_AUDIT).transaction_version(WRITER) if lake.exists(OPS_AUDIT) else None
-    known = lake.read(OPS_AUDIT, ["event_id"], where=pc.field("event_id").isin(list(told)))["event_id"].to_pylist()
-    missing = [event for event_id, event in told.items() if event_id not in set(known)]
-    before = read_head(lake)
+    opened = open_table(uri, OPS_AUDIT) if lake.exists(OPS_AUDIT) else None
+    before, known = (_last(lake, opened), _known(lake, opened, list(told))) if opened else (None, set[str]())
+    missing = [event for event_id, event in told.items() if event_id not in known]
     if not missing:
         return before, []
     entries = _chained(before, missing, f"{datetime.now(UTC):%Y-%m}")
     rows = pa.Table.from_pylist(entries, schema=OPS_AUDIT.rows_schema)
+    # Of the version that all this was read at: whoever appended since makes this fail.
+    number = opened.transaction_version(WRITER) if opened else None
     LocalEngine().append_at(uri, OPS_AUDIT, rows, run=run, writer=WRITER, expected=number)
     return before, [Head(**{name: entry[name] for name in Head.COLUMNS}) for entry in entries]
+
+
+def _last(lake: Lake, opened: DeltaTable) -> Head | None:
+    """The last entry of the trail as it was opened; None: it has none."""
+    last = max((partition["month"] for partition in opened.partitions()), default=None)
+    if last is None:
+        return None
+    rows = lake.read(OPS_AUDIT, [*Head.COLUMNS], where=pc.field("month") == last, version=opened.version())
+    return Head(**rows.slice(pc.index(rows["sequence"], pc.max(rows["sequence"])).as_py(), 1).to_pylist()[0])
+
+
+def _known(lake: Lake, opened: DeltaTable, event_ids: list[str]) -> set[str]:
+    there = lake.read(OPS_AUDIT, ["event_id"], where=pc.field("event_id").isin(event_ids), version=opened.version())
+    return set(there["event_id"].to_pylist())
 
 
 def _chained(before: Head | None, events: Sequence[Mapping[str, Any]], month: str) -> list[dict[str, Any]]:
@@ -176,9 +181,8 @@ def _canonical(told: Mapping[str, Any]) -> str:
 
 
 def _holds(lake: Lake, head: Head) -> bool:
-    return lake.read(OPS_AUDIT, ["hash"], where=pc.field("sequence") == head.sequence)["hash"].to_pylist() == [
-        head.hash
-    ]
+    there = lake.read(OPS_AUDIT, ["hash"], where=pc.field("sequence") == head.sequence)
+    return there["hash"].to_pylist() == [head.hash]
 
 
 def _objection(told: Mapping[str, Any]) -> str | None:
