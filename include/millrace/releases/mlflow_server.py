@@ -66,16 +66,16 @@ def require_mlflow(settings: Settings, purpose: str) -> None:
     try:
         path = "/api/3.0/mlflow/server-info" if settings.mlflow_workspaces else "/health"
         with urllib.request.urlopen(f"{settings.mlflow_url}{path}", timeout=PATIENCE_SECONDS) as answer:
-            said = answer.read()
+            apart = settings.mlflow_workspaces and json.load(answer).get("workspaces_enabled")
     except urllib.error.HTTPError:
-        said = b"{}"  # It answers; what it refuses, the client will say.
+        apart = False  # It answers; what it refuses, the client will say.
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise ReleaseError(
             f"MLflow at {settings.mlflow_url} does not answer ({reason}), so I can't {purpose}; "
             "start it (`millrace up`) or correct MILLRACE_MLFLOW_URI"
         ) from None
-    if settings.mlflow_workspaces and not json.loads(said).get("workspaces_enabled"):
+    if settings.mlflow_workspaces and not apart:
         raise ReleaseError(
             f"MLflow at {settings.mlflow_url} has no workspaces, so I can't {purpose}; start it with "
             "--enable-workspaces (docs/mlflow.md), or set MILLRACE_MLFLOW_WORKSPACES to false"
