@@ -144,9 +144,9 @@ def _grants(environment: str, name: str, role: dict[str, Any] | None, grants: Ma
 def _assignments(identity: str, roles: list[dict[str, Any]]) -> Iterator[Change]:
     wanted = declared_roles(identity)
     given = {(role["workspace"], role["name"]) for role in roles}
-    for environment, declared in wanted.items():
-        if (environment, declared) not in given:
-            yield Change("assign", environment, declared, identity=identity)
+    for environment, name in wanted.items():
+        if (environment, name) not in given:
+            yield Change("assign", environment, name, identity=identity)
     for role in roles:
         environment, name = role["workspace"], role["name"]
         # By a role of its own, which nobody can assign, MLflow gives a user what it made, and what it was given alone.

@@ -6,6 +6,7 @@ gateway's threads share it. Who asks is what MLflow's own variables say (`MLFLOW
 process-wide in MLflow, whose threads know it from nowhere else: a process works in one environment at a time.
 """
 
+import json
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -54,7 +55,8 @@ def mlflow_client(settings: Settings, purpose: str) -> Iterator[Any]:
 
 
 def require_mlflow(settings: Settings, purpose: str) -> None:
-    """Ask the server whether it is there: MLflow's own client takes four minutes to say that nobody answers.
+    """Ask the server whether it is there, and keeps environments apart if it should: MLflow's own client takes four
+    minutes to say that nobody answers, or that there are no workspaces.
 
     Raises:
         ReleaseError: it isn't.
@@ -62,15 +64,22 @@ def require_mlflow(settings: Settings, purpose: str) -> None:
     if not settings.mlflow_url.startswith("http"):
         return  # A store on this machine (`sqlite:///…`): nobody to ask.
     try:
-        urllib.request.urlopen(f"{settings.mlflow_url}/health", timeout=PATIENCE_SECONDS).close()
+        path = "/api/3.0/mlflow/server-info" if settings.mlflow_workspaces else "/health"
+        with urllib.request.urlopen(f"{settings.mlflow_url}{path}", timeout=PATIENCE_SECONDS) as answer:
+            apart = settings.mlflow_workspaces and json.load(answer).get("workspaces_enabled")
     except urllib.error.HTTPError:
-        return  # It answers; what it refuses, the client will say.
+        apart = False  # It answers; what it refuses, the client will say.
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise ReleaseError(
             f"MLflow at {settings.mlflow_url} does not answer ({reason}), so I can't {purpose}; "
             "start it (`millrace up`) or correct MILLRACE_MLFLOW_URI"
         ) from None
+    if settings.mlflow_workspaces and not apart:
+        raise ReleaseError(
+            f"MLflow at {settings.mlflow_url} has no workspaces, so I can't {purpose}; start it with "
+            "--enable-workspaces (docs/mlflow.md), or set MILLRACE_MLFLOW_WORKSPACES to false"
+        )
 
 
 def _refused(settings: Settings, error: Exception, purpose: str) -> str | None:
