@@ -13,10 +13,10 @@ same held-out questions with the same passages by the same engine, greedy. No do
 - `qa-feedback`: questions that people asked a search engine, with passages of Wikipedia; the answer is a model's as
   people corrected it. `qa-feedback/dev_feedback.json` in the folder: of github.com/allenai/FineGrainedRLHF.
 
-For the last two, passages are what the application's chunker and embedder find nearest among the question's document's
-chunks: the right one may be missed. Half of the documents are for training; questions whose passages are of the same
-articles count as one document. The templates are the application's own and two of a study's choices, as what people
-answered is short or long.
+For the last two, passages are what the application's chunker and embedder find nearest among the chunks of the
+question's document: the right one may be missed. About half of the documents are for training; questions whose passages
+are of the same articles count as one document. The templates are the application's own and two of a study's choices, as
+what people answered is short or long.
 
 Scores are token-F1, averaged over each document's questions and then over documents; intervals are 95 %, paired
 bootstrap over documents. Seconds are the processor's over the threads, which is what a machine with nothing else to do
