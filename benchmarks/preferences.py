@@ -29,7 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
@@ -91,53 +91,56 @@ def asked_of(row: dict[str, Any], words: int) -> Asked:
     )
 
 
+def hashed(*content: object) -> str:
+    return sha256(repr(content).encode()).hexdigest()[:16]
+
+
 def split(questions: Sequence[Asked], held_out: int) -> tuple[list[Asked], list[Asked]]:
-    """To train on and to ask, each in an order without meaning."""
+    """To train on and to ask, each in an order without meaning; how many are asked doesn't change the order."""
     groups: list[list[Asked]] = []
     for one in questions:
         touching = [group for group in groups if any(one.articles & other.articles for other in group)]
         groups = [group for group in groups if group not in touching] + [sum(touching, [one])]
-    order: list[list[Asked]] = sorted(groups, key=lambda group: sha256(group[0].question.encode()).hexdigest())
+    order = sorted(groups, key=lambda group: hashed(group[0].question))
     asked: list[Asked] = []
     while order and len(asked) < held_out:
         asked += order.pop(0)
-    return [one for group in order for one in group], asked[:held_out]
+    return [one for group in reversed(order) for one in group], asked[:held_out]
 
 
 def tuned(base: Path, training: Training, examples: list[dict[str, str]], folder: Path, **dpo: Any) -> Path:
-    """The file of what `examples` teach `base`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "examples.jsonl"
-    path.write_text("".join(json.dumps(example) + "\n" for example in examples))
+    """The file of what `examples` teach `base`. Its name is of all that; what is there already isn't made again."""
     declared = training.model_dump(include=set(Spec.model_fields)) | dpo
-    # What the base is as torch reads it belongs into a cache only where others use it, too.
-    cache = folder.parent if dpo else Settings().cache
-    given = {"base": base, "cache": cache, "examples": path, "folder": folder, "checkpoint_steps": CHECKPOINT_STEPS}
+    target = folder / f"{hashed(base.name, declared, examples)}.gguf"
+    run = target.with_suffix("")
+    run.mkdir(parents=True, exist_ok=True)
+    path = run / "examples.jsonl"
+    path.write_text("".join(json.dumps(example) + "\n" for example in examples))
+    # A tuned base as torch reads it is of no use to others: it stays out of the common cache.
+    cache = folder if dpo else Settings().cache
+    given = {"base": base, "cache": cache, "examples": path, "folder": run, "checkpoint_steps": CHECKPOINT_STEPS}
     spec = Spec.model_validate(given | declared)
     if not spec.result.exists():
         run_program(spec, threads=os.cpu_count() or 1, watch=lambda: None, launcher="local")
     result = json.loads(spec.result.read_text())
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.items() if isinstance(value, int | float))
     print(f"{spec.method}: {numbers}", flush=True)
-    target = folder.with_suffix(".gguf")
     if not target.exists():
         write_merged(base, spec.adapter, target)
     return target
 
 
-def measured(weights: Path, cache: Path, asked: Sequence[Asked], path: Path) -> dict[str, Any]:
+def measured(weights: Path, cache: Path, asked: Sequence[Asked], folder: Path) -> dict[str, Any]:
     """Of each question, `said`: the sum of each answer's log-probabilities and its number of tokens; `answer`, what the
     model says, and its `tokens`."""
+    path = folder / f"{hashed(weights.name, [(one.prompt, one.answers) for one in asked])}.json"
     if path.exists():
         return json.loads(path.read_text())
     import torch
 
     tokenizer, model = load(weights, cache)
     model.eval()
-
-    def tokens(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False)
-
+    tokens = partial(tokenizer.encode, add_special_tokens=False)
     said = []
     with torch.no_grad():
         for one in asked:
@@ -182,10 +185,10 @@ def told(peer: np.ndarray, one: np.ndarray, sign: str = "+") -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help=f"has {FILE}")
-    parser.add_argument("--train", type=int, default=96, help="questions to learn from")
-    parser.add_argument("--pairs", type=int, default=192, help="of their preferences, how many DPO learns at most")
-    parser.add_argument("--held-out", type=int, default=64, help="questions to measure on")
-    parser.add_argument("--words", type=int, default=150, help="of the passages, in a prompt")
+    parser.add_argument("--train", type=int, default=40, help="questions to learn from")
+    parser.add_argument("--pairs", type=int, default=40, help="of their preferences, how many DPO learns at most")
+    parser.add_argument("--held-out", type=int, default=24, help="questions to measure on")
+    parser.add_argument("--words", type=int, default=120, help="of the passages, in a prompt")
     parser.add_argument("--folder", type=Path, help="keep everything here, and go on with what is there")
     arguments = parser.parse_args()
     if arguments.data is None:
@@ -193,10 +196,10 @@ def main() -> None:
         return
     if not (arguments.data / FILE).is_file():
         parser.error(f"{arguments.data} has no {FILE}; --help says where anyone gets it")
-    content = (arguments.data / FILE).read_bytes()
     began, settings = time.perf_counter(), Settings()
-    rows = [asked_of(row, arguments.words) for row in json.loads(content) if row["passages"]]
-    learnt, asked = split(rows, arguments.held_out)
+    rows = json.loads((arguments.data / FILE).read_text())
+    questions = [asked_of(row, arguments.words) for row in rows if row["passages"]]
+    learnt, asked = split(questions, arguments.held_out)
     learnt = learnt[: arguments.train]
     # One preference of every question, then another of every question.
     order = sorted((i, n) for n, one in enumerate(learnt) for i in range(len(one.preferred)))[: arguments.pairs]
@@ -204,18 +207,15 @@ def main() -> None:
     preferences = [{"prompt": q.prompt, "chosen": q.answers[a], "rejected": q.answers[b]} for q, a, b in pairs]
     application = load_application(settings, "qa")
     training, base = application.training, base_model_path(application.generator)
-    sizes = (arguments.train, arguments.pairs, arguments.held_out, arguments.words)
-    name = sha256(repr((sizes, base.name, training)).encode() + content).hexdigest()[:16]
     print(f"{base.name}; {len(learnt)} questions and {len(pairs)} of their preferences to learn;", end=" ")
     print(f"{len(asked)} others with {sum(len(one.preferred) for one in asked)} preferences; {os.cpu_count()} threads")
+    dpo = {"method": "dpo", "beta": training.dpo.beta, "learning_rate": training.dpo.learning_rate}
     with tempfile.TemporaryDirectory() as scratch:
-        folder = (arguments.folder or Path(scratch)).resolve() / name
-        answers = [{"prompt": one.prompt, "answer": one.wanted} for one in learnt]
-        dpo = {"method": "dpo", "beta": training.dpo.beta, "learning_rate": training.dpo.learning_rate}
-        sft = tuned(base, training, answers, folder / "sft")
-        files = {"base": base, "SFT": sft, "SFT, DPO": tuned(sft, training, preferences, folder / "dpo", **dpo)}
+        folder = (arguments.folder or Path(scratch)).resolve()
+        sft = tuned(base, training, [{"prompt": one.prompt, "answer": one.wanted} for one in learnt], folder)
+        files = {"base": base, "SFT": sft, "SFT, DPO": tuned(sft, training, preferences, folder, **dpo)}
         found = {
-            name: measured(file, settings.cache if file == base else folder, asked, folder / f"{file.stem}.json")
+            name: measured(file, settings.cache if file == base else folder, asked, folder)
             for name, file in files.items()
         }
     people = np.mean([len(one.corrected.split()) for one in asked if one.corrected])
