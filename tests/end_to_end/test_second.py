@@ -95,6 +95,7 @@ def passed(lake: Lake, candidate: str) -> None:
         "champion": fold(read_journal(lake)).champion,
         "candidate": candidate,
         "passed": True,
+        "criteria": "[]",
         "evaluated_at": datetime.now(UTC),
     }
     lake.merge(OPS_EVALUATIONS, pa.Table.from_pylist([row], schema=OPS_EVALUATIONS.rows_schema), run="test")
