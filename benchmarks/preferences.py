@@ -185,9 +185,9 @@ def told(peer: np.ndarray, one: np.ndarray, sign: str = "+") -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help=f"has {FILE}")
-    parser.add_argument("--train", type=int, default=40, help="questions to learn from")
-    parser.add_argument("--pairs", type=int, default=40, help="of their preferences, how many DPO learns at most")
-    parser.add_argument("--held-out", type=int, default=24, help="questions to measure on")
+    parser.add_argument("--train", type=int, default=96, help="questions to learn from")
+    parser.add_argument("--pairs", type=int, default=192, help="of their preferences, how many DPO learns at most")
+    parser.add_argument("--held-out", type=int, default=48, help="questions to measure on")
     parser.add_argument("--words", type=int, default=120, help="of the passages, in a prompt")
     parser.add_argument("--folder", type=Path, help="keep everything here, and go on with what is there")
     arguments = parser.parse_args()
