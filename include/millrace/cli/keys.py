@@ -82,7 +82,7 @@ def key_list(
             told = f"{key.id}  {key.name}, of {key.owner}: {_about(key)}; {spent}; {_state(key, at)}"
             console.print(f"{told}; last used {_minute(key.last_used_at)}", markup=False, soft_wrap=True)
         if not keys:
-            _note("There are no keys; `millrace key create` makes one.")
+            _note("There is no valid key; `millrace key create` makes one.")
         _warn_where_none_is_required(settings)
 
 
