@@ -76,6 +76,7 @@ def test_a_server_that_is_not_there_is_not_ready(settings: Settings) -> None:
     assert time.monotonic() - start < 5
 
 
+@pytest.mark.long  # It starts two servers, and waits for one that is gone.
 @pytest.mark.spark
 @pytest.mark.timeout(600)
 def test_a_server_listens_on_loopback_only_and_its_death_and_return_are_taken_calmly(
