@@ -10,6 +10,7 @@ chat template as text: as messages it would also learn the line break after an a
 
 - `ours`: `[training]` of the reference application, as declared.
 - `ours, packed`: with `packing = true` and four examples in a micro-batch, eight in a step.
+- `ours, packed by twos`: with two in a micro-batch, and as many steps: less memory.
 - `TRL, packed, DeepSpeed`: one row in each of two processes, with our DeepSpeed configuration (ZeRO-2, gloo), without
   TRL's recomputation of activations, which is slower. A row has room for about four examples, as ours, so that there
   are as many steps; `--row-tokens` makes it longer.
@@ -268,6 +269,7 @@ def main() -> None:
     arms: list[tuple[str, Callable[[Spec, int], Ran], dict[str, object]]] = [
         ("ours", ours, {}),
         ("ours, packed", ours, packed),
+        ("ours, packed by twos", ours, packed | {"micro_batch": 2, "gradient_accumulation": 2}),
         ("TRL, packed, DeepSpeed", peer, packed | rows),
         ("TRL, defaults", peer, {}),
     ]
