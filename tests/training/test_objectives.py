@@ -39,14 +39,17 @@ def gradients(model: Any, loss: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_a_micro_batch_is_the_mean_over_its_answers_tokens_whatever_stands_beside_them(
+def test_a_micro_batch_is_the_sum_over_its_answers_tokens_whatever_stands_beside_them(
     model: Any, encoded: list[Encoded], packing: bool
 ) -> None:
     import torch
 
     alone = Supervised(encoded, packing=False)
-    tokens = [len(example.answer) for example in encoded]
-    wanted = sum(alone.loss(model, [i]) * n for i, n in enumerate(tokens)) / sum(tokens)
+    assert [alone.terms(i) for i in range(len(encoded))] == [len(example.answer) for example in encoded]
+    wanted = sum(alone.loss(model, [i]) for i in range(len(encoded)))
+    assert wanted.item() == pytest.approx(
+        sum(alone.measure(model, i).item() * len(example.answer) for i, example in enumerate(encoded)), rel=1e-5
+    )
     together = Supervised(encoded, packing=packing).loss(model, range(len(encoded)))
     assert together.item() == pytest.approx(wanted.item(), rel=1e-5)
     expected, found = gradients(model, wanted), gradients(model, together)
@@ -78,7 +81,8 @@ def test_a_preference_is_worth_what_the_paper_says(model: Any, encoded: list[Enc
         chosen, rejected = log_probabilities(padded(model, pair.sides)).tolist()
         # A reference that likes the chosen answer less, and the rejected one more, than the model does.
         objective = Preference([pair, pair], [(chosen - 2, rejected + 1)] * 2, beta=0.5, packing=packing)
-        assert objective.loss(model, [0, 1]).item() == pytest.approx(math.log(1 + math.exp(-0.5 * 3)), rel=1e-3)
+        assert objective.loss(model, [0, 1]).item() == pytest.approx(2 * math.log(1 + math.exp(-0.5 * 3)), rel=1e-3)
+        assert objective.terms(0) + objective.terms(1) == 2
         assert objective.measure(model, 0).tolist() == pytest.approx([math.log(1 + math.exp(-1.5)), 1], rel=1e-3)
         same = Preference([pair], [(chosen, rejected)], beta=0.5, packing=packing)
         assert same.loss(model, [0]).item() == pytest.approx(math.log(2), rel=1e-4)

@@ -279,6 +279,14 @@ def test_every_zero_stage_learns_the_same_and_is_resumed(make_spec: MakeSpec, us
     assert result["base_held_out_loss"] == pytest.approx(expected["base_held_out_loss"], rel=1e-4)
 
 
+def test_what_is_learnt_does_not_depend_on_how_a_step_is_cut(make_spec: MakeSpec) -> None:
+    # Each step holds all examples; their answers are of unequal lengths.
+    whole = make_spec("whole", micro_batch=4, gradient_accumulation=1)
+    cut = make_spec("cut", micro_batch=1, gradient_accumulation=4)
+    assert train(whole)["steps"] == train(cut)["steps"] == 2
+    same_as(whole, cut)
+
+
 def test_offload_without_a_gpu_is_refused(make_spec: MakeSpec) -> None:
     spec = make_spec(deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
     with pytest.raises(TrainingError, match="this machine has no GPU"):

@@ -156,14 +156,17 @@ def _steps(
         started = time.perf_counter()
         rate = engine.optimizer.param_groups[0]["lr"]
         total = torch.zeros(())
+        terms = sum(objective.terms(training[i]) for micro in step for batch in micro for i in batch)
         for micro in step:
             loss = objective.loss(engine, [training[i] for i in micro[rank]])
-            engine.backward(loss)
+            # DeepSpeed takes the mean over processes and micro-batches. A step is the mean over all of its terms:
+            # what is learnt doesn't depend on how it is cut.
+            engine.backward(loss * (spec.processes * len(step) / terms))
             engine.step()
-            total += loss.detach().cpu() / len(step)
+            total += loss.detach().cpu()
         # What every process saw, so that all of them stop at the same step.
         torch.distributed.all_reduce(total)
-        mean = total.item() / spec.processes
+        mean = total.item() / terms
         if not math.isfinite(mean):
             raise TrainingError(
                 f"the loss was {mean} at step {number} of {len(plan)}; lower training.learning_rate "

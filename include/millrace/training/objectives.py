@@ -20,8 +20,11 @@ class Objective(Protocol):
     def tokens(self, position: int) -> int:
         """Of one example."""
 
+    def terms(self, position: int) -> int:
+        """How many numbers an example adds to the sum that `loss` is. A step's loss is the mean of all of its own."""
+
     def loss(self, model: Any, positions: Sequence[int]) -> Any:
-        """Of one micro-batch, a scalar tensor."""
+        """Of one micro-batch, the sum over its examples' terms, a scalar tensor."""
 
     def measure(self, model: Any, position: int) -> Any:
         """Of one example, a tensor with a number for each of `measures`."""
@@ -43,7 +46,7 @@ Layout = Callable[[Any, Sequence[Encoded]], Answers]
 
 
 class Supervised:
-    """Mean cross entropy over the answers' tokens of a micro-batch."""
+    """Cross entropy of the answers' tokens."""
 
     measures: tuple[str, ...] = ("loss",)
 
@@ -54,16 +57,20 @@ class Supervised:
     def tokens(self, position: int) -> int:
         return self._examples[position].tokens
 
+    def terms(self, position: int) -> int:
+        return len(self._examples[position].answer)
+
     def loss(self, model: Any, positions: Sequence[int]) -> Any:
-        return mean_cross_entropy(self._layout(model, [self._examples[i] for i in positions]))
+        return -log_probabilities(self._layout(model, [self._examples[i] for i in positions])).sum()
 
     def measure(self, model: Any, position: int) -> Any:
-        return mean_cross_entropy(padded(model, [self._examples[position]])).reshape(1)
+        """The mean over the answer's tokens."""
+        return -log_probabilities(padded(model, [self._examples[position]])) / self.terms(position)
 
 
 class Preference:
     """Direct preference optimisation (Rafailov et al., 2023, arXiv:2305.18290): for each pair
-    -log σ(β·((log π(chosen) - log π_ref(chosen)) - (log π(rejected) - log π_ref(rejected)))), mean over the pairs."""
+    -log σ(β·((log π(chosen) - log π_ref(chosen)) - (log π(rejected) - log π_ref(rejected))))."""
 
     measures: tuple[str, ...] = ("loss", "accuracy")
 
@@ -82,10 +89,13 @@ class Preference:
     def tokens(self, position: int) -> int:
         return self._pairs[position].tokens
 
+    def terms(self, position: int) -> int:
+        return 1
+
     def loss(self, model: Any, positions: Sequence[int]) -> Any:
         import torch
 
-        return -torch.nn.functional.logsigmoid(self._margins(model, positions, self._layout)).mean()
+        return -torch.nn.functional.logsigmoid(self._margins(model, positions, self._layout)).sum()
 
     def measure(self, model: Any, position: int) -> Any:
         """The loss, and 1 if the model prefers the chosen answer more than the base model does, else 0."""
@@ -101,13 +111,6 @@ class Preference:
         base = torch.tensor([value for i in positions for value in self._reference[i]], device=said.device)
         chosen, rejected = (said - base).reshape(-1, 2).unbind(1)
         return self._beta * (chosen - rejected)
-
-
-def mean_cross_entropy(answers: Answers) -> Any:
-    """Over all tokens of all answers."""
-    import torch
-
-    return torch.nn.functional.cross_entropy(answers.logits.float(), answers.wanted, ignore_index=IGNORED)
 
 
 def log_probabilities(answers: Answers) -> Any:

@@ -14,7 +14,7 @@ from millrace.errors import TrainingError
 from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.costs import cost_id
 
-PROGRAM = 1
+PROGRAM = 2
 """Raise when the training program changes what it learns from the same spec: earlier results are not reused then."""
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -232,14 +232,11 @@ class Spec(Strict):
 
 OF_THE_SET = ("max_examples", "start", "replay", "teacher_chunks")
 """Fields of the declaration that the set and the weights show already."""
-LATER = ("method", "packing", "evaluate_steps", "patience", "dpo")
-"""Fields of the declaration that came after the first release. At their default nothing else is learnt than before."""
 
 
 def fingerprint(training: Training, training_set: str, start_sha256: str, remove_blocks: int = 0) -> str:
     """Names what a fine-tune learns: the same fingerprint, the same weights. Sixteen hexadecimal digits."""
-    unchanged = {name for name in LATER if getattr(training, name) == type(training).model_fields[name].default}
-    learned = training.model_dump_json(exclude={*OF_THE_SET, *unchanged})
+    learned = training.model_dump_json(exclude=set(OF_THE_SET))
     pruned = (remove_blocks,) if remove_blocks else ()
     return content_hash(PROGRAM, learned, training_set, start_sha256, *pruned)[:16]
 
