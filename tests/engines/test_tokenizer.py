@@ -1,7 +1,6 @@
 from pydoc_data.topics import topics
 
 import pytest
-from transformers import AutoTokenizer
 
 from millrace.engines.chat import chat_prompt
 from millrace.engines.converted import hugging_face_folder
@@ -13,6 +12,8 @@ pytestmark = pytest.mark.model
 
 
 def test_training_sees_the_tokens_that_the_engine_computes(engine: OpenVinoEngine) -> None:
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(hugging_face_folder(engine.path, Settings().cache))
     for text in (*[topics[name][:1500] for name in sorted(topics)], "naïve café 日本語 🙂  x\t\n\n 1234567 don't"):
         messages = [Message("user", text)]
