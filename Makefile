@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 VLLM := .venv-vllm/.installed
 TRL := .trl/.installed
-FAST := not model and not mlflow and not spark and not stack and not long
+FAST := not model and not mlflow and not spark and not stack and not slow and not long
 
 .PHONY: run test unit test-long check lock bench
 

@@ -28,6 +28,7 @@ def to(settings: Settings, *urls: str, hours: float = 6) -> Settings:
     return Settings(**{**settings.model_dump(), "alert_urls": " ".join(urls), "alert_repeat_hours": hours})
 
 
+@pytest.mark.slow
 def test_an_alert_arrives_with_what_happened_since_when_and_the_runbook(settings: Settings, receiver: Webhook) -> None:
     assert send(ALERT, to(settings, receiver.url), now=NOON)
 
@@ -37,6 +38,7 @@ def test_an_alert_arrives_with_what_happened_since_when_and_the_runbook(settings
         assert said in arrived["message"]
 
 
+@pytest.mark.slow
 def test_what_goes_on_is_counted_and_sent_again_only_after_the_repeat_time(
     settings: Settings, receiver: Webhook
 ) -> None:
@@ -49,6 +51,7 @@ def test_what_goes_on_is_counted_and_sent_again_only_after_the_repeat_time(
     assert (row["count"], row["since"], row["sent_at"]) == (8, NOON, NOON + timedelta(hours=6))
 
 
+@pytest.mark.slow
 def test_another_title_and_the_same_one_after_a_long_silence_are_new_troubles(
     settings: Settings, receiver: Webhook
 ) -> None:

@@ -116,6 +116,7 @@ def test_an_id_that_is_known_with_another_text_is_refused_and_nothing_is_written
     assert texts(lake) == {"1": "What?"}
 
 
+@pytest.mark.slow
 @given(st.lists(st.text(min_size=1, max_size=30).filter(lambda text: text.strip() and text.isprintable()), min_size=1))
 def test_both_formats_hold_the_same_questions_and_ids_follow_from_the_text(
     tmp_path_factory: pytest.TempPathFactory, questions: list[str]

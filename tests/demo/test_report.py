@@ -17,6 +17,8 @@ from millrace.lakehouse.tables import SILVER_EXCHANGES
 from millrace.settings import Settings
 from tests.demo.turn import MEANS, STAGES, STARTED, Turn
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, Application, Report]:

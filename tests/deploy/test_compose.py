@@ -50,6 +50,7 @@ def compose(environment: dict[str, str]) -> Compose:
     return Compose.read(TEXT, environment)
 
 
+@pytest.mark.slow
 def test_it_is_a_compose_file_by_the_specifications_schema(tmp_path: Path) -> None:
     assert not refused_by_the_schema(PROJECT / "docker-compose.yaml")
     wrong = tmp_path / "docker-compose.yaml"
@@ -64,11 +65,13 @@ def refused_by_the_schema(file: Path) -> str:
     return said.stdout + said.stderr if said.returncode else ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_the_file_and_the_code_agree(check, compose: Compose) -> None:
     assert list(check(compose)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("check", "right", "wrong", "said"),
     [
@@ -129,6 +132,7 @@ def test_each_profile_starts_what_it_says(compose: Compose) -> None:
     assert [(device["driver"], device["capabilities"]) for device in reserved] == [("nvidia", ["gpu"])]
 
 
+@pytest.mark.slow
 def test_every_secret_is_asked_for_by_name_and_the_example_names_every_variable(environment: dict[str, str]) -> None:
     asked = Compose.read(TEXT, environment).variables()
     needed = {name for name, insists in asked.items() if insists}
@@ -162,6 +166,7 @@ def test_images_are_of_the_versions_that_the_lock_has(compose: Compose) -> None:
     assert {one.definition["image"] for one in compose.ours} == {f"millrace:{version[1]}"}
 
 
+@pytest.mark.slow
 def test_the_first_start_makes_the_home_the_password_and_the_pool_and_a_later_one_only_brings_the_home_up_to_date(
     compose: Compose, tmp_path: Path
 ) -> None:
@@ -200,6 +205,7 @@ def test_the_first_start_makes_the_home_the_password_and_the_pool_and_a_later_on
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_health_check_tells_a_server_that_works_from_one_that_does_not(compose: Compose) -> None:
     """Each that is a program of Python, run against a server that says one and then the other."""
     beats = {"scheduler", "dag_processor", "triggerer"}

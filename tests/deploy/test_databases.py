@@ -42,6 +42,7 @@ def server(open_folder: Path) -> Iterator[Postgres]:
         process.wait(30)
 
 
+@pytest.mark.slow
 def test_each_who_needs_a_database_has_its_own_and_no_way_into_the_others(server: Postgres) -> None:
     programs = Path(server.command()[0]).parent
     variables = {

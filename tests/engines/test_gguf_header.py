@@ -47,6 +47,7 @@ def test_a_missing_file_and_a_directory_without_weights_are_refused(tmp_path: Pa
         OpenVinoEngine(tmp_path, cache_gb=1, threads=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", [10, 1_000, 500_000, 3_000_000, BASE.stat().st_size - 1])
 def test_a_model_that_is_cut_off_is_refused_and_never_reaches_the_engine(tmp_path: Path, left: int) -> None:
     path = tmp_path / "model.gguf"

@@ -53,6 +53,7 @@ def test_the_id_of_a_set_depends_on_its_examples_and_not_on_their_order(found, c
     assert evaluation_set_id(examples) != evaluation_set_id(examples[1:])
 
 
+@pytest.mark.slow
 def test_freezing_again_writes_nothing_and_a_changed_corpus_gives_a_new_set_beside_the_old_one(
     settings: Settings, qa: Application, lake: Lake
 ):

@@ -36,6 +36,7 @@ def entries(trail: Lake) -> list[dict]:
     return trail.read(OPS_AUDIT).sort_by("sequence").to_pylist()
 
 
+@pytest.mark.slow
 def test_four_processes_that_append_at_once_make_one_chain_with_each_event_once(
     settings: Settings, trail: Lake, processes: Pool
 ) -> None:

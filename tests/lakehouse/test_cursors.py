@@ -35,6 +35,7 @@ def test_a_cursor_never_moves_back_and_a_repeat_commits_nothing(lake: Lake) -> N
     assert lake.version(OPS_CURSORS) == version
 
 
+@pytest.mark.slow
 def test_a_cursor_that_many_move_at_once_ends_at_the_furthest(lake: Lake, processes: Pool) -> None:
     start = time.time() + 0.3
     processes.starmap(move, [(lake.root, [writer, 10 - writer, 20 + writer], start) for writer in range(4)])

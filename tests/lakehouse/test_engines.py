@@ -180,6 +180,7 @@ def test_a_table_has_its_declared_properties_and_no_other_features(lake: Lake) -
     assert opened.protocol().min_reader_version == 1
 
 
+@pytest.mark.slow
 def test_checkpoints_are_readable_and_the_feed_reaches_over_them(lake: Lake) -> None:
     for i in range(12):
         lake.merge(THINGS, things({"a": str(i), f"k{i % 3}": str(i)}), run="r")
@@ -229,6 +230,7 @@ def check_law(lake: Lake, table: Table, merges: list[tuple[dict[str, str], str |
     assert hashes(lake.changes(table, None)) == now
 
 
+@pytest.mark.slow
 @given(merges=MERGES)
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_changes_since_any_version_turn_it_into_now(tmp_path_factory: pytest.TempPathFactory, merges: list) -> None:

@@ -42,6 +42,7 @@ def soon() -> float:
     return time.time() + 0.15
 
 
+@pytest.mark.slow
 def test_four_writers_on_overlapping_keys_lose_nothing(lake: Lake, processes: Pool) -> None:
     start = soon()
     done = processes.starmap(merge_often, [(lake.root, writer, 5, start) for writer in range(4)])
@@ -50,6 +51,7 @@ def test_four_writers_on_overlapping_keys_lose_nothing(lake: Lake, processes: Po
     assert found["shared"] in {keys[-1] for keys in done}
 
 
+@pytest.mark.slow
 def test_writers_of_the_same_rows_write_them_once(lake: Lake, processes: Pool) -> None:
     start = soon()
     written = processes.starmap(merge_same, [(lake.root, writer, start) for writer in range(4)])
@@ -57,6 +59,7 @@ def test_writers_of_the_same_rows_write_them_once(lake: Lake, processes: Pool) -
     assert lake.read(THINGS).num_rows == 50
 
 
+@pytest.mark.slow
 def test_a_table_that_several_processes_create_at_once_never_lacks_its_constraint(lake: Lake, processes: Pool) -> None:
     start = soon()
     said = processes.starmap(create_and_break, [(lake.uri(THINGS), writer, start) for writer in range(4)])
@@ -66,6 +69,7 @@ def test_a_table_that_several_processes_create_at_once_never_lacks_its_constrain
     assert sorted(operations) == ["ADD CONSTRAINT", "CREATE TABLE"]
 
 
+@pytest.mark.slow
 def test_of_concurrent_appends_with_the_same_expected_number_exactly_one_wins(lake: Lake, processes: Pool) -> None:
     uri = lake.uri(OPS_DECISIONS)
     for expected in (None, 0, 1, 2):

@@ -10,6 +10,8 @@ import pytest
 from millrace.errors import LakehouseError
 from millrace.lakehouse.quality import EXCHANGES, FEEDBACK, LONGEST_REMARK, Rule, Suite, refused
 
+pytestmark = pytest.mark.slow
+
 
 def key(number: int) -> str:
     return f"{number:032x}"

@@ -16,6 +16,8 @@ from millrace.rollout.decisions import State, append, decide, read_journal
 from millrace.settings import Settings
 from tests.lakehouse.things import THINGS, hashes, things
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def lake(settings: Settings) -> Lake:

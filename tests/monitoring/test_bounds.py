@@ -105,6 +105,7 @@ def test_equal_ratings_show_no_more_than_that_many_can() -> None:
     assert high == pytest.approx(1 - 0.001 ** (1 / 30))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["failed_share", "seconds_p95", "rating_mean", "cost_per_exchange"])
 @pytest.mark.parametrize("above", [True, False])
 def test_a_metric_that_lies_at_its_bound_breaches_as_rarely_as_the_confidence_says(metric: str, above: bool) -> None:

@@ -43,6 +43,7 @@ def used(lake: Lake) -> Lake:
     return lake
 
 
+@pytest.mark.slow
 def test_costs_add_up_by_stage_and_by_release(used: Lake, settings: Settings, qa: Application) -> None:
     found = costs(settings, qa)
     assert {line.name: line.cost_usd for line in found.by_stage} == {
@@ -61,6 +62,7 @@ def test_costs_add_up_by_stage_and_by_release(used: Lake, settings: Settings, qa
     assert (serving.uses, serving.simulated, serving.tokens) == (3, 2, 315)
 
 
+@pytest.mark.slow
 def test_costs_since_a_moment_leave_out_what_was_before(used: Lake, settings: Settings, qa: Application) -> None:
     later = costs(settings, qa, since=NOON + HOUR)
     assert next(line for line in later.by_stage if line.name == SERVING).cost_usd == 0.25
@@ -77,6 +79,7 @@ def test_nothing_spent_costs_nothing(settings: Settings, qa: Application) -> Non
     }
 
 
+@pytest.mark.slow
 def test_a_person_reads_costs_and_a_program_reads_the_same(
     used: Lake, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -119,6 +119,7 @@ def test_shortenings_save_by_tokens_and_on_machines_only_whole_ones() -> None:
 TOKENS = st.floats(1, 5000)
 
 
+@pytest.mark.slow
 @given(
     prompt=TOKENS,
     completion=TOKENS,
@@ -250,6 +251,7 @@ def history(lake: Lake, since: datetime | None = None, until: datetime | None = 
     return read_history(lake, PRICES, Period(since, until))
 
 
+@pytest.mark.slow
 def test_what_was_answered_is_measured(used: Lake) -> None:
     found = history(used, until=NOON + 2 * DAY)
     answers, usage = found.answers, found.answers.usage
@@ -309,6 +311,7 @@ def test_releases_are_booked_each_at_its_own_price(lake: Lake) -> None:
     assert booked.answer(400, 40) == pytest.approx(SMALL.answer(300, 30) + LARGE.answer(100, 10))
 
 
+@pytest.mark.slow
 def test_a_short_history_is_a_month_and_a_declared_frequency_is_another(used: Lake) -> None:
     found = history(used)
     assert found.days < DAYS
@@ -335,6 +338,7 @@ def checked(lake: Lake, **given: float) -> dict[str, Any]:
     return {row.what: row for row in held.rows}
 
 
+@pytest.mark.slow
 def test_a_plan_from_two_days_holds_for_the_next_two(used: Lake) -> None:
     rows = checked(used)
     for what in ("prompt tokens per computed answer", "completion tokens per computed answer"):
@@ -354,12 +358,14 @@ def test_a_plan_from_two_days_holds_for_the_next_two(used: Lake) -> None:
     assert rows["optimisation"].error is None, "nothing of it was recorded"
 
 
+@pytest.mark.slow
 def test_the_load_that_a_person_says_is_what_is_checked(used: Lake) -> None:
     rows = checked(used, queries_per_day=250)
     assert rows["answers"].error == pytest.approx(0, abs=0.01)
     assert abs(rows["answers as booked"].error) < 0.06
 
 
+@pytest.mark.slow
 def test_a_plan_that_does_not_hold_says_by_how_much(lake: Lake) -> None:
     later = answered(1, NOON + 2 * DAY, 400)
     for row in later:
@@ -410,6 +416,7 @@ def typed(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return type_
 
 
+@pytest.mark.slow
 def test_a_person_reads_a_plan_and_a_program_reads_the_same(
     used: Lake, typed: Callable[..., Result], tmp_path: Path
 ) -> None:
@@ -429,6 +436,7 @@ def test_a_person_reads_a_plan_and_a_program_reads_the_same(
     assert measured["queries_per_day"] == pytest.approx(900 / 4, rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_person_reads_a_check(used: Lake, typed: Callable[..., Result]) -> None:
     told = typed("--check", (NOON + 2 * DAY).strftime("%Y-%m-%dT%H:%M:%S"))
     assert told.exit_code == 0, told.output
@@ -444,6 +452,7 @@ def test_a_person_reads_a_check(used: Lake, typed: Callable[..., Result]) -> Non
     }
 
 
+@pytest.mark.slow
 def test_before_anything_was_answered_a_plan_rests_on_what_a_person_says(
     typed: Callable[..., Result], tmp_path: Path
 ) -> None:

@@ -53,6 +53,7 @@ def by_column(found: list[tuple[str, Compared]]) -> dict[str, Compared]:
     return {compared.column: compared for _, compared in found}
 
 
+@pytest.mark.slow
 def test_windows_without_drift_are_called_drifted_no_more_often_than_declared() -> None:
     """The declared rate here is 10 %, so that 300 windows can show it; the size asked for is none."""
     policy = Monitor(drift_error_rate=0.1, drift_size=0)
@@ -85,6 +86,7 @@ def test_what_changed_is_found_by_name(changed: dict[str, Any], column: str) -> 
     assert found[column].adjusted >= (found[column].p_value or 0)
 
 
+@pytest.mark.slow
 def test_a_distance_that_does_not_matter_is_no_drift_however_certain() -> None:
     rng = np.random.default_rng(2)
     policy = Monitor(drift_reference=5000)
@@ -116,6 +118,7 @@ def test_a_cached_answer_says_nothing_of_seconds() -> None:
     assert found["seconds"].verdict == TOO_FEW
 
 
+@pytest.mark.slow
 def test_a_window_is_compared_with_the_week_before_and_repeated_writes_nothing(
     lake: Lake, settings: Settings, qa: Application
 ) -> None:

@@ -23,6 +23,8 @@ from millrace.settings import Settings
 from millrace.sources.event_log import CLIENT_LEFT
 from tests.monitoring.silver import HOUR, NOON, exchange, rating, write
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., dict[str, Any]]
 
 

@@ -19,6 +19,8 @@ from millrace.policies import Bound, Monitor
 from millrace.settings import Settings
 from tests.monitoring.silver import HOUR, NOON, exchange, rating, write
 
+pytestmark = pytest.mark.slow
+
 Turn = Callable[..., dict[str, Any]]
 
 

@@ -25,6 +25,7 @@ def of(found: Sequence[Question]) -> set[str]:
     return {question.document_id for question in found}
 
 
+@pytest.mark.slow
 @given(st.integers(20, 60), st.integers(0, 4), st.integers(LEAST, 40), st.integers(LEAST, 40))
 def test_the_parts_share_no_document_and_are_the_same_every_time(
     documents: int, examples: int, search: int, held_out: int

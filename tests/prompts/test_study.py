@@ -22,6 +22,8 @@ from tests.prompts.engine import (
     answering,
 )
 
+pytestmark = pytest.mark.slow
+
 OPTIMIZE = Optimize(trials=12, token_budget=100_000, chunks=(1, 2), few_shot=(0, 1))
 GATE = Gate(resamples=1000)
 

@@ -30,6 +30,7 @@ def test_a_built_in_template_shows_every_chunk_and_ends_with_what_is_asked_for(n
     assert "Why?" in message.splitlines()[-1] or "Why?" in message.splitlines()[-2]
 
 
+@pytest.mark.slow
 @given(
     st.lists(
         st.builds(

@@ -64,6 +64,7 @@ def test_the_card_names_every_part_its_lineage_and_its_licence_and_is_the_same_a
     assert "training set: `train-9`, not in this lake" in elsewhere
 
 
+@pytest.mark.slow
 def test_the_licence_of_a_hugging_face_directory_is_what_its_own_card_says(
     qa: Application, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -83,6 +84,7 @@ def test_the_input_example_is_a_question_of_the_documents_that_the_gate_does_not
     assert "[triggerer]" not in question
 
 
+@pytest.mark.slow
 def test_the_card_and_the_example_go_beside_the_release_and_not_into_it(make_release: Make, tmp_path: Path) -> None:
     from mlflow.models import Model
 
@@ -104,6 +106,7 @@ def test_the_card_and_the_example_go_beside_the_release_and_not_into_it(make_rel
     assert not list(tmp_path.rglob("*.pkl"))
 
 
+@pytest.mark.slow
 def test_requirements_are_pinned_and_those_of_other_engines_are_left_out(
     qa: Application, make_release: Make, tiny_model: Path
 ) -> None:

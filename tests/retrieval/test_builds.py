@@ -45,6 +45,7 @@ def chunks_of(kept: Kept) -> list[dict[str, object]]:
     return Lake.of(kept.settings, kept.application.name).read(SILVER_CHUNKS).to_pylist()
 
 
+@pytest.mark.slow
 def test_a_build_finds_each_chunk_by_its_own_vector(kept: Kept) -> None:
     opened = kept.builds.open(built(kept))
     chunks = chunks_of(kept)
@@ -59,6 +60,7 @@ def test_a_build_finds_each_chunk_by_its_own_vector(kept: Kept) -> None:
     assert scores == sorted(scores, reverse=True)
 
 
+@pytest.mark.slow
 def test_an_unchanged_state_is_the_same_build_and_is_not_made_again(kept: Kept) -> None:
     build = built(kept)
     made = kept.builds.manifest(build)
@@ -68,6 +70,7 @@ def test_an_unchanged_state_is_the_same_build_and_is_not_made_again(kept: Kept) 
     assert kept.builds.manifests() == [made]
 
 
+@pytest.mark.slow
 def test_a_build_never_changes_whatever_is_built_after_it(kept: Kept, notes: Path) -> None:
     contents: dict[str, list[dict[str, object]]] = {}
     before = (notes / "bread.txt").read_text()
@@ -86,6 +89,7 @@ def test_a_build_never_changes_whatever_is_built_after_it(kept: Kept, notes: Pat
     assert len(contents) == 3  # the third state was the first one again
 
 
+@pytest.mark.slow
 def test_a_lineage_that_is_removed_is_gone_and_can_be_built_again(kept: Kept) -> None:
     assert kept.builds.changed_at() is None
     began = datetime.now(UTC)
@@ -105,6 +109,7 @@ def test_a_lineage_that_is_removed_is_gone_and_can_be_built_again(kept: Kept) ->
     assert kept.builds.open(build).manifest.chunks == 3
 
 
+@pytest.mark.slow
 def test_publishing_moves_the_pointer_once_and_remembers_the_way_back(kept: Kept, notes: Path) -> None:
     builds = kept.builds
     assert builds.published() is None
@@ -123,6 +128,7 @@ def test_publishing_moves_the_pointer_once_and_remembers_the_way_back(kept: Kept
     assert current(builds) == first
 
 
+@pytest.mark.slow
 def test_the_way_back_publishes_the_build_before_and_a_second_time_leads_forward_again(kept: Kept, notes: Path) -> None:
     with pytest.raises(RetrievalError, match=r"nothing is published in .*, so there is no way back"):
         publish_previous(kept.settings, kept.application)
@@ -139,6 +145,7 @@ def test_the_way_back_publishes_the_build_before_and_a_second_time_leads_forward
         assert current(kept.builds) == there
 
 
+@pytest.mark.slow
 def test_a_build_that_is_not_there_is_neither_published_nor_opened(kept: Kept) -> None:
     for there_is_a_build in (False, True):
         if there_is_a_build:
@@ -149,6 +156,7 @@ def test_a_build_that_is_not_there_is_neither_published_nor_opened(kept: Kept) -
         assert kept.builds.published() is None
 
 
+@pytest.mark.slow
 def test_old_builds_go_but_never_the_published_one_nor_the_one_before_it(kept: Kept) -> None:
     builds = kept.builds
     names = [f"build-{number}" for number in range(7)]
@@ -207,6 +215,7 @@ class OneVector:
         return [np.array(vector_of(self._chunk), np.float32) for _ in texts]
 
 
+@pytest.mark.slow
 def test_searchers_follow_what_is_published_within_a_second_and_reach_an_older_build_by_name(
     kept: Kept, notes: Path
 ) -> None:
@@ -228,6 +237,7 @@ def test_searchers_follow_what_is_published_within_a_second_and_reach_an_older_b
     assert not any("oven" in hit.text for hit in retriever.search("anything", 3, build=first))
 
 
+@pytest.mark.slow
 def test_threads_search_while_builds_are_published(kept: Kept, notes: Path) -> None:
     first = built(kept)
     kept.builds.publish(first)

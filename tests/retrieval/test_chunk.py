@@ -85,6 +85,7 @@ def test_a_change_at_the_end_leaves_the_chunks_before_it_alone() -> None:
     assert before[-1]["chunk_id"] != after[-1]["chunk_id"]
 
 
+@pytest.mark.slow
 def test_chunks_follow_updates_and_deletions_and_a_second_run_writes_nothing(
     settings: Settings, application: Application, lake: Lake, notes: Path
 ) -> None:

@@ -44,6 +44,7 @@ def run(*arguments: str) -> tuple[int, str]:
     return result.exit_code, " ".join(result.output.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["library", "socket"])
 def test_builds_are_listed_and_the_one_before_is_published_again(
     settings: Settings, application: Application, notes: Path, monkeypatch: pytest.MonkeyPatch, place: str

@@ -35,6 +35,7 @@ def leftovers(folder: Path) -> list[Path]:
     return [*folder.glob(".building-*"), *folder.rglob(".writing-*")]
 
 
+@pytest.mark.slow
 def test_another_content_is_another_build_and_going_back_is_the_first_one(
     settings: Settings, application: Application, lake: Lake, notes: Path
 ) -> None:
@@ -46,6 +47,7 @@ def test_another_content_is_another_build_and_going_back_is_the_first_one(
     assert built(settings, application, lake) == first
 
 
+@pytest.mark.slow
 def test_a_build_holds_what_was_embedded_last_while_chunks_go_on(
     settings: Settings, application: Application, lake: Lake, notes: Path
 ) -> None:
@@ -55,6 +57,7 @@ def test_a_build_holds_what_was_embedded_last_while_chunks_go_on(
     assert build_index(settings, application, run="test")["build"] == build
 
 
+@pytest.mark.slow
 def test_a_chunk_without_a_vector_is_refused(
     settings: Settings, application: Application, lake: Lake, notes: Path
 ) -> None:
@@ -71,6 +74,7 @@ def test_building_before_embedding_is_one_sentence(settings: Settings, applicati
         build_index(settings, application, run="test")
 
 
+@pytest.mark.slow
 def test_a_build_that_was_interrupted_leaves_nothing_and_is_made_at_the_next_run(
     settings: Settings,
     application: Application,
@@ -108,6 +112,7 @@ def test_a_pointer_that_cannot_be_understood_is_one_sentence(folder: Path) -> No
         LibraryBuilds(folder).published()
 
 
+@pytest.mark.slow
 def test_a_build_with_missing_points_is_refused(
     settings: Settings, application: Application, lake: Lake, folder: Path
 ) -> None:

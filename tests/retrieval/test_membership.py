@@ -1,3 +1,4 @@
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -58,6 +59,7 @@ class Collection:
         return Member(point, member.key, member.first, last)
 
 
+@pytest.mark.slow
 @given(ATTEMPTS)
 def test_every_build_holds_exactly_its_content_for_ever_whoever_is_killed_or_collected_after_it(
     attempts: list[tuple[frozenset[Key], int, bool]],
@@ -90,6 +92,7 @@ def test_a_killed_build_goes_on_where_it_was(before: frozenset[Key], after: froz
         assert collection.uploads == max(len(after - before) - lives, 0)
 
 
+@pytest.mark.slow
 @given(ATTEMPTS)
 def test_after_a_collection_no_point_is_left_that_is_in_no_build(
     attempts: list[tuple[frozenset[Key], int, bool]],

@@ -62,6 +62,7 @@ def build(kept: Kept) -> str:
     return build_index(kept.settings, kept.application, run="test")["build"]
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_away_at_any_write_leaves_nothing_that_counts_and_the_next_run_completes_it(
     embedded: Kept, notes: Path
 ) -> None:
@@ -108,6 +109,7 @@ def texts_of(kept: Kept, build: str) -> set[str]:
     return {payload["text"] for _, payload in found}
 
 
+@pytest.mark.slow
 def test_a_refresh_sends_only_what_changed(embedded: Kept, stand_in: StandIn, notes: Path) -> None:
     kept = at(embedded, stand_in.url)
     build(kept)
@@ -123,6 +125,7 @@ def test_a_refresh_sends_only_what_changed(embedded: Kept, stand_in: StandIn, no
     assert not WRITES.intersection(stand_in.requests)
 
 
+@pytest.mark.slow
 def test_switching_to_a_server_makes_and_publishes_the_build_though_nothing_changed(
     embedded: Kept, stand_in: StandIn
 ) -> None:
@@ -137,12 +140,14 @@ def test_switching_to_a_server_makes_and_publishes_the_build_though_nothing_chan
     assert current(embedded.builds) == current(kept.builds) == made["build"]
 
 
+@pytest.mark.slow
 def test_a_server_that_stumbles_is_asked_again(embedded: Kept, stand_in: StandIn) -> None:
     kept = at(embedded, stand_in.url)
     stand_in.unavailable = 2
     assert kept.builds.open(build(kept)).manifest.chunks == 3
 
 
+@pytest.mark.slow
 def test_a_server_that_is_not_there_is_one_sentence(embedded: Kept) -> None:
     url = f"http://127.0.0.1:{free_port()}"
     for act in (lambda: build(at(embedded, url)), lambda: at(embedded, url).builds.published()):
@@ -152,6 +157,7 @@ def test_a_server_that_is_not_there_is_one_sentence(embedded: Kept) -> None:
         assert str(refused.value).endswith("; start it, or correct MILLRACE_QDRANT_URL")
 
 
+@pytest.mark.slow
 def test_a_server_that_never_answers_does_not_hold_up_a_search(
     embedded: Kept, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +172,7 @@ def test_a_server_that_never_answers_does_not_hold_up_a_search(
     stand_in.hangs = False
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_away_under_a_search_is_one_sentence_and_is_used_again_when_it_is_back(
     embedded: Kept,
 ) -> None:
@@ -181,6 +188,7 @@ def test_a_server_that_goes_away_under_a_search_is_one_sentence_and_is_used_agai
     again.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["", "wrong"])
 def test_a_wrong_key_is_one_sentence_that_does_not_tell_it(embedded: Kept, key: str) -> None:
     stand_in = StandIn(keys={"right": "m"})
@@ -194,6 +202,7 @@ def test_a_wrong_key_is_one_sentence_that_does_not_tell_it(embedded: Kept, key: 
     stand_in.stop()
 
 
+@pytest.mark.slow
 def test_a_reader_may_search_and_not_build_and_a_writer_may_do_all_but_create_the_collection(
     embedded: Kept, notes: Path
 ) -> None:
@@ -215,6 +224,7 @@ def test_a_reader_may_search_and_not_build_and_a_writer_may_do_all_but_create_th
     stand_in.stop()
 
 
+@pytest.mark.slow
 def test_what_is_no_qdrant_server_is_one_sentence(embedded: Kept, mute_http: str) -> None:
     with pytest.raises(RetrievalError, match=r"is no Qdrant server \(404.*correct MILLRACE_QDRANT_URL"):
         build(at(embedded, mute_http))
@@ -243,6 +253,7 @@ def mute_http() -> Iterator[str]:
         http.shutdown()
 
 
+@pytest.mark.slow
 def test_tls_that_can_not_be_trusted_is_one_sentence(embedded: Kept, stand_in: StandIn, tmp_path: Path) -> None:
     plain = stand_in.url.replace("http:", "https:")
     with pytest.raises(RetrievalError, match="no trusted TLS connection"):
@@ -253,6 +264,7 @@ def test_tls_that_can_not_be_trusted_is_one_sentence(embedded: Kept, stand_in: S
     assert certificate.is_file()
 
 
+@pytest.mark.slow
 def test_tls_by_a_named_authority_works(
     embedded: Kept, stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,6 +310,7 @@ def _forward(front: socket.socket, context: ssl.SSLContext, port: int) -> None:
             threading.Thread(target=pump, args=pair, daemon=True).start()
 
 
+@pytest.mark.slow
 def test_a_builder_that_is_overtaken_gives_up_and_the_other_build_is_untouched(
     embedded: Kept, stand_in: StandIn, notes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,6 +333,7 @@ def test_a_builder_that_is_overtaken_gives_up_and_the_other_build_is_untouched(
     assert any("oven" in text for text in texts_of(kept, made[0]))
 
 
+@pytest.mark.slow
 def test_a_build_that_lost_points_on_the_server_is_refused_and_made_again(
     embedded: Kept, stand_in: StandIn, lake: Lake
 ) -> None:
@@ -353,6 +367,7 @@ def test_a_collection_of_other_vectors_is_refused(embedded: Kept, stand_in: Stan
         build(kept)
 
 
+@pytest.mark.slow
 def test_a_build_or_pointer_of_another_format_is_one_sentence(embedded: Kept, stand_in: StandIn) -> None:
     kept = at(embedded, stand_in.url)
     builds = kept.builds

@@ -80,6 +80,7 @@ def test_any_sequence_of_legal_decisions_folds_to_a_consistent_state(acts: list[
     assert splits_of(rows) == list({split.sequence: split for split in shares}.values())
 
 
+@pytest.mark.slow
 @settings(max_examples=5, deadline=None)
 @given(st.lists(st.sampled_from(KINDS), max_size=6))
 def test_a_journal_reads_back_as_written(tmp_path_factory: pytest.TempPathFactory, kinds: list[str]) -> None:

@@ -104,6 +104,7 @@ def test_a_harmless_candidate_is_seldom_rolled_back_on_any_guardrail_together() 
     assert np.mean(shown) <= error + 3 * np.sqrt(error * (1 - error) / runs)
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(st.integers(0, 300), st.floats(-0.5, 0.5), st.sampled_from([0.01, 0.25, 0.5]), st.integers(0, 5))
 def test_any_evidence_is_judged_and_can_be_kept_as_json(users: int, effect: float, share: float, seed: int) -> None:

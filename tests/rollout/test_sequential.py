@@ -44,6 +44,7 @@ def test_a_harmless_candidate_is_seldom_shown_as_harmful_however_often_one_looks
     assert np.mean(log_peak(wealth) >= np.log(1 / ERROR)) <= ERROR + CHANCE
 
 
+@pytest.mark.slow
 def test_harm_as_large_as_the_margin_is_seldom_excluded_however_often_one_looks() -> None:
     wealth = log_wealth_above(ratings(-0.25, RUNS, 1500), -two_point(0.25))
     assert np.mean(log_peak(wealth) >= np.log(1 / ERROR)) <= ERROR + CHANCE
@@ -68,6 +69,7 @@ def test_the_confidence_sequence_covers_the_effect_at_all_times() -> None:
         assert log_peak(wealth(one, end - outside)) < np.log(2 / ERROR)
 
 
+@pytest.mark.slow
 def test_the_expected_wealth_never_exceeds_what_was_put_in() -> None:
     sample = ratings(0.0, 20_000, 40)
     for wealth in (log_wealth_below(sample), log_wealth_above(sample), log_wealth_apart(sample)):
@@ -90,6 +92,7 @@ def test_pseudo_outcomes_and_intervals_agree_with_ville() -> None:
     assert abs((low + high) - (oracle_low + oracle_high)) / 2 < 0.05
 
 
+@pytest.mark.slow
 @given(
     st.lists(
         st.tuples(st.floats(0, 1), st.booleans(), st.sampled_from([0.01, 0.25, 0.5, 0.9])), min_size=1, max_size=40
@@ -109,6 +112,7 @@ def test_wealth_is_finite_monotone_in_the_hypothesis_and_mirrored(
     assert -1 <= low < high <= 1
 
 
+@pytest.mark.slow
 @given(st.integers(0, 30), st.integers(1, 30))
 def test_an_interval_only_ever_shrinks(first: int, more: int) -> None:
     sample = ratings(0.1, 1, first + more, shares=(0.25,), seed=first * 100 + more)
@@ -120,6 +124,7 @@ def test_an_interval_only_ever_shrinks(first: int, more: int) -> None:
     assert early_low - 1e-5 <= low < high <= early_high + 1e-5
 
 
+@pytest.mark.slow
 def test_the_sample_ratio_test_keeps_quiet_when_the_ratio_is_kept_and_speaks_when_not() -> None:
     rng = np.random.default_rng(1)
     quiet = 0

@@ -50,6 +50,7 @@ def test_the_interval_lies_within_the_differences_and_the_same_seed_repeats_it(v
     assert found == mean_difference(*values, 0.95, 500, seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", ["normal", "skewed"])
 def test_a_95_percent_interval_holds_the_truth_about_95_times_in_100(draw):
     rng = np.random.default_rng(7)
@@ -63,6 +64,7 @@ def test_a_95_percent_interval_holds_the_truth_about_95_times_in_100(draw):
     assert held / 400 >= (0.92 if draw == "normal" else 0.89)
 
 
+@pytest.mark.slow
 def test_the_interval_of_a_ratio_holds_the_truth_about_95_times_in_100():
     rng = np.random.default_rng(12)
     held = 0

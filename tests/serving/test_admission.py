@@ -30,6 +30,8 @@ from tests.serving.databases import Database
 from tests.serving.parrot import Drawer, Gateway, Parrot, Shelf, a_release, listening
 from tests.serving.test_gateway import error_of
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., tuple[ApiKey, str]]
 Open = Callable[..., Gateway]
 COST = (5 * 0.02 + 5 * 0.06) / 1e6

@@ -149,6 +149,7 @@ def test_bodies_that_are_no_request_are_refused(unmoved: Gateway) -> None:
     assert error_of(unmoved.client.get("/v1/chat/completions"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "status"), [("other", 404), ("qa@99", 404), ("qa@challenger", 404), ("qa@1", 200), ("qa@champion", 200)]
 )
@@ -336,6 +337,7 @@ def test_feedback_on_an_application_that_is_gone_is_a_404(unmoved: Gateway) -> N
     assert unmoved.rate(issue(b"test completion key", "gone", now())).status_code == 404
 
 
+@pytest.mark.slow
 def test_when_too_many_wait_a_caller_is_told_to_come_back(start: Start) -> None:
     parrot = Parrot()
     shelf = Shelf(Split(sequence=0, champion="1"), {"1": a_release(parrot, Drawer())})

@@ -23,6 +23,8 @@ from millrace.stack.postgres import Postgres
 from tests.serving.databases import Database
 from tests.serving.parrot import Drawer, Gateway, Parrot, Shelf, a_release
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def millrace(keyed: Settings) -> Callable[..., Result]:

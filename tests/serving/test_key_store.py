@@ -18,6 +18,8 @@ from millrace.settings import Settings
 from millrace.sources.event_log import now
 from tests.serving.databases import Database, connected
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., tuple[ApiKey, str]]
 
 

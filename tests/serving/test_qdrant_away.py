@@ -50,6 +50,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     stand_in.stop()
 
 
+@pytest.mark.slow
 def test_while_qdrant_is_away_callers_get_503_and_one_sentence_and_then_answers_again(
     start: Callable[..., Gateway], stand_in: StandIn
 ) -> None:

@@ -18,6 +18,8 @@ from millrace.serving.traces import WAITING, ExchangeTraces
 from millrace.settings import Settings
 from tests.serving.parrot import Drawer, Gateway, Parrot, Shelf, a_release, listening
 
+pytestmark = pytest.mark.slow
+
 
 def a_shelf(parrot: Parrot | None = None) -> Shelf:
     drawer = Drawer()

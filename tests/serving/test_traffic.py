@@ -136,6 +136,7 @@ def test_pins_load_on_demand_and_only_a_few_stay_loaded(traffic: Traffic, shelf:
     assert served(traffic, "3") == "3"
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     steps=st.lists(

@@ -30,6 +30,7 @@ def test_the_facts_of_every_option_are_read_back_from_its_text() -> None:
         assert describe(facts).encode() == document.content
 
 
+@pytest.mark.slow
 @given(
     st.builds(
         OptionFacts,

@@ -33,6 +33,7 @@ def ticking(start: datetime, step: timedelta):
     return lambda: start + step * next(ticks)
 
 
+@pytest.mark.slow
 def test_events_of_many_threads_are_each_on_disk_once_in_the_order_of_their_times(tmp_path: Path) -> None:
     log = EventLog(tmp_path)
     with ThreadPoolExecutor(16) as threads:
@@ -162,6 +163,7 @@ def test_any_text_comes_back_as_it_went_in(tmp_path_factory: pytest.TempPathFact
     assert parse_event(line.text) == appended
 
 
+@pytest.mark.slow
 def test_what_was_acknowledged_before_kill_9_is_in_the_log_exactly_once(tmp_path: Path) -> None:
     program = """
 import sys, threading

@@ -22,6 +22,8 @@ from millrace.sources.event_log import Accepted, Completed, EventLog, Failed, Fe
 from millrace.sources.feedback import land_events, refine_feedback
 from millrace.sources.pseudonym import pseudonym
 
+pytestmark = pytest.mark.slow
+
 KEY = b"test completion key"
 START = datetime(2026, 11, 24, 22, tzinfo=UTC)
 MINUTE = timedelta(minutes=1)

@@ -77,6 +77,7 @@ def test_updates_additions_and_deletions_reach_silver_and_bronze_keeps_what_was(
     assert ("two.txt", b"The second note.", False) in history(lake)
 
 
+@pytest.mark.slow
 def test_a_document_that_comes_back_is_there_again(
     settings: Settings, application: Application, lake: Lake, notes: Path
 ) -> None:
@@ -131,6 +132,7 @@ def test_a_corpus_without_any_text_is_refused_and_deletes_nothing(
     assert len(texts(lake)) == 2
 
 
+@pytest.mark.slow
 def test_a_source_that_breaks_off_deletes_nothing_and_the_next_run_is_as_if_nothing_had_happened(
     settings: Settings, qa: Application, lake: Lake, notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +165,7 @@ def test_overlapping_sources_land_a_document_once(settings: Settings, qa: Applic
     assert not land_documents(settings, twice, run="test")["changed"]
 
 
+@pytest.mark.slow
 def test_a_clock_that_was_set_back_does_not_bring_old_content_back(
     settings: Settings, application: Application, lake: Lake, notes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

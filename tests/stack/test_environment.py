@@ -19,6 +19,7 @@ print(settings.completion_key.get_secret_value(), settings.pseudonym_key.get_sec
 """
 
 
+@pytest.mark.slow
 def test_a_part_reads_back_the_settings_it_was_given(settings: Settings) -> None:
     given = settings.model_copy(
         update={"spark_tables": frozenset({"silver/chunks", "silver/documents"}), "answer_cache": False}
@@ -95,6 +96,7 @@ def test_servers_listen_where_they_are_told_and_are_reached_where_they_are(setti
     assert not [part for part in all_parts(settings, obtain_secrets(settings.home)) if "0.0.0.0" in part.command]
 
 
+@pytest.mark.slow
 def test_the_gateway_finds_its_api_keys_in_the_embedded_database_unless_another_is_named(settings: Settings) -> None:
     prepare_home(settings)
 

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 HEAD = """
 import signal
 from millrace.stack.interrupts import Interrupts

@@ -23,6 +23,8 @@ from millrace.sources.feedback import refine_feedback
 from millrace.stack import migration
 from millrace.stack.home import bring_up_to_date, prepare_home
 
+pytestmark = pytest.mark.slow
+
 EVER = (datetime(2020, 1, 1, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC))
 OLD = Path(__file__).parent / "homes" / "format-1.tar.gz"
 

@@ -12,6 +12,8 @@ import sqlalchemy
 from millrace.stack import processes
 from millrace.stack.postgres import Postgres
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def home(open_folder: Path) -> Path:

@@ -54,6 +54,7 @@ def start(home: Path) -> Iterator[Start]:
         made.wait()
 
 
+@pytest.mark.slow
 def test_a_child_in_a_session_of_its_own_that_ignores_term_is_ended_too(home: Path, start: Start) -> None:
     made = start("gateway", STUBBORN_CHILD)
     processes.record(home, "gateway", made.pid, signal.SIGTERM, False)
@@ -65,6 +66,7 @@ def test_a_child_in_a_session_of_its_own_that_ignores_term_is_ended_too(home: Pa
     assert processes.recorded(home) == {}
 
 
+@pytest.mark.slow
 def test_an_orphan_is_found_by_its_mark_after_its_parent_was_killed(home: Path, start: Start) -> None:
     made = start("gateway", STUBBORN_CHILD)
     made.kill()

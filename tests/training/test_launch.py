@@ -20,6 +20,7 @@ from millrace.training.program import require_same_config
 from millrace.training.spec import Spec
 
 
+@pytest.mark.slow
 def test_a_configuration_that_is_not_the_specs_is_refused(make_spec: Callable[..., Spec], tmp_path: Path) -> None:
     spec = make_spec()
     given = tmp_path / "config.json"

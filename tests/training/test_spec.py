@@ -8,6 +8,8 @@ from millrace.applications import Training
 from millrace.errors import TrainingError
 from millrace.training.spec import Spec, Zero, fingerprint, read_spec
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("overrides", "named"),

@@ -1,3 +1,4 @@
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +19,7 @@ def test_patience_counts_measurements_since_the_best_one() -> None:
     assert exhausted(measured([3, 3, 3]), 2)  # as good is not better
 
 
+@pytest.mark.slow
 @given(losses, st.integers(1, 5))
 def test_a_run_stops_at_the_first_measurement_that_exhausts_it_and_not_before(
     values: list[float], patience: int
