@@ -56,7 +56,7 @@ def test_machines_that_are_rented_anyway_are_filled_before_another_is_paid() -> 
 def cheaper(own: OwnModel, other: PaidApi, load: float) -> str | None:
     """The cheaper one; None where rounding decides."""
     mine, its = own.month_usd(load), other.month_usd(load)
-    if abs(mine - its) <= 1e-7 * max(mine, its):
+    if abs(mine - its) <= 1e-7 * max(mine, its) or own.machines(load * (1 - 1e-8)) != own.machines(load * (1 + 1e-8)):
         return None
     return own.name if mine < its else other.name
 
@@ -87,6 +87,9 @@ def pairs(draw: Any) -> tuple[OwnModel, PaidApi]:
 @example((own_model(100), api(0.1, fixed=50)))
 @example((own_model(100), api(0.0999, fixed=1e4)))
 @example((own_model(1 + 2e-16, 1), PaidApi("api", 0.03287671232876713, development_usd=1)))
+@example(
+    (own_model(1.1, 1, 1, 4810.414267508965), PaidApi("api", 0.03345259052316817, development_usd=7761.590059364663))
+)
 def test_every_change_is_told_and_every_change_told_is_one(pair: tuple[OwnModel, PaidApi]) -> None:
     own, other = pair
     found = break_even(own, other)
