@@ -16,7 +16,8 @@ OWN_MODEL = "own model"
 MOST = 12
 """Changes that are listed; what follows for good is told nevertheless."""
 ROUNDING = 1e-9
-"""Relative: a machine is full, two slopes are equal, within this; so are two loads, relative to a full machine's."""
+"""Two slopes are equal within this, relative; a machine is full, and two loads are equal, within this share of what one
+machine carries."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class OwnModel:
 
     def machines(self, load: float) -> int:
         """Whole machines for `load` queries a day."""
-        return max(self.minimum_machines, math.ceil(load / self.capacity * (1 - ROUNDING)))
+        return max(self.minimum_machines, math.ceil(load / self.capacity - ROUNDING))
 
     def serving_usd(self, load: float) -> float:
         """A month, at `load` queries a day; so are the others."""
