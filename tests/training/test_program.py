@@ -190,7 +190,7 @@ def killed_at_its_first_checkpoint(spec: Spec, **options: Any) -> None:
 @pytest.mark.long
 def test_early_stopping_keeps_the_best_weights_through_a_kill(make_spec: MakeSpec) -> None:
     # So high a rate is good for a few steps, and then spoils what was learnt.
-    changes = {"epochs": 8, "learning_rate": 3e-2, "evaluate_steps": 1, "patience": 3, "checkpoint_steps": 3}
+    changes = {"epochs": 8, "learning_rate": 2e-2, "evaluate_steps": 1, "patience": 3, "checkpoint_steps": 3}
     undisturbed = make_spec("undisturbed", **changes)
     result = train(undisturbed)
     curve = [json.loads(line)["development_loss"] for line in undisturbed.progress.read_text().splitlines()]
