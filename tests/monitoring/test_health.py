@@ -32,8 +32,10 @@ class Runs:
 
 
 @pytest.fixture
-def home(settings: Settings) -> Settings:
+def home(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """A home on a disk that isn't full, whatever this machine's is."""
     settings.home.mkdir(parents=True)
+    monkeypatch.setattr("millrace.monitoring.health.FREE_SHARE", 0.0)
     return settings
 
 
