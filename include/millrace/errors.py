@@ -6,6 +6,7 @@ MillraceError
 ├── LakehouseError         a table can't be read or written as asked
 │   └── ConflictError      somebody else committed first; read again and retry
 ├── SourceError            a document or event source can't be read
+├── SampleError            staging can't take its sample of prod
 ├── RetrievalError         no index build, or one that can't be trusted
 │   └── CanaryError        a new index build finds less than the one before
 ├── ReleaseError           a release can't be packaged, registered or loaded
@@ -46,6 +47,10 @@ class ConflictError(LakehouseError):
 
 class SourceError(MillraceError):
     """A document or event source can't be read."""
+
+
+class SampleError(MillraceError):
+    """Staging can't take its sample of prod."""
 
 
 class RetrievalError(MillraceError):
