@@ -2,6 +2,7 @@
 
 import json
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
@@ -214,7 +215,7 @@ def test_no_other_environment_takes_a_sample(settings: Settings, qa: Application
     for stage in (sample_evaluation_sets, sample_documents, sample_exchanges):
         with pytest.raises(SampleError, match=f"{environment} takes no sample of prod"):
             stage(elsewhere, qa, run="test")
-    assert not settings.lake.exists()
+    assert not Path(settings.lake).exists()
 
 
 def test_without_a_prod_or_a_key_nothing_changes(staging: Settings, application: Application) -> None:
@@ -223,7 +224,7 @@ def test_without_a_prod_or_a_key_nothing_changes(staging: Settings, application:
     keyless = staging.model_copy(update={"pseudonym_key": SecretStr("")})
     with pytest.raises(SettingsError, match="MILLRACE_PSEUDONYM_KEY is empty"):
         sample_exchanges(keyless, application, run="test")
-    assert not (staging.lake / "staging").exists()
+    assert not (Path(staging.lake) / "staging").exists()
 
 
 def test_an_environment_reads_anothers_tables_and_writes_none_of_them(
