@@ -8,7 +8,8 @@ from pydantic import SecretStr
 from millrace.applications import Application
 from millrace.evaluation.sets import freeze_evaluation_set
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import SILVER_DOCUMENTS
+from millrace.lakehouse.tables import SILVER_CHUNKS, SILVER_DOCUMENTS
+from millrace.retrieval.chunk import refresh_chunks
 from millrace.settings import Settings
 from millrace.sources.completion_id import issue
 from millrace.sources.event_log import Accepted, Completed, EventLog, Feedback
@@ -31,9 +32,9 @@ SECRETS = (
 
 
 def prod_of(settings: Settings) -> Settings:
-    """Prod in the same lake, with keys of its own."""
+    """Prod in the same lake, with keys of its own, and no Spark server."""
     keys = {name: SecretStr(f"prod's {name}") for name in ("completion_key", "pseudonym_key")}
-    return settings.model_copy(update={"environment": "prod"} | keys)
+    return settings.model_copy(update={"environment": "prod", "spark_tables": frozenset()} | keys)
 
 
 def fill_prod(settings: Settings, application: Application, *, users: int = 200) -> Settings:
@@ -42,13 +43,16 @@ def fill_prod(settings: Settings, application: Application, *, users: int = 200)
     prod = prod_of(settings)
     land_documents(prod, application, run="prod")
     refine_documents(prod, application, run="prod")
+    refresh_chunks(prod, application, run="prod")
     freeze_evaluation_set(prod, application, run="prod")
     ask(prod, application, users=users)
     return prod
 
 
 def ask(prod: Settings, application: Application, *, users: int, start: datetime = START) -> None:
-    documents = Lake.of(prod, application.name).read(SILVER_DOCUMENTS)
+    lake = Lake.of(prod, application.name)
+    documents = lake.read(SILVER_DOCUMENTS)
+    chunks = lake.read(SILVER_CHUNKS, ["document_id", "chunk_id"]).to_pylist()
     known = [one for one in derive_questions(documents, application) if one.split != "evaluation"]
     key = prod.completion_key.get_secret_value().encode()
     at = start
@@ -80,7 +84,7 @@ def ask(prod: Settings, application: Application, *, users: int, start: datetime
             Completed(
                 **about,
                 answer="I do not know." if bad else asked.answer,
-                citations=(),
+                citations=tuple(one["chunk_id"] for one in chunks if one["document_id"] == asked.document_id),
                 prompt_tokens=300,
                 completion_tokens=8,
                 seconds=0.5,
