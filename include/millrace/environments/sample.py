@@ -111,8 +111,8 @@ def sample_exchanges(settings: Settings, application: Application, *, run: str) 
     its feedback both or neither; what staging's own gateway brought stays. Nothing is read where prod's tables and the
     rule are as before. The sample is held in memory, prod's tables are not.
 
-    Returns: `exchanges` in the sample, `strata` (stratum → how many of them, of how many in prod), `deleted` rows,
-        `changed`.
+    Returns: `changed`; and where prod was read, `exchanges` in the sample, `strata` (stratum → how many of them, of how
+        many in prod), `deleted` rows.
 
     Raises:
         SampleError: this is not staging.
