@@ -1,6 +1,7 @@
 """Staging's sample of prod on real tables: who is in, what becomes of a row, and what a later run changes."""
 
 import json
+import shutil
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,28 @@ def test_what_is_deleted_or_changed_in_prod_is_so_in_staging_after_the_next_run(
     assert {f"sample-{pseudonym(key, one)}" for one in gone}.isdisjoint(content(ours, SILVER_EXCHANGES))
     ask(prod, application, users=30, start=START + timedelta(hours=2))
     assert sample_all(staging, application)["sample_exchanges"]["strata"]["rating/bad"] == [73, 73]
+
+
+def test_a_prod_that_was_restored_from_a_backup_is_sampled_again(
+    prod: Settings, staging: Settings, application: Application
+) -> None:
+    backup = Path(prod.home) / "backup"
+    shutil.copytree(Path(prod.lake) / "prod", backup)
+    ask(prod, application, users=30, start=START + timedelta(hours=2))
+    theirs, ours = lakes(prod, staging)
+    erase(theirs, SILVER_DOCUMENTS, list(content(theirs, SILVER_DOCUMENTS))[:3])
+    sample_all(staging, application)
+    shutil.rmtree(Path(prod.lake) / "prod")
+    shutil.copytree(backup, Path(prod.lake) / "prod")
+    assert sample_all(staging, application)["sample_exchanges"]["strata"]["rating/bad"] == [68, 68]
+    assert [told["changed"] for told in sample_all(staging, application).values()] == [False] * 3
+    assert all(content(theirs, SILVER_DOCUMENTS)[key] == row for key, row in content(ours, SILVER_DOCUMENTS).items())
+
+
+def test_a_prod_that_nobody_has_asked_yet_gives_no_exchanges(staging: Settings, application: Application) -> None:
+    told = sample_exchanges(staging, application, run="test")
+    assert (told["exchanges"], told["changed"]) == (0, False)
+    assert sample_exchanges(staging, application, run="test") == {"changed": False}
 
 
 def erase(lake: Lake, table: Table, keys: list[str]) -> None:

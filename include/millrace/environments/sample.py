@@ -75,12 +75,12 @@ def sample_documents(settings: Settings, application: Application, *, run: str) 
     rule = _rule(application.sample, *sorted(needed))
     tables = (SILVER_DOCUMENTS,)
     versions = _versions(theirs, tables)
-    if versions[0] is None:
+    if versions == (None,):
         raise SampleError(
             f"{application.name}: {SAMPLED} has no {SILVER_DOCUMENTS.path} in {theirs.uri(SILVER_DOCUMENTS)}; nothing "
             f"was changed; run {application.name}.ingest_documents there first, or correct where staging looks for it"
         )
-    if versions == versions_read(ours, rule, tables):
+    if _is_known(ours, rule, tables, versions):
         return {"inserted": 0, "updated": 0, "deleted": 0, "changed": False}
     function = partial(documents_taken, sample=application.sample, needed=needed)
     written = ours.transform(SILVER_DOCUMENTS, function, SILVER_DOCUMENTS, run=run, origin=theirs)
@@ -127,7 +127,7 @@ def sample_exchanges(settings: Settings, application: Application, *, run: str) 
     tables = (SILVER_EXCHANGES, SILVER_FEEDBACK)
     rule = _rule(sample, pseudonym(key, "rule"))
     versions = _versions(theirs, tables)
-    if versions == versions_read(ours, rule, tables):
+    if _is_known(ours, rule, tables, versions):
         return {"changed": False}
     taken, strata = _taken(theirs, sample)
     own = partial(_made_own, key=key, scrub=Scrubber(sample.phone_regions))
@@ -167,6 +167,11 @@ def _rule(sample: Sample, *more: str) -> str:
 
 def _versions(lake: Lake, tables: tuple[Table, ...]) -> tuple[int | None, ...]:
     return tuple(lake.version(table) for table in tables)
+
+
+def _is_known(ours: Lake, rule: str, tables: tuple[Table, ...], versions: tuple[int | None, ...]) -> bool:
+    """Whether these tables are here, as the sample of those versions."""
+    return versions == versions_read(ours, rule, tables) and all(ours.exists(table) for table in tables)
 
 
 def _taken(theirs: Lake, sample: Sample) -> tuple[set[str], dict[str, tuple[int, int]]]:

@@ -26,14 +26,15 @@ def versions_read(lake: Lake, rule: str, tables: tuple[Table, ...]) -> tuple[int
 def note_versions(
     lake: Lake, rule: str, tables: tuple[Table, ...], versions: tuple[int | None, ...], *, run: str
 ) -> None:
-    """Note that `lake` is now the sample of these versions, and forget what it was a sample of by other rules."""
+    """Note that `lake` is now the sample of these versions, and forget what it was a sample of by other rules, or of
+    later versions: those of a table that was since restored from a backup."""
     for table, version in zip(tables, versions, strict=True):
-        path = _theirs(table).path
-        kept = f"target.reader = '{rule}' AND target.version <= {version}"
-        gone = f"target.\"table\" = '{path}' AND NOT ({kept})"
+        theirs = _theirs(table)
+        kept = "false" if version is None else f"target.reader = '{rule}' AND target.version <= {version}"
+        gone = f"target.table = '{theirs.path}' AND NOT ({kept})"
         lake.merge(OPS_CURSORS, OPS_CURSORS.rows_schema.empty_table(), run=run, delete_unmatched=gone)
         if version is not None:
-            move_cursor(lake, rule, _theirs(table), version, run=run)
+            move_cursor(lake, rule, theirs, version, run=run)
 
 
 def sampled_documents(lake: Lake) -> frozenset[str] | None:
