@@ -21,6 +21,14 @@ from millrace.stack import Stack
 from tests.conftest import stack_settings
 from tests.environments.production import fill_prod
 
+SAME = """same = '''
+{% for chunk in chunks %}{{ chunk.title }}
+{{ chunk.text }}
+
+{% endfor %}Question: {{ question }}
+Answer in one short sentence, only from the text above.{# A release of its own with equal answers. #}'''
+"""
+"""A variant of the declared prompt that no gate can find worse."""
 RunDag = Callable[..., dict[str, Any]]
 
 
@@ -28,7 +36,10 @@ RunDag = Callable[..., dict[str, Any]]
 def settings(open_folder: Path) -> Settings:
     if "MILLRACE_HOME" in os.environ:
         return read_settings().model_copy(update={"environment": "staging"})
-    return stack_settings(Path(tempfile.mkdtemp(dir=open_folder)), environment="staging")
+    made = stack_settings(Path(tempfile.mkdtemp(dir=open_folder)), environment="staging")
+    declaration = made.applications / "qa.toml"
+    declaration.write_text(declaration.read_text().replace("[prompt.variants]\n", f"[prompt.variants]\n{SAME}"))
+    return made
 
 
 @pytest.fixture(scope="session")
