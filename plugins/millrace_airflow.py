@@ -11,6 +11,7 @@ from airflow.sdk import DAG, Asset, BaseNotifier, DeadlineAlert, DeadlineReferen
 from airflow.sdk.exceptions import AirflowFailException
 
 from millrace.applications import Application
+from millrace.settings import read_settings
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 """Of schedules: no interval before it is run, and none is caught up."""
@@ -60,6 +61,14 @@ class AlertNotifier(BaseNotifier):
         _alert(self.title, what, context["dag"].dag_id, context["run_id"])
 
 
+def approvers() -> list[dict[str, str]] | None:
+    """Whom Airflow lets answer what waits for a person; None: whoever may act on DAGs."""
+    settings = read_settings()
+    if not settings.reached_by_others:
+        return None
+    return [{"id": name, "name": name} for name, role in settings.airflow_users.items() if role != "viewer"] or None
+
+
 def late_after(minutes: float) -> DeadlineAlert:
     """An alert for a run that has not ended this long after it was queued: late, or dead."""
     return DeadlineAlert(
@@ -79,7 +88,6 @@ def say_late(minutes: float, context: dict[str, Any]) -> None:
 
 def _alert(title: str, what: str, dag_id: str, run_id: str) -> None:
     from millrace.alerts import Alert, send
-    from millrace.settings import read_settings
 
     settings = read_settings()
     send(Alert(title, what, f"{dag_id}/{run_id}", f"{settings.airflow_url}/dags/{dag_id}"), settings)

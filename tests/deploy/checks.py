@@ -49,7 +49,8 @@ OF_THE_PLACE = frozenset(
 _NOTHING_TO_ASK = frozenset({"otel-collector", "airflow-history"})
 """One has no program that could ask it, the other serves nobody: it ends when it fails, and is started again."""
 _NOT_NEEDED = {("gateway", "spark_token"), ("airflow-scheduler", "keys_url"), ("airflow-scheduler", "api_key")}
-"""Serving never asks Spark, and no task the gateway."""
+_NOT_NEEDED |= {(service, "airflow_passwords") for service in ("airflow-scheduler", "gateway")}
+"""Serving never asks Spark, and no task the gateway; nobody needs what people log in with."""
 _ELSEWHERE = ("_uri", "_url", "_urls", "_remote")
 _SECRET = re.compile(r"(PASSWORD|SECRET|TOKEN|KEY|CONN|BACKEND_STORE_URI|KEYS_URL)$")
 _NOT_SECRET = {"AWS_ACCESS_KEY_ID", "ROOT_ACCESS_KEY"}

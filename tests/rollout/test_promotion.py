@@ -100,6 +100,18 @@ def test_what_was_rejected_rolls_out_only_if_somebody_admits_it_after_all(
     assert tick(tracked, asking, run="test")["decision"] == "start"
 
 
+@pytest.mark.parametrize("name", ["admin", "millrace", "Anonymous"])
+def test_beyond_one_machine_only_a_person_approves(
+    passed: Lake, tracked: Settings, asking: Application, name: str
+) -> None:
+    reached = tracked.model_copy(update={"bind": "0.0.0.0"})
+    before = read_journal(passed)
+    with pytest.raises(ApprovalError, match=f"{name} is no person, and in dev only a person decides about version 2"):
+        record_approval(reached, asking, "2", answer("Approve", name))
+    assert read_journal(passed) == before
+    assert record_approval(reached, asking, "2", answer("Approve", "ann")) is not None
+
+
 @pytest.mark.parametrize(
     ("said", "why"),
     [

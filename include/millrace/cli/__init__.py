@@ -15,11 +15,11 @@ from millrace.cli.cost import cost_app
 from millrace.cli.keys import key_app
 from millrace.cli.prompts import prompt_app
 from millrace.cli.releases import index_app, release_app, rollout_app
+from millrace.environments.airflow_access import declared_logins, password_file
 from millrace.errors import StackError
-from millrace.settings import Settings, read_settings
+from millrace.settings import AIRFLOW_SERVICE, Settings, read_settings
 from millrace.stack import Stack, Status, airflow_of, down, status, up
 from millrace.stack.display import StartDisplay
-from millrace.stack.parts import ADMIN, password_file
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(release_app, name="release")
@@ -127,8 +127,10 @@ def ask_command(
 
 def places(settings: Settings) -> str:
     """Where a person finds what runs."""
+    people = ", ".join(name for name in declared_logins(settings) if name != AIRFLOW_SERVICE)
+    who = f"log in as {people}" if people else "nobody may log in yet: name people in MILLRACE_AIRFLOW_USERS"
     return (
-        f"Airflow   {settings.airflow_url}   user {ADMIN}, password in {password_file(settings.home)}\n"
+        f"Airflow   {settings.airflow_url}   {who}; passwords in {password_file(settings.home)}\n"
         f"MLflow    {settings.mlflow_url}\n"
         f"Gateway   {settings.gateway_url}/v1\n"
         f"Logs      {settings.home / 'logs'}"

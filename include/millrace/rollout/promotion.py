@@ -16,7 +16,7 @@ from millrace.lakehouse.tables import OPS_EVALUATIONS
 from millrace.releases import registry
 from millrace.rollout import people
 from millrace.rollout.decisions import Admission, Decision, State, fold, read_journal
-from millrace.settings import Settings
+from millrace.settings import NOBODY, Settings
 
 
 def needs_approval(settings: Settings, application: Application) -> bool:
@@ -75,12 +75,18 @@ def record_approval(
             human-in-the-loop operators give them.
 
     Raises:
-        ApprovalError: nobody is named, or who answered built the release.
+        ApprovalError: nobody is named, who is named is no person where others reach Airflow, or who answered built the
+            release.
         MillraceError: the reason is missing, or the release is not registered.
     """
     actor = (answer["responded_by_user"] or {}).get("name") or ""
     if not actor:
         raise ApprovalError("nobody is named as having answered; log in to Airflow and answer again")
+    if settings.reached_by_others and actor.lower() in NOBODY:
+        raise ApprovalError(
+            f"{actor} is no person, and in {settings.environment} only a person decides about version {version} of "
+            f"{application.name}: let one of MILLRACE_AIRFLOW_USERS answer (clear the task `approve` to ask again)"
+        )
     if actor == registry.versions(settings, application).get(version, {}).get(registry.BUILDER_TAG):
         raise ApprovalError(
             f"{actor} built version {version} of {application.name} and can't decide about it: let somebody else "

@@ -74,6 +74,8 @@ def settings_variables(settings: Settings, *, keys: bool) -> dict[str, str]:
             text = value.get_secret_value()
         elif isinstance(value, (frozenset, set, tuple, list)):
             text = json.dumps(sorted(value))
+        elif isinstance(value, dict):
+            text = json.dumps(value)
         else:
             text = str(value)
         variables[f"MILLRACE_{name.upper()}"] = text

@@ -10,12 +10,12 @@ import os
 import secrets
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from pydantic import SecretStr
 
 from millrace import FORMAT_VERSION
 from millrace.errors import StackError
+from millrace.private_files import write_json
 from millrace.settings import Settings
 from millrace.stack.migration import migrate
 
@@ -27,6 +27,7 @@ class Secrets:
     completion_key: str
     pseudonym_key: str
     airflow_password: str
+    airflow_service_password: str
     airflow_fernet_key: str
     airflow_jwt_secret: str
     airflow_secret_key: str
@@ -119,17 +120,6 @@ def with_secrets(settings: Settings, found: Secrets) -> Settings:
         if not getattr(settings, name).get_secret_value()
     }
     return settings.model_copy(update=keys)
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Replace `path` in one step; nobody but its owner may read it. A power cut leaves the old or the new one."""
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
 
 
 class HomeLock:

@@ -15,15 +15,15 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
+from millrace.environments import airflow_access
 from millrace.lakehouse import spark_server
-from millrace.settings import PROJECT, Settings
+from millrace.private_files import write_json
+from millrace.settings import AIRFLOW_ADMIN, AIRFLOW_SERVICE, PROJECT, Settings
 from millrace.stack.environment import part_environment
-from millrace.stack.home import Secrets, registry_mark, write_json
+from millrace.stack.home import Secrets, registry_mark
 from millrace.stack.postgres import Postgres
 
 _KEYS_DATABASE = "gateway"
-ADMIN = "admin"
-"""Airflow's one user."""
 
 
 def _nothing() -> None:
@@ -74,11 +74,6 @@ def with_keys_url(settings: Settings) -> Settings:
     if settings.keys_url.get_secret_value():
         return settings
     return settings.model_copy(update={"keys_url": SecretStr(_postgres_of(settings).url(_KEYS_DATABASE))})
-
-
-def password_file(home: Path) -> Path:
-    """Where a person finds the password of Airflow's user."""
-    return home / "airflow" / "password.json"
 
 
 def _postgres_of(settings: Settings) -> Postgres:
@@ -140,6 +135,8 @@ def _airflow(settings: Settings, secrets: Secrets, postgres: Postgres) -> tuple[
     """Airflow's components, each a part: `airflow standalone` runs the same ones, but doesn't notice when one dies,
     and opens two log servers on every address of the machine."""
     home = settings.home / "airflow"
+    # What people log in with, no process is told.
+    logins, settings = settings, settings.model_copy(update={"airflow_passwords": SecretStr("")})
 
     def environment(*, threads: int, keys: bool) -> dict[str, str]:
         return part_environment(settings, threads=threads, keys=keys) | _airflow_variables(settings, secrets, postgres)
@@ -149,7 +146,8 @@ def _airflow(settings: Settings, secrets: Secrets, postgres: Postgres) -> tuple[
 
     def prepare() -> None:
         home.mkdir(exist_ok=True, mode=0o700)
-        write_json(password_file(settings.home), {ADMIN: secrets.airflow_password})
+        own = {AIRFLOW_ADMIN: secrets.airflow_password, AIRFLOW_SERVICE: secrets.airflow_service_password}
+        airflow_access.apply(logins, own)
         postgres.create_database("airflow")
 
     def healthy(component: str) -> Callable[[float], bool]:
@@ -228,9 +226,8 @@ def _airflow_variables(settings: Settings, secrets: Secrets, postgres: Postgres)
             # Unpausing is a decision: a weekly fine-tune whose hour has passed is due at that moment.
             "dags_are_paused_at_creation": True,
             "fernet_key": secrets.airflow_fernet_key,
-            "simple_auth_manager_users": f"{ADMIN}:admin",
             "simple_auth_manager_all_admins": False,
-            "simple_auth_manager_passwords_file": password_file(settings.home),
+            "simple_auth_manager_passwords_file": airflow_access.password_file(settings.home),
             "execution_api_server_url": f"{settings.airflow_url}/execution/",
         },
         "database": {"sql_alchemy_conn": postgres.url("airflow")},
@@ -259,7 +256,7 @@ def _airflow_variables(settings: Settings, secrets: Secrets, postgres: Postgres)
 
 
 def _gateway(settings: Settings, postgres: Postgres) -> Part:
-    known = with_keys_url(settings)
+    known = with_keys_url(settings).model_copy(update={"airflow_passwords": SecretStr("")})
     embedded = known.keys_url.get_secret_value() == postgres.url(_KEYS_DATABASE)
     needs = [name for name, here in (("mlflow", not settings.mlflow_uri), ("postgres", embedded)) if here]
     return Part(

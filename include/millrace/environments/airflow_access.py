@@ -1,0 +1,148 @@
+"""Who may do what in an environment's Airflow: names and roles in the settings, kept by Airflow's own login.
+
+The login is Airflow's SimpleAuthManager: names and roles in `airflow.cfg`, which its API server reads when it starts,
+and passwords in a file that only the owner reads, which it reads at every login. A role here is one of Airflow's that
+has no more than it needs: an operator is Airflow's `user` (all about DAGs, and no pool, variable or connection).
+
+Where an Airflow elsewhere has a login of its own (FAB, Keycloak), its administrator gives the roles, and only
+`airflow_check.py` is of use.
+"""
+
+import json
+import secrets
+from collections.abc import Mapping
+from configparser import ConfigParser, Error
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Literal
+
+from millrace.errors import StackError
+from millrace.private_files import write_json, write_text
+from millrace.settings import AIRFLOW_ADMIN, AIRFLOW_SERVICE, SHORTEST_PASSWORD, Settings
+
+AIRFLOW_ROLES = {"viewer": "viewer", "operator": "user", "service": "op", "admin": "admin"}
+"""Role here → Airflow's. The service makes the pool of the heavy tasks, so it is more than an operator."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing to do before Airflow's login is as declared."""
+
+    act: Literal["add", "role", "remove", "password"]
+    name: str
+    role: str = ""
+
+    def __str__(self) -> str:
+        said = {
+            "add": f"let {self.name} log in to Airflow as {self.role}, once its API server is restarted",
+            "role": f"make {self.name} {self.role} in Airflow, once its API server is restarted",
+            "remove": f"let {self.name} log in to Airflow no more",
+            "password": f"give {self.name} another password for Airflow",
+        }
+        return said[self.act]
+
+
+def password_file(home: Path) -> Path:
+    """Where the passwords of Airflow's users are."""
+    return home / "airflow" / "password.json"
+
+
+def declared_logins(settings: Settings) -> dict[str, str]:
+    """Everybody who may log in → role here. The shared `admin` only where nobody but this machine's user is."""
+    shared = {} if settings.reached_by_others else {AIRFLOW_ADMIN: "admin"}
+    return shared | {AIRFLOW_SERVICE: "service"} | dict(settings.airflow_users)
+
+
+def plan(settings: Settings) -> list[Change]:
+    """What is to be done before the files of Airflow's login are as declared; nothing: they are.
+
+    Raises:
+        StackError: they can't be read.
+    """
+    return _changes(settings, _known_roles(settings), known_passwords(settings), {})
+
+
+def apply(settings: Settings, passwords: Mapping[str, str] | None = None) -> list[Change]:
+    """Write them. A password that is given, here or by `MILLRACE_AIRFLOW_PASSWORDS`, replaces the one that is there;
+    who has none gets one. Passwords hold from the next login on, names and roles from the API server's next start.
+
+    Args:
+        passwords: name → password; for tests and for the stack's own users.
+
+    Returns:
+        What was done.
+
+    Raises:
+        StackError: a password is too short, or the files can't be read or written.
+    """
+    given = settings.airflow_passwords_by_name | dict(passwords or {})
+    if short := sorted(name for name, password in given.items() if len(password) < SHORTEST_PASSWORD):
+        raise StackError(f"the Airflow passwords of {', '.join(short)} have fewer than {SHORTEST_PASSWORD} characters")
+    known, roles = known_passwords(settings), declared_logins(settings)
+    changes = _changes(settings, _known_roles(settings), known, given)
+    if not changes:
+        return []
+    kept = {name: given.get(name) or known.get(name) or secrets.token_urlsafe(18) for name in roles}
+    path = password_file(settings.home)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    # Passwords first: of a name that is in the other file alone, Airflow would make a password and print it.
+    write_json(path, kept)
+    write_text(_configuration(settings.home), _written({name: AIRFLOW_ROLES[role] for name, role in roles.items()}))
+    return changes
+
+
+def known_passwords(settings: Settings) -> dict[str, str]:
+    """Name → password, of whoever can log in now.
+
+    Raises:
+        StackError: the file can't be read.
+    """
+    path = password_file(settings.home)
+    try:
+        known: dict[str, str] = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise StackError(f"{path} can't be read ({error}); restore it, or remove it for new passwords") from None
+    return known
+
+
+def _configuration(home: Path) -> Path:
+    return home / "airflow" / "airflow.cfg"
+
+
+def _known_roles(settings: Settings) -> dict[str, str]:
+    """Name → Airflow's role."""
+    path, parser = _configuration(settings.home), ConfigParser(interpolation=None)
+    try:
+        parser.read(path)
+    except (OSError, Error) as error:
+        raise StackError(f"{path} can't be read ({error}); remove it, Millrace writes it anew") from None
+    users = parser.get("core", "simple_auth_manager_users", fallback="")
+    pairs = (user.strip().partition(":") for user in users.split(",") if user.strip())
+    return {name: role for name, _, role in pairs}
+
+
+def _changes(
+    settings: Settings, roles: Mapping[str, str], passwords: Mapping[str, str], given: Mapping[str, str]
+) -> list[Change]:
+    declared = declared_logins(settings)
+    found = []
+    for name, role in declared.items():
+        if name not in roles:
+            found.append(Change("add", name, role))
+        elif roles[name] != AIRFLOW_ROLES[role]:
+            found.append(Change("role", name, role))
+        if name in roles and passwords.get(name) != given.get(name, passwords.get(name, "")):
+            found.append(Change("password", name))
+    return found + [Change("remove", name) for name in sorted({*roles, *passwords} - set(declared))]
+
+
+def _written(roles: Mapping[str, str]) -> str:
+    """As Airflow's own configuration file: what the environment doesn't set."""
+    parser = ConfigParser(interpolation=None)
+    parser["core"] = {"simple_auth_manager_users": ",".join(f"{name}:{role}" for name, role in roles.items())}
+    written = StringIO()
+    parser.write(written)
+    return written.getvalue()
