@@ -20,6 +20,7 @@ MillraceError
 ├── CostError              a cost can't be planned from what is known
 ├── GateRefusal            a candidate did not pass; the message names the criterion
 ├── ApprovalError          who answered may not decide this
+├── ErasureError           what is known of a user can't be erased yet
 └── AuditError             the audit trail is not whole, or an entry can't go into it
 """
 
@@ -102,6 +103,10 @@ class GateRefusal(MillraceError):
 
 class ApprovalError(MillraceError):
     """Who answered may not decide this."""
+
+
+class ErasureError(MillraceError):
+    """What is known of a user can't be erased yet."""
 
 
 class AuditError(MillraceError):
