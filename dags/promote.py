@@ -16,9 +16,9 @@ TOLD = "{{ ti.xcom_pull(task_ids='choose')['told'] }}"
 RUNBOOK = """
 ### What it does
 Started by a passed evaluation. Where `[promotion] approval_in` of the declaration names this environment, it asks a
-person (*Required Actions*): **Approve** or **Reject**, with a reason. Who built the release can't answer; beyond dev on
-one machine, only operators and admins of `MILLRACE_AIRFLOW_USERS` can. The answer is a decision in the journal; an
-approval admits the release to the rollout. Elsewhere the gate's word is enough.
+person (*Required Actions*): **Approve** or **Reject**, with a reason: an operator or admin (`MILLRACE_AIRFLOW_USERS`)
+who did not build it. The answer is a decision in the journal; an approval admits the release to the rollout. Elsewhere
+the gate's word is enough.
 
 ### Healthy
 Green, or waiting in *approve* (an alert says so, and reminds). Skipped: nothing waits for an answer.

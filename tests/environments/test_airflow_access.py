@@ -121,6 +121,16 @@ def test_everybody_may_what_is_declared_and_nothing_else(staged: Stack) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
+def test_who_may_log_in_since_when_is_in_the_audit_trail(staged: Stack) -> None:
+    told = search(staged.settings, action="permission")
+    assert [(one["actor"], one["resource"], one["outcome"], one["details"]) for one in told] == [
+        ("service/stack", f"airflow/{name}", "add", {"role": role})
+        for name, role in {"millrace": "service", **PEOPLE}.items()
+    ]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
 def test_a_viewer_can_trigger_clear_and_approve_nothing_and_an_operator_can(staged: Stack) -> None:
     url, dag = staged.settings.airflow_url, "handbook.promote"
     with Airflow(url, "vera", PASSWORDS["vera"]) as vera, Airflow(url, "otto", PASSWORDS["otto"]) as otto:

@@ -14,6 +14,7 @@ from typing import Any
 import mlflow
 import pyarrow as pa
 import pytest
+from deltalake import DeltaTable
 from typer.testing import CliRunner
 
 from millrace.applications import Application
@@ -33,11 +34,14 @@ from millrace.lakehouse.tables import (
     QUARANTINE_FEEDBACK,
     SILVER_EXCHANGES,
     SILVER_FEEDBACK,
+    TABLES,
 )
 from millrace.releases.registry import RELEASE_TAG
+from millrace.serving.metrics import Metrics
+from millrace.serving.traces import ExchangeTraces
 from millrace.settings import Settings
 from millrace.sources.completion_id import issue
-from millrace.sources.event_log import Accepted, Completed, EventLog, Feedback
+from millrace.sources.event_log import Accepted, Completed, EventLog, Feedback, read_events
 from millrace.sources.feedback import land_events, refine_feedback
 from millrace.sources.pseudonym import pseudonym
 from tests.lakehouse.test_forgetting import holders
@@ -224,6 +228,58 @@ def test_nothing_of_a_user_is_left_on_disk_and_everything_of_others_is(
     assert {path: before[path] - after[path] for path in after} == {path: report.rows[path] for path in after}
     assert all(after.values()), "bob's are there"
     assert len(holders(prod.home, "Bob Moog")) > 5
+
+
+@pytest.mark.spark
+def test_what_spark_commits_to_is_erased_by_spark(
+    spark_url: str, settings: Settings, own: Application, prod: Settings
+) -> None:
+    tables = frozenset({SILVER_EXCHANGES.path, SILVER_FEEDBACK.path, GOLD_TRAINING_EXAMPLES.path, BRONZE_EVENTS.path})
+    on_spark = prod.model_copy(update={"spark_remote": spark_url, "spark_tables": tables})
+    talk = Talk(on_spark, own.name)
+
+    def ingest() -> None:
+        land_events(on_spark, own, START, START + 4 * HOUR, run="test")
+        refine_feedback(on_spark, own, START, START + 4 * HOUR, run="test")
+
+    lake = everything(talk, ingest, on_spark)
+    before = counts(lake)
+    report = erase(on_spark, own, ANN, actor="person/otto", run="test")
+    assert report.erased, report.waiting
+    assert (report.rows[BRONZE_EVENTS.path], report.rows[SILVER_EXCHANGES.path]) == (6, 2)
+    assert {path: before[path] - counts(lake)[path] for path in before} == {path: report.rows[path] for path in before}
+    left = holders(on_spark.home, "Ann of Arc")
+    assert all(f"{own.name}/gold/training_examples" in name for name in left), left  # a document's question
+    for table in tables:
+        engines = {commit.get("engineInfo", "") for commit in DeltaTable(lake.uri(TABLES[table])).history(3)}
+        assert all(engine.startswith("Apache-Spark") for engine in engines), (table, engines)
+    ingest()
+    assert ANN not in lake.read(SILVER_EXCHANGES)["user"].to_pylist()
+    assert finish_erasures(on_spark, own, run="nightly") == []
+
+
+def test_in_dev_the_traces_of_the_users_exchanges_go(settings: Settings, mlflow_uri: str, own: Application) -> None:
+    dev = settings.model_copy(update={"mlflow_uri": mlflow_uri, "trace_exchanges": True})
+    talk = Talk(dev, own.name)
+    for user, name in ((ANN, "Ann of Arc"), (BOB, "Bob Moog")):
+        talk.exchange(user, name)
+    traces = ExchangeTraces(dev, own.name, Metrics())
+    traces.start()
+    for line in read_events(talk.folder, START, START + HOUR):
+        if isinstance(line.event, Completed):
+            traces.offer(line.event)
+    traces.stop()
+
+    def traced() -> list[str]:
+        client = mlflow.MlflowClient(tracking_uri=mlflow_uri)
+        experiment = client.get_experiment_by_name(f"{own.name}/traces")
+        found = client.search_traces(locations=[experiment.experiment_id])
+        return sorted(trace.data.spans[0].inputs["question"] for trace in found)
+
+    assert traced() == ["what does Ann of Arc ask?", "what does Bob Moog ask?"]
+    report = erase(dev, own, ANN, actor="person/otto", run="test")
+    assert (report.traces, report.erased) == (1, True)
+    assert traced() == ["what does Bob Moog ask?"]
 
 
 def test_what_arrives_late_or_is_ingested_again_does_not_bring_the_user_back(

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from millrace.applications import Application, Promotion
+from millrace.environments.audit import search
 from millrace.errors import ApprovalError, MillraceError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import OPS_EVALUATIONS
@@ -109,6 +110,8 @@ def test_beyond_one_machine_only_a_person_approves(
     with pytest.raises(ApprovalError, match=f"{name} is no person, and in dev only a person decides about version 2"):
         record_approval(reached, asking, "2", answer("Approve", name))
     assert read_journal(passed) == before
+    (tried,) = search(reached, action="approval")
+    assert (tried["actor"], tried["resource"], tried["outcome"]) == (f"person/{name}", "release/2", "refused")
     assert record_approval(reached, asking, "2", answer("Approve", "ann")) is not None
 
 

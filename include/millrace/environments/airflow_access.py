@@ -10,9 +10,10 @@ Where an Airflow elsewhere has a login of its own (FAB, Keycloak), its administr
 
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from configparser import ConfigParser, Error
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from io import StringIO
 from pathlib import Path
 from typing import Literal
@@ -90,6 +91,32 @@ def apply(settings: Settings, passwords: Mapping[str, str] | None = None) -> lis
     write_json(path, kept)
     write_text(_configuration(settings.home), _written({name: AIRFLOW_ROLES[role] for name, role in roles.items()}))
     return changes
+
+
+def tell(settings: Settings, changes: Iterable[Change], *, actor: str) -> None:
+    """Write what was changed into the audit trail.
+
+    Raises:
+        LakehouseError: it can't be written; the changes stand.
+    """
+    from millrace.lakehouse.audit.chain import Event, record  # the stack's start needs no lake until then
+
+    at = datetime.now(UTC)
+    events = [
+        Event(
+            event_id=f"airflow/{change.name}/{change.act}/{at.isoformat()}",
+            occurred_at=at,
+            actor=actor,
+            action="permission",
+            application="_platform",
+            resource=f"airflow/{change.name}",
+            outcome=change.act,
+            run=actor,
+            details={"role": change.role} if change.role else {},
+        )
+        for change in changes
+    ]
+    record(settings, events, run=actor)
 
 
 def known_passwords(settings: Settings) -> dict[str, str]:

@@ -5,12 +5,15 @@ it. How a person is asked (Airflow's human-in-the-loop operator) is the DAG's bu
 """
 
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow.compute as pc
 
 from millrace.applications import Application
 from millrace.errors import ApprovalError
+from millrace.lakehouse.audit.chain import Event, record
+from millrace.lakehouse.audit.journals import PERSON
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import OPS_EVALUATIONS
 from millrace.releases import registry
@@ -80,6 +83,22 @@ def record_approval(
         MillraceError: the reason is missing, or the release is not registered.
     """
     actor = (answer["responded_by_user"] or {}).get("name") or ""
+    try:
+        _require_may_decide(settings, application, version, actor)
+    except ApprovalError:
+        _tell_refused(settings, application, version, actor)
+        raise
+    state = fold(read_journal(Lake.of(settings, application.name)))
+    if version in state.decided or version in {admission.version for admission in state.waiting}:
+        return None
+    act = people.admit if answer["chosen_options"] == ["Approve"] else people.reject
+    return act(settings, application, version, actor=actor, reason=answer["params_input"].get("reason", ""))
+
+
+def _require_may_decide(settings: Settings, application: Application, version: str, actor: str) -> None:
+    """Raises:
+    ApprovalError: as `record_approval`.
+    """
     if not actor:
         raise ApprovalError("nobody is named as having answered; log in to Airflow and answer again")
     if settings.reached_by_others and actor.lower() in NOBODY:
@@ -92,8 +111,21 @@ def record_approval(
             f"{actor} built version {version} of {application.name} and can't decide about it: let somebody else "
             "answer (clear the task `approve` to ask again)"
         )
-    state = fold(read_journal(Lake.of(settings, application.name)))
-    if version in state.decided or version in {admission.version for admission in state.waiting}:
-        return None
-    act = people.admit if answer["chosen_options"] == ["Approve"] else people.reject
-    return act(settings, application, version, actor=actor, reason=answer["params_input"].get("reason", ""))
+
+
+def _tell_refused(settings: Settings, application: Application, version: str, actor: str) -> None:
+    """That somebody tried who may not is in the audit trail; what was decided gets there from the journal."""
+    at = datetime.now(UTC)
+    run = f"{PERSON}{actor or 'nobody'}"
+    event = Event(
+        event_id=f"{application.name}/approval/{version}/refused/{at.isoformat()}",
+        occurred_at=at,
+        actor=run,
+        action="approval",
+        application=application.name,
+        resource=f"release/{version}",
+        outcome="refused",
+        run=run,
+        release_version=version,
+    )
+    record(settings, [event], run=run)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from millrace.errors import ConflictError
 from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import OPS_ERASURES
@@ -79,6 +80,24 @@ class Erased:
             for user, one in known.items()
             if not found[user] <= one.completions
         ]
+
+
+def erasures_seen(lake: Lake) -> int | None:
+    """For `require_nobody_erased`: before users' questions are read."""
+    return lake.version(OPS_ERASURES)
+
+
+def require_nobody_erased(lake: Lake, seen: int | None) -> None:
+    """Before something is kept that was made of users' questions: who was erased meanwhile may be in it.
+
+    Raises:
+        ConflictError: somebody was.
+    """
+    if lake.version(OPS_ERASURES) != seen:
+        raise ConflictError(
+            f"a user of {lake.application} was erased while this was made of what users asked; nothing was kept, run "
+            "it again"
+        )
 
 
 def hashed(completion_id: str) -> str:
