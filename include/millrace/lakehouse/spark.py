@@ -25,6 +25,7 @@ from millrace.lakehouse.engine import BatchFunction, Written
 from millrace.lakehouse.local import create_empty, missing_constraints
 from millrace.lakehouse.rows import checked, same_key, stamped, typed, update_condition
 from millrace.lakehouse.spark_session import Refused, on_server, says
+from millrace.lakehouse.storage import delta_options
 from millrace.lakehouse.tables import TIME, Table
 
 T = TypeVar("T")
@@ -75,7 +76,7 @@ class SparkEngine:
     def transform(
         self, source_uri: str, columns: list[str], function: BatchFunction, uri: str, table: Table, *, run: str
     ) -> Written:
-        if not DeltaTable.is_deltatable(source_uri):
+        if not DeltaTable.is_deltatable(source_uri, delta_options(source_uri)):
             raise LakehouseError(f"{table.path}: its source {source_uri} is not there; run the stage that writes it")
         self.create(uri, table)
         produce = partial(_produced, function, table, run, datetime.now(UTC))
