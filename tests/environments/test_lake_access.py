@@ -16,10 +16,13 @@ from millrace.environments.lake_check import check
 from millrace.environments.mlflow_access import READS
 from millrace.errors import AccessRefused, LakehouseError
 from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.spark_session import Refused, on_server
 from millrace.lakehouse.storage import REGION, Key, ObjectStore, delta_options
 from millrace.settings import Settings
 from millrace.stack.versitygw import Versitygw
+from tests.conftest import free_port
 from tests.environments.conftest import LAKE_KEYS, LAKE_PRINCIPALS, As
+from tests.lakehouse.conftest import kept_spark
 from tests.lakehouse.things import THINGS, hashes, things
 
 pytestmark = pytest.mark.long
@@ -215,6 +218,32 @@ def refused_in_delta(attempt: Callable[[], object]) -> str:
     except (DeltaError, OSError) as error:
         return str(error)
     return ""
+
+
+@pytest.mark.spark
+def test_spark_with_devs_credential_reads_prod_and_writes_dev_only(lake_as: As) -> None:
+    """All that a Spark Connect server does happens with the credential that it was started with."""
+    spark_tables = frozenset({THINGS.path})
+    dev = lake_as("dev").model_copy(update={"spark_port": int(free_port()), "spark_tables": spark_tables})
+    dev.home.mkdir(parents=True)
+    Lake.of(lake_as("prod"), "by_spark").merge(THINGS, things({"a": "1"}), run="r")
+    with kept_spark(dev):
+        ours = Lake.of(dev, "by_spark")
+        ours.merge(THINGS, things({"b": "1"}), run="r")
+        ours.merge(THINGS, things({"b": "2"}), run="r")
+        assert hashes(ours.read(THINGS)) == {"b": "2"}
+        # Whoever asks: prod's own process, through dev's server.
+        prod = lake_as("prod").model_copy(update={"spark_port": dev.spark_port, "spark_tables": spark_tables})
+        theirs = Lake.of(prod, "by_spark")
+        with pytest.raises(AccessRefused, match=r"silver/things: .*/prod/by_spark/silver/things"):
+            theirs.merge(THINGS, things({"a": "2"}), run="r")
+        assert theirs.version(THINGS) == 1
+        read = on_server(dev.spark_url, lambda session: session.read.format("delta").load(theirs.uri(THINGS)).toArrow())
+        assert hashes(read) == {"a": "1"}
+        staging = Lake.of(lake_as("staging"), "by_spark")
+        staging.merge(THINGS, things({"a": "1"}), run="r")
+        with pytest.raises(Refused, match="AccessDenied"):
+            on_server(dev.spark_url, lambda session: session.read.format("delta").load(staging.uri(THINGS)).toArrow())
 
 
 def test_what_was_given_by_hand_is_found_and_taken_away(

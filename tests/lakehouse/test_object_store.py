@@ -3,8 +3,11 @@ promise is tested there by test_engines.py."""
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.pool import Pool
+from threading import Thread
 
 import pytest
 from pydantic import SecretStr, ValidationError
@@ -15,7 +18,8 @@ from millrace.lakehouse.audit.chain import record
 from millrace.lakehouse.commits import open_table
 from millrace.lakehouse.cursors import move_cursor, read_cursor
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.storage import Key, ObjectStore, bucket_and_prefix, store_of
+from millrace.lakehouse.storage import REGION, Key, ObjectStore, bucket_and_prefix, store_of
+from millrace.lakehouse.store_check import check_store
 from millrace.lakehouse.tables import OPS_DECISIONS, Table
 from millrace.lakehouse.upkeep import keep_up
 from millrace.settings import Settings
@@ -119,6 +123,47 @@ def test_a_store_that_is_away_is_one_sentence(in_object_store: Settings) -> None
     with pytest.raises(LakehouseError, match="silver/things: ") as raised:
         Lake.of(away, "qa").read(THINGS)
     assert "\n" not in str(raised.value)
+
+
+def test_a_store_is_tried_before_anything_starts(in_object_store: Settings, object_store: Versitygw) -> None:
+    store = store_of(in_object_store)
+    assert store is not None
+    folder = f"{in_object_store.lake}/dev/_platform/leases"
+    for _ in range(2):
+        check_store(store, folder)
+    object_store.create_user(Key("eve", "a secret"))
+    for secret, said in (("a secret", "AccessDenied"), ("another", "SignatureDoesNotMatch")):
+        hers = replace(store, key=Key("eve", secret))
+        with pytest.raises(
+            AccessRefused, match=rf"does not let eve write s3://.* \({said}\); correct MILLRACE_LAKE_ACC"
+        ):
+            check_store(hers, folder)
+    with pytest.raises(LakehouseError, match=r"can't hold the lake in s3://no-such-bucket/lake: .*NoSuchBucket"):
+        check_store(store, "s3://no-such-bucket/lake")
+    with pytest.raises(LakehouseError, match="does not answer"):
+        check_store(replace(store, endpoint="http://127.0.0.1:9"), folder)
+
+
+def test_a_store_that_ignores_conditions_is_refused(in_object_store: Settings) -> None:
+    """No such store is at hand; this answers as one would."""
+
+    class Ignorant(BaseHTTPRequestHandler):
+        def do_PUT(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.send_header("ETag", '"x"')
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Ignorant) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        store = ObjectStore(f"http://127.0.0.1:{server.server_port}", REGION, Key("a", "b"))
+        with pytest.raises(LakehouseError, match="ignores conditional writes, so it would lose commits"):
+            check_store(store, "s3://lakehouse/x")
+        server.shutdown()
 
 
 def test_half_a_credential_and_an_endpoint_without_a_lake_are_refused() -> None:

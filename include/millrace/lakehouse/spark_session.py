@@ -140,6 +140,8 @@ def _sentence(text: str) -> str:
     """What happened, out of a report with the stacks of two languages."""
     if full := re.search(r"No space left on device|Disk quota exceeded", text):
         return full.group()  # it stands deep among the causes
+    if refused := re.search(r"AccessDeniedException: .*", text):
+        return refused.group()[:600]  # and so does this
     text = text.split("JVM stacktrace:")[0]
     if "Traceback (most recent call last)" in text:
         # The last line of the innermost Python traceback that is an exception.
