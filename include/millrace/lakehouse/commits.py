@@ -3,6 +3,7 @@ trying again after a conflict, and saying in one sentence why storage refused.
 """
 
 import random
+import re
 import shutil
 import time as clock
 from collections.abc import Callable
@@ -105,13 +106,16 @@ def retried(commit: Callable[[], T]) -> T:
             clock.sleep(min(2.0, 0.05 * 2 ** min(attempt, 6)) * random.random())
 
 
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m↳?")
+"""delta-rs draws its causes for a terminal."""
+
 Doing = Literal["read", "write", "tidy"]
 """What somebody is about to do with a table, for the sentence that says they may not."""
 
 
 def refusal(table: Table, uri: str, error: Exception, doing: Doing = "write") -> LakehouseError:
     """One sentence for what delta-rs or storage said: which table, what is wrong, what to do."""
-    said = " ".join(str(error).split())
+    said = " ".join(_COLOURS.sub("", str(error)).split())
     if _is_refused(said):  # before all else: delta-rs says it of a commit as of a conflict
         return described(table, uri, said, doing)
     if isinstance(error, CommitFailedError) and not _disk_is_full(said):
@@ -137,6 +141,11 @@ def described(table: Table, uri: str, said: str, doing: Doing = "write") -> Lake
         return AccessRefused(
             f"{table.path}: this environment's credentials may not {doing} {uri}; "
             "use the environment that owns the table"
+        )
+    if (store := store_at(uri)) and (unknown := re.search("SignatureDoesNotMatch|InvalidAccessKeyId", said)):
+        return LakehouseError(
+            f"{table.path}: the object store does not know {store.identity} by this secret key ({unknown.group()}); "
+            "correct MILLRACE_LAKE_ACCESS_KEY and MILLRACE_LAKE_SECRET_KEY"
         )
     for sign in ("failed validation check", "violate", "NOT_NULL_CONSTRAINT", "Check or Invariant"):
         if sign in said:
