@@ -123,8 +123,12 @@ def refusal(table: Table, uri: str, error: Exception, doing: Doing = "write") ->
     return described(table, uri, said, doing)
 
 
-def described(table: Table, uri: str, said: str, doing: Doing = "write") -> LakehouseError:
-    """`refusal` for an error known only by what it says."""
+def described(table: Table, uri: str, said: str, doing: Doing = "write", by: str = "") -> LakehouseError:
+    """`refusal` for an error known only by what it says.
+
+    Args:
+        by: who asked storage; empty: this process.
+    """
     if said.startswith("LakehouseError: "):  # ours, from a worker
         return LakehouseError(said.removeprefix("LakehouseError: "))
     if _disk_is_full(said):
@@ -135,8 +139,8 @@ def described(table: Table, uri: str, said: str, doing: Doing = "write") -> Lake
     if _is_refused(said):
         if store := store_at(uri):
             return AccessRefused(
-                f"{table.path}: the object store does not let {store.identity} {doing} {uri}; use the credential of "
-                "an environment that may (docs/lake.md)"
+                f"{table.path}: the object store does not let {by or store.identity} {doing} {uri}; "
+                "use the credential of an environment that may (docs/lake.md)"
             )
         return AccessRefused(
             f"{table.path}: this environment's credentials may not {doing} {uri}; "

@@ -24,7 +24,7 @@ from millrace.lakehouse.difference import Difference
 from millrace.lakehouse.engine import BatchFunction, Written
 from millrace.lakehouse.local import create_empty, missing_constraints
 from millrace.lakehouse.rows import checked, same_key, stamped, typed, update_condition
-from millrace.lakehouse.spark_session import Refused, on_server, says
+from millrace.lakehouse.spark_session import Refused, on_server, says, shown
 from millrace.lakehouse.storage import delta_options
 from millrace.lakehouse.tables import TIME, Table
 
@@ -118,7 +118,9 @@ class SparkEngine:
             except ConflictError as error:
                 raise ConflictError(f"{table.path}: {error}") from error
             except Refused as refused:
-                raise described(table, uri, str(refused)) from refused
+                # Whatever the server does, it does with the credential that it was started with.
+                by = f"the Spark Connect server at {shown(self._url)}"
+                raise described(table, uri, str(refused), by=by) from refused
 
         return retried(attempt)
 

@@ -99,7 +99,7 @@ def _reach(url: str) -> None:
         socket.create_connection((address.hostname or "", address.port or 15002), CONNECT_SECONDS).close()
     except (OSError, ValueError) as error:
         raise LakehouseError(
-            f"the Spark Connect server at {_shown(url)} can't be reached ({error}); see `millrace status`, then retry"
+            f"the Spark Connect server at {shown(url)} can't be reached ({error}); see `millrace status`, then retry"
         ) from None
 
 
@@ -120,18 +120,17 @@ def _translated(url: str, error: PySparkException) -> Exception:
         return ConflictError(f"another writer committed first ({said})")
     if _lost(error):
         return LakehouseError(
-            f"the Spark Connect server at {_shown(url)} stopped answering; see its log and `millrace status`, "
-            "then retry"
+            f"the Spark Connect server at {shown(url)} stopped answering; see its log and `millrace status`, then retry"
         )
     if "UNAUTHENTICATED" in said:
         return LakehouseError(
-            f"the Spark Connect server at {_shown(url)} refuses this token ({said}); "
+            f"the Spark Connect server at {shown(url)} refuses this token ({said}); "
             "set MILLRACE_SPARK_TOKEN to the one that it was started with"
         )
     return Refused(said)
 
 
-def _shown(url: str) -> str:
+def shown(url: str) -> str:
     """The address without its parameters: one may be a token."""
     return url.partition("/;")[0]
 
