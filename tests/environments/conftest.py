@@ -5,18 +5,24 @@ import shutil
 import sys
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol
 
 import pytest
 
 from millrace.applications import Application
-from millrace.environments.mlflow_access import READS, apply
+from millrace.environments import postgres_access
+from millrace.environments.matrix import READS, SERVERS
+from millrace.environments.mlflow_access import apply
 from millrace.environments.mlflow_calls import Login
 from millrace.settings import PROJECT, Settings
+from millrace.stack.postgres import Postgres
 from tests.conftest import answers, free_port, running
+from tests.scram import scram_server
 
 ADMINISTRATOR = Login("admin", "the administrator's password")
 PASSWORDS = {identity: f"the password of {identity}" for identity in READS}
+DATABASE_PASSWORDS = {identity: f"the database password of {identity}" for identity in (*READS, *SERVERS)}
 
 
 class As(Protocol):
@@ -66,3 +72,15 @@ def ask_as(shared: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[As]:
 @pytest.fixture
 def application(qa: Application) -> Application:
     return qa.model_copy(update={"name": f"walled_{uuid.uuid4().hex[:8]}"})
+
+
+@pytest.fixture(scope="session")
+def walled_postgres(open_folder: Path) -> Iterator[str]:
+    """Address of one PostgreSQL that asks for passwords, walled as declared. Tests leave it so."""
+    with scram_server(open_folder) as server:
+        postgres_access.apply(superuser_url(server), "", DATABASE_PASSWORDS)
+        yield superuser_url(server)
+
+
+def superuser_url(server: Postgres) -> str:
+    return server.url("postgres").replace("+psycopg2", "")
