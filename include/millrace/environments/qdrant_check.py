@@ -54,7 +54,7 @@ def _index(client: "QdrantClient", name: str) -> Any:
 
 
 def _create(client: "QdrantClient", name: str) -> Any:
-    return client.create_collection(f"{name}-another", _vectors())
+    return client.create_collection(f"{name}-{uuid.uuid4().hex}", _vectors())
 
 
 def _delete(client: "QdrantClient", name: str) -> Any:
