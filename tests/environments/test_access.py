@@ -109,7 +109,7 @@ def test_both_walls_are_planned_put_up_told_to_the_audit_trail_and_checked(
 ) -> None:
     assert walled("access plan").stdout == "mlflow: nothing to change\npostgres: nothing to change\n"
     changed = {name: wall | {"staging": f"another password for {name}"} for name, wall in SECRETS.items()}
-    told = "mlflow: 1 changes\n  set the password of staging\npostgres: 1 changes\n  set the password of staging\n"
+    told = "mlflow: 1 change\n  set the password of staging\npostgres: 1 change\n  set the password of staging\n"
     assert walled("access plan", changed).stdout == told
     assert walled("access apply", changed).stdout == told
     assert walled("access plan", changed).stdout == "mlflow: nothing to change\npostgres: nothing to change\n"
@@ -139,8 +139,9 @@ def test_a_hole_that_somebody_made_is_shown_and_ends_in_a_failure(
     planned = walled("access plan --wall postgres").stdout
     walled("access apply --wall postgres")
     assert done.exit_code == 1
+    assert "!connect" in done.stdout
     assert done.stdout.endswith("  dev: connect database prod_gateway in prod: allowed, which is not as declared\n")
-    assert planned == "postgres: 1 changes\n  take CONNECT on database prod_gateway from dev\n"
+    assert planned == "postgres: 1 change\n  take CONNECT on database prod_gateway from dev\n"
     assert walled("access check --wall postgres").exit_code == 0
 
 

@@ -1,14 +1,18 @@
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
+from pydantic import SecretStr
 
 from millrace.environments.matrix import SHARED
 from millrace.environments.postgres_access import apply, declared_databases, identities, plan
 from millrace.environments.postgres_calls import Refused, connected, rows
 from millrace.environments.postgres_check import check, declared
-from millrace.errors import AccessError
+from millrace.errors import AccessError, ApiKeyError, KeysAway
+from millrace.serving.key_store import KeyStore
+from millrace.settings import Settings
 from tests.environments.conftest import DATABASE_PASSWORDS, superuser_url
 from tests.scram import scram_server
 
@@ -81,8 +85,8 @@ def test_what_was_given_by_hand_is_found_and_taken_away_and_nothing_is_lost(url:
         "take role pg_read_all_data from staging",
         "take role prod from dev",
         "take role staging from ann",
-        "take CONNECT on database prod_gateway from dev",
         "give database staging_airflow to staging",
+        "take CONNECT on database prod_gateway from dev",
         "take what dev has inside of database prod_gateway",
     ]
     assert [str(change) for change in apply(url, "", DATABASE_PASSWORDS)] == found
@@ -156,3 +160,13 @@ def test_nobody_but_the_owner_drops_a_database(url: str) -> None:
                 connection.autocommit = True
                 with pytest.raises(Refused, match=f"must be owner of database {database}"):
                     rows(connection, f'drop database "{database}"')
+
+
+def test_keys_of_another_environment_are_refused_by_who_asks_and_where(url: str, settings: Settings) -> None:
+    dev = f"dev:{quote(DATABASE_PASSWORDS['dev'])}"
+    for login, said in ((dev, "permission denied for database"), ("dev:guessed", "password authentication failed")):
+        address = url.replace("postgres@/postgres", f"{login}@/prod_gateway")
+        store = KeyStore(settings.model_copy(update={"keys_url": SecretStr(address)}))
+        with pytest.raises(ApiKeyError, match=f"prod_gateway at .*, refuses dev .*{said}") as refused:
+            store.all()
+        assert not isinstance(refused.value, KeysAway)

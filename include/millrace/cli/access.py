@@ -187,34 +187,46 @@ def _each(
 
 
 def _tell(wall: str, lines: list[str], none: str) -> None:
-    console.print(f"{wall}: {len(lines) or none}{' changes' if lines else ''}", markup=False)
+    count = f"{len(lines)} change{'s' if len(lines) > 1 else ''}" if lines else none
+    console.print(f"{wall}: {count}", markup=False)
     for line in lines:
         console.print(f"  {line}", markup=False, soft_wrap=True)
 
 
 def _show(wall: str, tries: "list[Observed]") -> None:
-    """A table of identities and resources by environments."""
+    """A table of who may do what by environment, and what was tried for it."""
     environments = list(dict.fromkeys(one.environment for one in tries))
     cells: dict[tuple[str, str], dict[str, list[Observed]]] = {}
+    tried: dict[str, dict[str, None]] = {}
     for one in tries:
-        resource = one.resource.replace(f"{one.environment}_", "…_")
+        # `database prod_airflow` in prod is to prod what `database dev_airflow` is to dev.
+        resource = one.resource.replace(f"{one.environment}_", "…_").removesuffix(f" {one.environment}")
         cells.setdefault((one.identity, resource), {}).setdefault(one.environment, []).append(one)
-    table = Table(title=wall, title_justify="left", box=None, pad_edge=False)
-    for name in ("identity", "resource", *environments):
-        table.add_column(name, overflow="fold")
+        tried.setdefault(resource, {})[one.action] = None
+    rows: dict[tuple[str, ...], list[str]] = {}
     for (identity, resource), row in cells.items():
-        table.add_row(identity, resource, *(_cell(row.get(environment, [])) for environment in environments))
+        told = (_cell(row.get(environment, [])) for environment in environments)
+        rows.setdefault((identity, *told), []).append(resource)
+    table = Table("identity", "resource", *environments, title=wall, title_justify="left", box=None, pad_edge=False)
+    for (identity, *told), resources in rows.items():
+        table.add_row(identity, ", ".join(resources), *told)
     console.print(table)
+    by_actions: dict[str, list[str]] = {}
+    for resource, actions in tried.items():
+        by_actions.setdefault(", ".join(actions), []).append(resource)
+    for actions, resources in by_actions.items():
+        console.print(f"  all of {', '.join(resources)}: {actions}", markup=False, style="dim")
 
 
 def _cell(tries: "list[Observed]") -> str:
-    """What was allowed, what was refused, and, after `!`, what should not have been so."""
-    told = []
-    for allowed, word in ((True, "may"), (False, "may not")):
-        actions = [f"{'!' if one.wrong else ''}{one.action}" for one in tries if one.allowed is allowed]
-        if actions:
-            told.append(f"{word} {', '.join(actions)}")
-    return "; ".join(told)
+    """What was allowed; after `!`, what was not as declared."""
+    allowed = [one for one in tries if one.allowed]
+    if any(one.wrong for one in tries):
+        told = [f"!{one.action}" if one.wrong else one.action for one in allowed]
+        return ", ".join([*told, *(f"!not {one.action}" for one in tries if one.wrong and not one.allowed)])
+    if len(allowed) in (0, len(tries)):
+        return ("" if not tries else "nothing") if not allowed else "all"
+    return f"only {', '.join(one.action for one in allowed)}"
 
 
 def _count(tries: "list[Observed]") -> None:
