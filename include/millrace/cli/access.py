@@ -205,8 +205,8 @@ def _show(wall: str, tries: "list[Observed]") -> None:
         tried.setdefault(resource, {})[one.action] = None
     rows: dict[tuple[str, ...], list[str]] = {}
     for (identity, resource), row in cells.items():
-        told = (_cell(row.get(environment, [])) for environment in environments)
-        rows.setdefault((identity, *told), []).append(resource)
+        of_row = (_cell(row.get(environment, [])) for environment in environments)
+        rows.setdefault((identity, *of_row), []).append(resource)
     table = Table("identity", "resource", *environments, title=wall, title_justify="left", box=None, pad_edge=False)
     for (identity, *told), resources in rows.items():
         table.add_row(identity, ", ".join(resources), *told)
@@ -214,8 +214,8 @@ def _show(wall: str, tries: "list[Observed]") -> None:
     by_actions: dict[str, list[str]] = {}
     for resource, actions in tried.items():
         by_actions.setdefault(", ".join(actions), []).append(resource)
-    for actions, resources in by_actions.items():
-        console.print(f"  all of {', '.join(resources)}: {actions}", markup=False, style="dim")
+    for listed, resources in by_actions.items():
+        console.print(f"  all of {', '.join(resources)}: {listed}", markup=False, style="dim", soft_wrap=True)
 
 
 def _cell(tries: "list[Observed]") -> str:
