@@ -54,6 +54,7 @@ def test_no_identity_writes_anothers_environment_and_only_the_declared_ones_are_
     assert {pair for pair, given in rights.items() if given == "reads"} == {
         ("dev", "prod"),
         ("staging", "dev"),
+        ("staging", "prod"),
         ("prod", "staging"),
     }
 
@@ -124,7 +125,7 @@ def test_both_walls_are_planned_put_up_told_to_the_audit_trail_and_checked(
     done = walled("access check")
     assert done.exit_code == 0, done.output
     last = done.stdout.splitlines()[-1]
-    allowed, denied = 45 + 4 * 3 + 48, 3 * (11 + 15) + 4 * (36 + 9 + 6)
+    allowed, denied = 45 + 4 * 4 + 48, 4 * 11 + 2 * 15 + 4 * (36 + 9 + 6)
     assert denied >= 60
     assert last == f"{allowed} allowed, {denied} denied by servers, 107 not observed, 0 not as declared"
 

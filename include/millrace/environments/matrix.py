@@ -7,9 +7,10 @@ Each environment has a service identity of its name, which manages everything of
 from dataclasses import dataclass
 from typing import Literal
 
-READS: dict[str, tuple[str, ...]] = {"dev": ("prod",), "staging": ("dev",), "prod": ("staging",)}
+READS: dict[str, tuple[str, ...]] = {"dev": ("prod",), "staging": ("dev", "prod"), "prod": ("staging",)}
 """Environment → the others whose lake, models, prompts, experiments and index builds its identity reads: dev, to find
-out why prod answers as it does; the others, what is promoted to them."""
+out why prod answers as it does; staging, what is promoted to it and what it draws its sample from; prod, what is
+promoted to it."""
 
 DATABASES = ("airflow", "gateway")
 """What each environment owns in PostgreSQL, as `<environment>_<name>`. `READS` does not hold there: Airflow's has
