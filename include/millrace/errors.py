@@ -20,6 +20,7 @@ MillraceError
 ├── BatchError             a table of questions can't be used, or can't be answered
 ├── CostError              a cost can't be planned from what is known
 ├── GateRefusal            a candidate did not pass; the message names the criterion
+├── AccessError            who may do what can't be read, changed or tried
 ├── ApprovalError          who answered may not decide this
 └── AuditError             the audit trail is not whole, or an entry can't go into it
 """
@@ -103,6 +104,10 @@ class CostError(MillraceError):
 
 class GateRefusal(MillraceError):
     """A candidate did not pass the gate; the message names the criterion, by how much, and examples."""
+
+
+class AccessError(MillraceError):
+    """Who may do what can't be read, changed or tried."""
 
 
 class ApprovalError(MillraceError):

@@ -60,6 +60,12 @@ class Settings(BaseSettings):
     qdrant_api_key: SecretStr = SecretStr("")
     """Its API key, or a JWT; empty: it asks for none."""
 
+    postgres_url: str = Field("", pattern=r"^(postgresql://[^\s:@/]+@\S*/\S+)?$")
+    """The PostgreSQL server that several environments share, for `millrace access` alone, as its superuser reaches it
+    (`postgresql://postgres@host:5432/postgres`, without a password); empty: each environment has its own."""
+    access_secrets: SecretStr = SecretStr("")
+    """For `millrace access` alone: a JSON object, wall → who → password or key; docs/access.md shows it."""
+
     upstream_url: str = Field("", pattern=r"^(https?://\S+)?$")
     """An OpenAI-compatible server (`http://host:port/v1`), such as vLLM, for releases whose model a server has."""
     upstream_api_key: SecretStr = SecretStr("")

@@ -43,7 +43,15 @@ def test_parts_that_need_no_keys_get_none(settings: Settings) -> None:
     secret = {name for name, field in Settings.model_fields.items() if field.annotation is SecretStr}
     assert {"completion_key", "pseudonym_key", "alert_urls", "spark_token"} <= secret
     withheld = set(settings_variables(settings, keys=True)) - set(settings_variables(settings, keys=False))
-    assert withheld == {f"MILLRACE_{name}".upper() for name in secret}
+    assert withheld == {f"MILLRACE_{name}".upper() for name in secret - {"access_secrets"}}
+
+
+def test_no_part_knows_what_administers_the_walls(settings: Settings) -> None:
+    given = settings.model_copy(update={"access_secrets": SecretStr("of the administrator")})
+    for keys in (True, False):
+        environment = part_environment(given, threads=1, keys=keys)
+        assert "of the administrator" not in environment.values()
+        assert "MILLRACE_ACCESS_SECRETS" not in environment
 
 
 def test_the_callers_other_tools_do_not_reach_a_part(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from millrace.cli.access import access_app
 from millrace.cli.audit import audit_app
 from millrace.cli.batch import batch_app
 from millrace.cli.common import ApplicationName, console, one_sentence
@@ -30,6 +31,7 @@ app.add_typer(batch_app, name="batch")
 app.add_typer(key_app, name="key")
 app.add_typer(cost_app, name="cost")
 app.add_typer(audit_app, name="audit")
+app.add_typer(access_app, name="access")
 
 
 @app.callback()

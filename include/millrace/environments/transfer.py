@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from millrace.applications import Application
-from millrace.environments.mlflow_access import READS
+from millrace.environments.matrix import READS
 from millrace.errors import ReleaseError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import GOLD_PREFERENCE_EXAMPLES, GOLD_TRAINING_EXAMPLES

@@ -21,6 +21,8 @@ _FOREIGN = (
 _THREADS = (
     "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_MAX_THREADS", "RAYON_NUM_THREADS",
 )  # fmt: skip
+_OF_ADMINISTRATORS = frozenset({"access_secrets"})
+"""Settings that no part may know, whatever else it knows."""
 _QUIET = {
     "DO_NOT_TRACK": "1",
     "SCARF_ANALYTICS": "false",
@@ -64,9 +66,12 @@ def part_environment(settings: Settings, *, threads: int, keys: bool) -> dict[st
 
 
 def settings_variables(settings: Settings, *, keys: bool) -> dict[str, str]:
-    """`settings` as the `MILLRACE_` variables that read back to the same settings; without `keys`, less its keys."""
+    """`settings` as the `MILLRACE_` variables that read back to the same settings, less what is an administrator's;
+    without `keys`, less its keys."""
     variables = {}
     for name in type(settings).model_fields:
+        if name in _OF_ADMINISTRATORS:
+            continue
         value = getattr(settings, name)
         if isinstance(value, SecretStr):
             if not keys:
