@@ -1,76 +1,77 @@
-"""`<application>.promote`: a release that passed the gate → a person's approval, where asked for → the rollout."""
+"""`<application>.promote`: a release of the environment before comes in; one that passed the gate may roll out."""
 
 from datetime import timedelta
 
 from airflow.providers.standard.operators.hitl import HITLOperator
-from airflow.sdk import DAG, Param, task
+from airflow.providers.standard.operators.trigger_dagrun import TriggerDagRunOperator
+from airflow.sdk import DAG, AssetAlias, Param, task
 from airflow.sdk.exceptions import AirflowSkipException
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import START, AlertNotifier, asset, stage
+from millrace_airflow import START, AlertNotifier, asset, run_name, stage
 
-CANDIDATE = "{{ ti.xcom_pull(task_ids='choose')['candidate'] }}"
-TOLD = "{{ ti.xcom_pull(task_ids='choose')['told'] }}"
-
+ASKS, TOLD = ("{{ ti.xcom_pull(task_ids='choose')['" + name + "'] }}" for name in ("asks", "told"))
 RUNBOOK = """
 ### What it does
-Started by a passed evaluation. Where `[promotion] approval_in` of the declaration names this environment, it asks a
-person (*Required Actions*): **Approve** or **Reject**, with a reason. Who built the release can't answer. The answer
-is a decision in the journal; an approval admits the release to the rollout. Elsewhere the gate's word is enough.
-
+By hand with `version`, of the environment before: *bring* copies it with its evidence, or *rebuild* makes it again here
+(`[promotion.<environment>]`); the gate is next. After a passed evaluation: it may roll out. Where `approval_in` says
+so, a person who didn't build it is asked first, with a reason (*Required Actions*); see `docs/promotion.md`.
 ### Healthy
-Green, or waiting in *approve* (an alert says so, and reminds). Skipped: nothing waits for an answer.
-
+Green, or waiting in *approve* (an alert says so, and reminds). Skipped: nothing waits, or nothing is to be rebuilt.
 ### When it fails
-*approve* timed out: nobody answered, nothing reaches users; clear it to ask again, or `millrace release admit`.
-*record*: who answered built the release, or gave no reason; clear *approve* to ask again.
+*approve* timed out, or *record* refuses who answered: clear *approve*. *choose*, *bring*: the message says why it can't
+come in (another commit runs here, another declaration, a server refuses); put that right, then clear.
 """
 
 
 def promote(application: Application) -> DAG:
-    policy = application.promotion
-    asks = read_settings().environment in policy.approval_in
-    promotions = asset(application.name, "promotions")
-    with stage(
-        application,
-        "promote",
-        RUNBOOK,
-        tag="releases",
-        schedule=[asset(application.name, "evaluations")],
-        start_date=START,
-    ) as dag:
+    asks = read_settings().environment in application.promotion.approval_in
+    promotions, alias = asset(application.name, "promotions"), AssetAlias(f"{application.name}/releases")
+    params = {"version": Param(None, type=["null", "string"], description="Of the environment before, to bring here")}
+    options = {"schedule": [asset(application.name, "evaluations")], "start_date": START, "params": params}
+    with stage(application, "promote", RUNBOOK, tag="releases", **options) as dag:
 
         @task(outlets=[] if asks else [promotions])
-        def choose() -> dict:
+        def choose(*, params: dict, run_id: str) -> dict:
+            from millrace.environments.promotion import request
             from millrace.rollout.promotion import next_promotion
 
-            waiting = next_promotion(read_settings(), application)
-            if waiting is None:
-                raise AirflowSkipException("no release that passed the gate waits for an answer")
-            return waiting
+            if params["version"]:
+                return request(read_settings(), application, params["version"], run_id=run_id)
+            if waiting := next_promotion(read_settings(), application):
+                return waiting
+            raise AirflowSkipException("no release that passed the gate waits for an answer")
 
-        chosen = choose()
+        @task(outlets=[promotions], retries=0)
+        def record(waiting: dict, said: dict) -> None:
+            from millrace.environments.promotion import record_answer
+            from millrace.rollout.promotion import record_approval
+
+            act = record_answer if "promotion" in waiting else record_approval
+            act(read_settings(), application, waiting.get("promotion") or waiting["candidate"], said)
+
+        @task(outlets=[alias])
+        def bring(waiting: dict, *, outlet_events) -> list[dict]:
+            from millrace.environments.promotion import bring
+
+            if "promotion" not in waiting:
+                raise AirflowSkipException("the release is here")
+            brought = bring(read_settings(), application, waiting["promotion"], run=run_name())
+            if brought["changed"]:
+                outlet_events[alias].add(asset(application.name, "releases"), extra=brought)
+            return brought["rebuild"]
+
+        brought = bring(chosen := choose())
         if asks:
-            answer = HITLOperator(
-                task_id="approve",
-                subject=f"May {application.name}@{CANDIDATE} roll out?",
-                body=TOLD,
-                options=["Approve", "Reject"],
-                params={"reason": Param("", type="string", description="Why; kept in the journal")},
-                response_timeout=timedelta(hours=policy.timeout_hours),
-                notifiers=[AlertNotifier(f"{dag.dag_id}: version {CANDIDATE} waits", TOLD)],
-                retries=0,
-            )
-
-            @task(outlets=[promotions], retries=0)
-            def record(waiting: dict, said: dict) -> None:
-                from millrace.rollout.promotion import record_approval
-
-                record_approval(read_settings(), application, waiting["candidate"], said)
-
+            hours = timedelta(hours=application.promotion.timeout_hours)
+            alert = AlertNotifier(f"{dag.dag_id} waits: {ASKS}", TOLD)
+            reason = {"reason": Param("", type="string", description="Why; kept in the journal")}
+            asked = {"subject": ASKS, "body": TOLD, "options": ["Approve", "Reject"], "params": reason}
+            answer = HITLOperator(task_id="approve", **asked, response_timeout=hours, notifiers=[alert], retries=0)
             chosen >> answer
-            record(chosen, answer.output)
+            record(chosen, answer.output) >> brought
+        TriggerDagRunOperator.partial(task_id="rebuild", skip_when_already_exists=True).expand_kwargs(brought)
     return dag
 
 

@@ -226,13 +226,24 @@ class Rollout(Declared):
     """First exposures in each arm before an advance."""
 
 
+class Ways(Declared):
+    """How releases come into one environment from the one before, by what made them: `models` copies the bytes, `code`
+    has the same commit make it again there, of that environment's data. Every other kind is copied."""
+
+    finetune: Literal["models", "code"] = "models"
+    embedding: Literal["models", "code"] = "models"
+    prompt: Literal["models", "code"] = "models"
+
+
 class Promotion(Declared):
-    """Who lets a release that passed the gate meet users."""
+    """How a release comes into an environment, and who lets it in, and lets one that passed the gate meet users."""
 
     approval_in: tuple[Literal["dev", "staging", "prod"], ...] = ("staging", "prod")
     """Environments in which a person must approve, one who did not build it; elsewhere the gate's word is enough."""
     timeout_hours: float = Field(72, gt=0)
     """After this long without an answer the release does not roll out."""
+    staging: Ways = Ways()
+    prod: Ways = Ways()
 
 
 class Retention(Declared):

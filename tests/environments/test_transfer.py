@@ -19,7 +19,7 @@ from millrace.lakehouse.tables import GOLD_TRAINING_EXAMPLES
 from millrace.releases import registry
 from millrace.releases.manifest import PromptVersion, declared_manifest, describe_weights
 from millrace.settings import Settings
-from tests.conftest import copy_declarations
+from tests.conftest import COMMIT, copy_declarations
 from tests.environments.conftest import As
 
 QUESTION = "Where is the DAG folder?"
@@ -94,6 +94,7 @@ def test_a_release_goes_from_dev_to_prod_as_it_is_with_what_is_known_of_it(
         "millrace.state": "candidate",
         "millrace.registered_by": "train by ann",
         "millrace.built_by": "ann",
+        "millrace.commit": COMMIT,
         "millrace.copied_from": f"dev/{application.name}@1 staging/{application.name}@1",
         "millrace.copied_by": "copy by eve",
     }

@@ -55,6 +55,28 @@ def copy_release(
         ReleaseError: there is no such version, its bytes are not those of its manifest, what it was trained on isn't in
             reach, or a server doesn't answer or refuses.
     """
+    origin, tags = find_release(settings, application, version, source=source)
+    release_id = tags[RELEASE_TAG]
+    _copy_training_sets(settings, origin, application, tags, run)
+    copied = _copy_evaluations(settings, origin, application, version, release_id)
+    known = find_version(settings, application, release_id)
+    return {
+        "version": known or _copy_model(settings, origin, application, version, tags, run),
+        "release_id": release_id,
+        "changed": known is None,
+        "evaluations": copied,
+    }
+
+
+def find_release(
+    settings: Settings, application: Application, version: str, *, source: str
+) -> tuple[Settings, dict[str, str]]:
+    """The settings of environment `source` for reading it with this environment's credential, and the tags of a release
+    there.
+
+    Raises:
+        ReleaseError: there is none, or the environments aren't on one MLflow server.
+    """
     if not settings.mlflow_workspaces:
         raise ReleaseError(
             "releases are copied between environments of one MLflow server; set MILLRACE_MLFLOW_URI and "
@@ -67,16 +89,20 @@ def copy_release(
     tags = versions(origin, application).get(version)
     if tags is None:
         raise ReleaseError(f"{application.name}@{version} is not registered in {source}")
-    release_id = tags[RELEASE_TAG]
-    _copy_training_sets(settings, origin, application, tags, run)
-    copied = _copy_evaluations(settings, origin, application, version, release_id)
-    known = find_version(settings, application, release_id)
-    return {
-        "version": known or _copy_model(settings, origin, application, version, tags, run),
-        "release_id": release_id,
-        "changed": known is None,
-        "evaluations": copied,
-    }
+    return origin, tags
+
+
+def evaluations(origin: Settings, application: Application, version: str, release_id: str) -> tuple[list[Any], ...]:
+    """MLflow runs of the finished evaluations of a release in `origin`, and of those that it came there with; each
+    oldest first.
+
+    Raises:
+        ReleaseError: MLflow doesn't answer, or refuses.
+    """
+    with mlflow_client(origin, f"read the evaluations of {application.name}@{version}") as client:
+        its_own = _runs(client, evaluations_experiment(application.name), f"params.candidate = '{version}'")
+        brought = _runs(client, _evidence(application), f"tags.`{RELEASE_TAG}` = '{release_id}'")
+    return its_own, brought
 
 
 def _copy_model(
@@ -113,9 +139,7 @@ def _copy_evaluations(
     settings: Settings, origin: Settings, application: Application, version: str, release_id: str
 ) -> int:
     """Bring the finished evaluations of a release, and those that it came to `origin` with; how many there are."""
-    with mlflow_client(origin, f"read the evaluations of {application.name}@{version}") as client:
-        its_own = _runs(client, evaluations_experiment(application.name), f"params.candidate = '{version}'")
-        brought = _runs(client, _evidence(application), f"tags.`{RELEASE_TAG}` = '{release_id}'")
+    its_own, brought = evaluations(origin, application, version, release_id)
     with mlflow_client(settings, f"keep the evaluations of {release_id}") as client:
         experiment = ensure_experiment(client, _evidence(application)) if its_own or brought else ""
         for one in its_own:
