@@ -332,8 +332,8 @@ def load_application(settings: Settings, name: str) -> Application:
 def pace_differences(settings: Settings, name: str) -> dict[str, tuple[object, object]]:
     """What the current pace changes: dotted field → (standard value, value now). For reports."""
     path = settings.applications / f"{name}.toml"
-    standard = _flatten(_load(path, "standard").model_dump(mode="json"))
-    now = _flatten(_load(path, settings.pace).model_dump(mode="json"))
+    standard = flatten(_load(path, "standard").model_dump(mode="json"))
+    now = flatten(_load(path, settings.pace).model_dump(mode="json"))
     return {key: (standard.get(key), value) for key, value in now.items() if standard.get(key) != value}
 
 
@@ -360,8 +360,9 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, object]:
+def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, object]:
+    """Dotted field → value, of nested sections."""
     flat: dict[str, object] = {}
     for key, item in value.items():
-        flat |= _flatten(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
+        flat |= flatten(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
     return flat

@@ -112,6 +112,18 @@ def release_admit(version: str, reason: Reason, application: ApplicationName = "
     _decide("admit", application, reason, version=version)
 
 
+@release_app.command("withdraw")
+def release_withdraw(version: str, reason: Reason, application: ApplicationName = "qa") -> None:
+    """No user is given this release any more: its rollout ends, or the champion before is back."""
+    from millrace.rollout.people import withdraw
+
+    with one_sentence():
+        settings, declared = declaration(application)
+        for decision in withdraw(settings, declared, version, actor=getpass.getuser(), reason=reason):
+            told = f"{decision.kind}; champion is version {decision.champion}"
+            console.print(f"Decision {decision.sequence} of {application}: {told}", markup=False)
+
+
 @release_app.command("quantise")
 def release_quantise(
     version: str,

@@ -142,6 +142,18 @@ OPS_AUDIT = Table(
     retention_days=3650,
 )
 
+OPS_ENVIRONMENT = Table(
+    "ops",
+    "environment",
+    (
+        time("described_at"),
+        text("commit"),  # empty: nobody knows
+        text("content"),  # JSON: settings, secrets as a few bits of a slow hash, declarations
+    ),
+    key=("described_at",),
+    retention_days=3650,
+)
+
 OPS_BREACHES = Table(
     "ops",
     "breaches",
