@@ -1,4 +1,4 @@
-"""`<application>.promote`: a release of the environment before comes in; one that passed the gate may roll out."""
+"""`<application>.promote`: a release of the environment before → a person's approval → a candidate here."""
 
 from datetime import timedelta
 
@@ -9,68 +9,66 @@ from airflow.sdk.exceptions import AirflowSkipException
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import START, AlertNotifier, asset, run_name, stage
+from millrace_airflow import AlertNotifier, asset, run_name, stage
 
-ASKS, TOLD = ("{{ ti.xcom_pull(task_ids='choose')['" + name + "'] }}" for name in ("asks", "told"))
+ASKS, TOLD = ("{{ ti.xcom_pull(task_ids='ask_for')['" + name + "'] }}" for name in ("asks", "told"))
 RUNBOOK = """
 ### What it does
-By hand with `version`, of the environment before: *bring* copies it with its evidence, or *rebuild* makes it again here
-(`[promotion.<environment>]`); the gate is next. After a passed evaluation: it may roll out. Where `approval_in` says
-so, a person who didn't build it is asked first, with a reason (*Required Actions*); see `docs/promotion.md`.
+By hand, with the `version` that a release has in the environment before (dev → staging → prod). Where `approval_in`
+names this environment, a person who didn't build it is asked (*Required Actions*) and gives a reason. *bring* copies
+the release with its evidence, or *rebuild* has the stage that made it make another one here, as
+`[promotion.<environment>]` says. It is a candidate as any other: the gate is next, then the rollout. More, and how to
+take a promotion back: `docs/promotion.md`.
+
 ### Healthy
-Green, or waiting in *approve* (an alert says so, and reminds). Skipped: nothing waits, or nothing is to be rebuilt.
+Green, or waiting in *approve* (an alert says so). *rebuild* is skipped where the bytes were copied.
+
 ### When it fails
-*approve* timed out, or *record* refuses who answered: clear *approve*. *choose*, *bring*: the message says why it can't
-come in (another commit runs here, another declaration, a server refuses); put that right, then clear.
+*ask_for*, *bring*: the message says why it can't come in (another commit runs here, another declaration, a server
+refuses); put that right, then clear. *approve* timed out, or *record* refuses who answered: clear *approve*. A run of
+another DAG that *rebuild* started and that stays queued: that DAG is paused.
 """
 
 
 def promote(application: Application) -> DAG:
-    asks = read_settings().environment in application.promotion.approval_in
-    promotions, alias = asset(application.name, "promotions"), AssetAlias(f"{application.name}/releases")
-    params = {"version": Param(None, type=["null", "string"], description="Of the environment before, to bring here")}
-    options = {"schedule": [asset(application.name, "evaluations")], "start_date": START, "params": params}
+    releases = AssetAlias(f"{application.name}/releases")
+    params = {"version": Param(None, type=["null", "string"], description="Of a release in the environment before")}
+    # A promotion that waits for an answer holds up no other.
+    options = {"schedule": None, "params": params, "max_active_runs": 8}
     with stage(application, "promote", RUNBOOK, tag="releases", **options) as dag:
 
-        @task(outlets=[] if asks else [promotions])
-        def choose(*, params: dict, run_id: str) -> dict:
+        @task
+        def ask_for(*, params: dict, run_id: str) -> dict:
             from millrace.environments.promotion import request
-            from millrace.rollout.promotion import next_promotion
 
-            if params["version"]:
-                return request(read_settings(), application, params["version"], run_id=run_id)
-            if waiting := next_promotion(read_settings(), application):
-                return waiting
-            raise AirflowSkipException("no release that passed the gate waits for an answer")
+            if not params["version"]:
+                raise AirflowSkipException("no version is named")
+            return request(read_settings(), application, params["version"], run_id=run_id)
 
-        @task(outlets=[promotions], retries=0)
-        def record(waiting: dict, said: dict) -> None:
+        @task(retries=0)
+        def record(asked: dict, said: dict) -> None:
             from millrace.environments.promotion import record_answer
-            from millrace.rollout.promotion import record_approval
 
-            act = record_answer if "promotion" in waiting else record_approval
-            act(read_settings(), application, waiting.get("promotion") or waiting["candidate"], said)
+            record_answer(read_settings(), application, asked["promotion"], said)
 
-        @task(outlets=[alias])
-        def bring(waiting: dict, *, outlet_events) -> list[dict]:
+        @task(outlets=[releases])
+        def bring(asked: dict, *, outlet_events) -> list[dict]:
             from millrace.environments.promotion import bring
 
-            if "promotion" not in waiting:
-                raise AirflowSkipException("the release is here")
-            brought = bring(read_settings(), application, waiting["promotion"], run=run_name())
+            brought = bring(read_settings(), application, asked["promotion"], run=run_name())
             if brought["changed"]:
-                outlet_events[alias].add(asset(application.name, "releases"), extra=brought)
+                outlet_events[releases].add(asset(application.name, "releases"), extra=brought)
             return brought["rebuild"]
 
-        brought = bring(chosen := choose())
-        if asks:
+        brought = bring(asked := ask_for())
+        if read_settings().environment in application.promotion.approval_in:
             hours = timedelta(hours=application.promotion.timeout_hours)
             alert = AlertNotifier(f"{dag.dag_id} waits: {ASKS}", TOLD)
-            reason = {"reason": Param("", type="string", description="Why; kept in the journal")}
-            asked = {"subject": ASKS, "body": TOLD, "options": ["Approve", "Reject"], "params": reason}
-            answer = HITLOperator(task_id="approve", **asked, response_timeout=hours, notifiers=[alert], retries=0)
-            chosen >> answer
-            record(chosen, answer.output) >> brought
+            form = {"reason": Param("", type="string", description="Why; kept in the journal")}
+            shown = {"subject": ASKS, "body": TOLD, "options": ["Approve", "Reject"], "params": form}
+            answer = HITLOperator(task_id="approve", **shown, response_timeout=hours, notifiers=[alert], retries=0)
+            asked >> answer
+            record(asked, answer.output) >> brought
         TriggerDagRunOperator.partial(task_id="rebuild", skip_when_already_exists=True).expand_kwargs(brought)
     return dag
 

@@ -111,8 +111,9 @@ class Deadlines(Declared):
     compress: float = Field(60, gt=0)
     optimize_prompt: float = Field(240, gt=0)
     evaluate_candidate: float = Field(240, gt=0)
+    approve: float = Field(4 * 60, gt=0)
+    """A reminder, where a person is asked; the next one too."""
     promote: float = Field(4 * 60, gt=0)
-    """A reminder, where a person is asked."""
     maintain_lakehouse: float = Field(240, gt=0)
     rollout: float = Field(15, gt=0)
     monitor: float = Field(60, gt=0)

@@ -91,12 +91,11 @@ def release_copy(
     application: ApplicationName = "qa",
 ) -> None:
     """Register a release of another environment here as it is, with its evidence: a candidate like any other."""
-    from millrace.environments.transfer import copy_release
+    from millrace.environments.promotion import copy_by_hand
 
     with one_sentence():
         settings, declared = declaration(application)
-        run = f"millrace release copy by {getpass.getuser()}"
-        copied = copy_release(settings, declared, version, source=source, run=run)
+        copied = copy_by_hand(settings, declared, version, source=source, actor=getpass.getuser())
         console.print(
             f"{copied['release_id']} of {source} is {application}@{copied['version']} in {settings.environment}, with "
             f"{copied['evaluations']} evaluations.",

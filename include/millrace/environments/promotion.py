@@ -144,6 +144,31 @@ def bring(settings: Settings, application: Application, asked: Mapping[str, Any]
     return brought | {"why": why}
 
 
+def copy_by_hand(
+    settings: Settings, application: Application, version: str, *, source: str, actor: str
+) -> dict[str, Any]:
+    """`copy_release` by a person who has this environment's credential and asks nobody; in the journal with the name.
+
+    Raises:
+        ReleaseError: as `copy_release`.
+    """
+    _, tags = find_release(settings, application, version, source=source)
+    copied = copy_release(settings, application, version, source=source, run=f"millrace release copy by {actor}")
+    promotion = Promotion(
+        promotion_id=content_hash("by hand", settings.environment, application.name, source, version)[:12],
+        source=source,
+        source_version=version,
+        release_id=copied["release_id"],
+        way="models",
+        commit=tags.get(COMMIT_TAG),
+    )
+    run = f"{PERSON}{actor}"
+    lake = Lake.of(settings, application.name)
+    note_step(lake, promotion, "copied", actor=actor, reason="by hand", run=run, version=copied["version"])
+    follow(settings, application.name, run=run)
+    return copied
+
+
 def _way(settings: Settings, application: Application, tags: Mapping[str, str]) -> Way:
     kind = KINDS.get(tags.get("millrace.origin", ""))
     way: Way = getattr(getattr(application.promotion, settings.environment), kind) if kind else "models"
