@@ -12,7 +12,7 @@ import pyarrow as pa
 from deltalake.exceptions import DeltaError
 
 from millrace.applications import load_applications
-from millrace.environments.description import describe, recorded_description
+from millrace.environments.description import recorded_description
 from millrace.environments.mlflow_access import READS
 from millrace.environments.mlflow_calls import Caller, Login
 from millrace.errors import MillraceError, ReleaseError, SettingsError
@@ -73,8 +73,7 @@ def compare_environments(settings: Settings, left: str, right: str) -> list[Part
         if name not in READS:
             raise SettingsError(f"there is no environment {name!r}; there are {', '.join(READS)}")
     sides = [settings.model_copy(update={"environment": name}) for name in (left, right)]
-    # Each environment's settings are known to its own processes alone; the others' are read as they wrote them down.
-    said = [_read(lambda side: _said(settings, side), side) for side in sides]
+    said = [_read(_said, side) for side in sides]
     parts = [
         _compared(name, *(one if isinstance(one, Unread) else one[name] for one in said))
         for name in ("code", "settings", "secrets", "declarations")
@@ -118,11 +117,11 @@ def _read(read: Callable[[Settings], Found], side: Settings) -> Found | Unread:
         return Unread(side.environment, "", str(error))
 
 
-def _said(settings: Settings, side: Settings) -> dict[str, Values]:
-    said = describe(settings) if side.environment == settings.environment else recorded_description(side)
-    code: Values = {"commit": said.commit or "unknown"}
+def _said(side: Settings) -> dict[str, Values]:
+    """As the environment wrote it down: this process may be a person's, who has other settings and fewer secrets."""
+    said = recorded_description(side)
     return {
-        "code": code,
+        "code": {"commit": said.commit or "unknown", "described at": f"{said.described_at:%Y-%m-%d %H:%M:%S} UTC"},
         "settings": dict(said.settings),
         "secrets": dict(said.secrets),
         "declarations": dict(said.declarations),
