@@ -13,7 +13,7 @@ from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.promotions import read_steps
 from millrace.lakehouse.tables import OPS_PROMOTIONS
 from millrace.releases import registry
-from millrace.releases.recipe import COMMIT_TAG, Recipe
+from millrace.releases.recipe import COMMIT_TAG, Recipe, Stage
 from millrace.settings import Settings
 from tests.conftest import COMMIT
 from tests.environments.conftest import As
@@ -118,6 +118,26 @@ def test_where_the_declaration_says_code_the_same_commit_is_asked_to_make_it_aga
     assert registry.versions(staging, by_code) == {}
     assert Lake.of(staging, by_code.name).read(OPS_PROMOTIONS, ["step"])["step"].to_pylist().count("rebuilding") == 1
     assert search(staging, application=by_code.name)[-1]["details"]["way"] == "code"
+
+
+@pytest.mark.parametrize(
+    ("kind", "origin", "stage"),
+    [("embedding", "embedding", "finetune_embedding"), ("prompt", "prompt_study", "optimize_prompt")],
+)
+def test_every_kind_has_its_own_way_and_the_stage_that_makes_it(
+    ask_as: As, application: Application, in_dev: str, kind: str, origin: str, stage: Stage
+) -> None:
+    ways = application.promotion.staging.model_copy(update={kind: "code"})
+    declared = application.model_copy(
+        update={"promotion": application.promotion.model_copy(update={"staging": ways, "approval_in": ()})}
+    )
+    assert request(ask_as("staging"), declared, in_dev, run_id="r1")["promotion"]["way"] == "models"  # a fine-tune
+    made = Recipe.of(application, stage, {"trials": 3}).tags | {"millrace.origin": origin}
+    registry.tag_release(ask_as("dev"), application, in_dev, made)
+    staging = ask_as("staging")
+    asked = request(staging, declared, in_dev, run_id="r1")["promotion"]
+    (rebuild,) = bring(staging, declared, asked, run="test")["rebuild"]
+    assert (rebuild["trigger_dag_id"], rebuild["conf"]) == (f"{application.name}.{stage}", {"trials": 3})
 
 
 def test_what_this_code_would_not_make_again_is_refused_in_one_sentence_and_nothing_is_written(
