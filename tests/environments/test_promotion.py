@@ -140,6 +140,27 @@ def test_every_kind_has_its_own_way_and_the_stage_that_makes_it(
     assert (rebuild["trigger_dag_id"], rebuild["conf"]) == (f"{application.name}.{stage}", {"trials": 3})
 
 
+def test_what_was_approved_is_what_comes_even_if_somebody_changes_it_in_dev_meanwhile(
+    ask_as: As, application: Application, by_code: Application, in_dev: str
+) -> None:
+    staging = ask_as("staging")
+    release_id = registry.versions(ask_as("dev"), application)[in_dev][registry.RELEASE_TAG]
+    ask_as("staging")
+    ways = {"models": application, "code": by_code}
+    asked = {name: request(staging, one, in_dev, run_id=name) for name, one in ways.items()}
+    for name, one in asked.items():
+        record_answer(staging, application, one["promotion"], answer("Approve", "eve", name))
+    other = Recipe.of(application, "finetune", FORM | {"max_examples": 9999}).tags
+    registry.tag_release(ask_as("dev"), application, in_dev, other | {registry.RELEASE_TAG: "rel-forged"})
+    ask_as("staging")
+    with pytest.raises(ReleaseError, match=f"@1 of dev is rel-forged now, and {release_id} was approved; promote it"):
+        bring(staging, application, asked["models"]["promotion"], run="test")
+    assert registry.versions(staging, application) == {}
+    (rebuild,) = bring(staging, by_code, asked["code"]["promotion"], run="test")["rebuild"]
+    assert rebuild["conf"] == FORM
+    assert '"max_examples":8' in asked["code"]["told"]
+
+
 def test_what_this_code_would_not_make_again_is_refused_in_one_sentence_and_nothing_is_written(
     ask_as: As, by_code: Application, in_dev: str
 ) -> None:

@@ -53,6 +53,7 @@ def request(settings: Settings, application: Application, version: str, *, run_i
             f"nothing is promoted to {settings.environment}, where releases begin; promote in {' or '.join(SOURCES)}"
         )
     origin, tags = find_release(settings, application, version, source=source)
+    named = f"{application.name}@{version}"
     way = _way(settings, application, tags)
     promotion = Promotion(
         promotion_id=content_hash(settings.environment, application.name, source, version, run_id)[:12],
@@ -61,10 +62,9 @@ def request(settings: Settings, application: Application, version: str, *, run_i
         release_id=tags[RELEASE_TAG],
         way=way,
         commit=tags.get(COMMIT_TAG),
+        recipe=read_recipe(tags, f"{named} of {source}").model_dump_json() if way == "code" else None,
     )
-    if way == "code":
-        _recipe(settings, application, promotion, tags)
-    named = f"{application.name}@{version}"
+    _require_makeable(settings, application, promotion)
     return {
         "promotion": asdict(promotion),
         "asks": f"May {named} of {source} come into {settings.environment}?",
@@ -122,14 +122,15 @@ def bring(settings: Settings, application: Application, asked: Mapping[str, Any]
             f"nobody approved of promotion {promotion.promotion_id}, and {settings.environment} asks for that; clear "
             "the task `approve`, and let somebody answer"
         )
-    if promotion.way == "models":
-        copied = copy_release(settings, application, promotion.source_version, source=promotion.source, run=run)
+    if promotion.recipe is None:
+        version, source = promotion.source_version, promotion.source
+        copied = copy_release(settings, application, version, source=source, run=run, approved=promotion.release_id)
         why = f"copied with {copied['evaluations']} evaluations"
         note_step(lake, promotion, "copied", actor=ACTOR, reason=why, run=run, version=copied["version"])
         brought |= {"changed": copied["changed"], "version": copied["version"]}
     else:
-        _, tags = find_release(settings, application, promotion.source_version, source=promotion.source)
-        recipe = _recipe(settings, application, promotion, tags)
+        _require_makeable(settings, application, promotion)
+        recipe = Recipe.model_validate_json(promotion.recipe)
         why = f"{application.name}.{recipe.stage} makes it again of the data of {settings.environment}"
         note_step(lake, promotion, "rebuilding", actor=ACTOR, reason=why, run=run)
         brought["rebuild"] = [
@@ -175,15 +176,15 @@ def _way(settings: Settings, application: Application, tags: Mapping[str, str]) 
     return way
 
 
-def _recipe(settings: Settings, application: Application, promotion: Promotion, tags: Mapping[str, str]) -> Recipe:
-    """What makes the release again here.
-
-    Raises:
-        ReleaseError: nothing here makes the same.
+def _require_makeable(settings: Settings, application: Application, promotion: Promotion) -> None:
+    """Raises:
+    ReleaseError: it is to be made again, and nothing here makes the same.
     """
+    if promotion.recipe is None:
+        return
     here = settings.environment
     named = f"{application.name}@{promotion.source_version} of {promotion.source}"
-    recipe = read_recipe(tags, named)
+    recipe = Recipe.model_validate_json(promotion.recipe)
     if promotion.commit is None or promotion.commit.endswith(CHANGED):
         made = "doesn't say which commit made it" if promotion.commit is None else "was made by code that no commit has"
         raise ReleaseError(
@@ -206,7 +207,6 @@ def _recipe(settings: Settings, application: Application, promotion: Promotion, 
             f"{named} learnt the answers of version {teacher} of {promotion.source}, which is another one in {here}; "
             "promote its bytes (`models`), or let it learn from the champion"
         )
-    return recipe
 
 
 def _told(
@@ -215,7 +215,7 @@ def _told(
     its_own, brought = evaluations(origin, application, promotion.source_version, promotion.release_id)
     ways = {
         "models": "Its bytes, what it was trained on and its evaluations are copied",
-        "code": f"It is made again of the data of {settings.environment}, by the same commit",
+        "code": f"It is made again of the data of {settings.environment}, by the same commit: `{promotion.recipe}`",
     }
     judged = [f"- {run.info.run_name}, quality {run.data.metrics.get('quality.estimate', 0):+.3f}" for run in its_own]
     return "\n".join(

@@ -36,7 +36,13 @@ COPIER_TAG = "millrace.copied_by"
 
 
 def copy_release(
-    settings: Settings, application: Application, version: str, *, source: str, run: str
+    settings: Settings,
+    application: Application,
+    version: str,
+    *,
+    source: str,
+    run: str,
+    approved: str | None = None,
 ) -> dict[str, Any]:
     """Register here what is registered in environment `source`: the same release id and the same files.
 
@@ -47,16 +53,23 @@ def copy_release(
     Args:
         version: in `source`.
         run: who copies, for provenance.
+        approved: the id of the release that is meant; None: whichever it is now.
 
     Returns:
         `version` (here), `release_id`, `changed`: whether it was registered now, `evaluations`: how many it came with.
 
     Raises:
-        ReleaseError: there is no such version, its bytes are not those of its manifest, what it was trained on isn't in
-            reach, or a server doesn't answer or refuses.
+        ReleaseError: there is no such version, or it is another release now; its bytes are not those of its manifest;
+            what it was trained on isn't in reach; or a server doesn't answer or refuses.
     """
     origin, tags = find_release(settings, application, version, source=source)
     release_id = tags[RELEASE_TAG]
+    # Tags and files there are theirs who write there: what was approved must be what comes.
+    if approved not in (None, release_id):
+        raise ReleaseError(
+            f"{application.name}@{version} of {source} is {release_id} now, and {approved} was approved; promote it "
+            "again, and find out who changed it"
+        )
     _copy_training_sets(settings, origin, application, tags, run)
     copied = _copy_evaluations(settings, origin, application, version, release_id)
     known = find_version(settings, application, release_id)
@@ -113,6 +126,8 @@ def _copy_model(
     with tempfile.TemporaryDirectory(prefix=".copy-", dir=local_releases(settings)) as scratch:
         model = Path(scratch) / "model"
         manifest = fetch_model(origin, application, version, model)
+        if manifest.release_id != tags[RELEASE_TAG]:
+            raise ReleaseError(f"{application.name}@{version} of {origin.environment} changed meanwhile; copy it again")
         return register_copy(
             settings, application, manifest, model, run=run, tags=kept | {COPIED_TAG: been, COPIER_TAG: run}
         )

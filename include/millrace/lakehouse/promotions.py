@@ -34,6 +34,8 @@ class Promotion:
     way: Way
     commit: str | None
     """Of the code that made it; None: it doesn't say."""
+    recipe: str | None = None
+    """What makes it again here, as JSON; None: it is copied."""
 
 
 def note_step(

@@ -41,7 +41,7 @@ def journal_events(lake: Lake) -> list[Event]:
     decisions = lake.read(OPS_DECISIONS, _without(OPS_DECISIONS, "reason", "evidence")).sort_by("sequence").to_pylist()
     verdicts = lake.read(OPS_EVALUATIONS, _without(OPS_EVALUATIONS, "examples")).to_pylist()
     events = [_decision(lake, row) for row in decisions] + [_verdict(lake, row) for row in verdicts]
-    steps = lake.read(OPS_PROMOTIONS, _without(OPS_PROMOTIONS, "reason")).to_pylist()
+    steps = lake.read(OPS_PROMOTIONS, _without(OPS_PROMOTIONS, "reason", "recipe")).to_pylist()
     events += [_promotion(lake, row) for row in steps]
     return sorted(events, key=lambda event: event.occurred_at)
 

@@ -62,6 +62,7 @@ OPS_PROMOTIONS = Table(
         text("release_id"),  # there
         text("way"),  # models, code
         text("commit", nullable=True),  # of the code that made it
+        text("recipe", nullable=True),  # JSON: what makes it again, where something does
         text("version", nullable=True),  # here, where it was copied
     ),
     key=("promotion_id", "step"),
