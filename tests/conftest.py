@@ -39,6 +39,8 @@ for _name in ("URL", "API_KEY"):
 DECLARATIONS = Path(__file__).parent / "applications"
 SERVERS = {"spark_url": "spark", "mlflow_uri": "mlflow", "walled_uri": "mlflow"}
 """Fixture → the mark of the tests that use it."""
+COMMIT = "c0de" * 10
+"""Of the code, as tests say: a checkout says another one after every commit."""
 TEMPLATE = "{% for chunk in chunks %}{{ chunk.text }}\n{% endfor %}Question: {{ question }}\nAnswer:"
 
 
@@ -48,6 +50,7 @@ def settings(tmp_path: Path) -> Settings:
         home=tmp_path / "home",
         pace="demo",
         spark_tables=frozenset(),
+        commit=COMMIT,
         completion_key="test completion key",
         pseudonym_key="test pseudonym key",
         threads=2,

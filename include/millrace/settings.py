@@ -37,6 +37,8 @@ class Settings(BaseSettings):
     """`demo` applies `[pace.demo]` of each application's declaration: shorter waits, larger first shares."""
     applications: Path = PACKAGE.parent / "applications"
     """Folder with one declaration (`<name>.toml`) per application."""
+    commit: str = Field("", pattern=r"^([0-9a-f]{40}(-changed)?)?$")
+    """Git commit of the running code, where it is no checkout that could say so, as in an image; empty: ask git."""
 
     host: str = "127.0.0.1"
     """Address by which this deployment's servers are reached."""

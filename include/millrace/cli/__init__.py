@@ -13,6 +13,7 @@ from millrace.cli.audit import audit_app
 from millrace.cli.batch import batch_app
 from millrace.cli.common import ApplicationName, console, one_sentence
 from millrace.cli.cost import cost_app
+from millrace.cli.environments import env_app
 from millrace.cli.keys import key_app
 from millrace.cli.prompts import prompt_app
 from millrace.cli.releases import index_app, release_app, rollout_app
@@ -32,6 +33,7 @@ app.add_typer(key_app, name="key")
 app.add_typer(cost_app, name="cost")
 app.add_typer(audit_app, name="audit")
 app.add_typer(access_app, name="access")
+app.add_typer(env_app, name="env")
 
 
 @app.callback()
