@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from millrace.errors import SettingsError
-from millrace.policies import Monitor, Plan, Prices
+from millrace.policies import Monitor, Plan, Prices, Sample
 from millrace.settings import Settings
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -97,6 +97,8 @@ class Schedules(Declared):
     optimize_prompt: str = "0 4 * * 6"
     maintain_lakehouse: str = "30 4 * * *"
     rollout: str = "*/5 * * * *"
+    sample: str = "0 6 * * *"
+    """In staging, after prod has ingested the day before."""
 
 
 class Deadlines(Declared):
@@ -118,6 +120,7 @@ class Deadlines(Declared):
     rollout: float = Field(15, gt=0)
     monitor: float = Field(60, gt=0)
     batch_inference: float = Field(1440, gt=0)
+    sample: float = Field(240, gt=0)
 
 
 class Dpo(Declared):
@@ -303,6 +306,7 @@ class Application(Declared):
     retention: Retention = Retention()
     prices: Prices = Prices()
     plan: Plan = Plan()
+    sample: Sample = Sample()
     demo: Demo = Demo()
 
 

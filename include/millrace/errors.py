@@ -7,6 +7,7 @@ MillraceError
 │   ├── ConflictError      somebody else committed first; read again and retry
 │   └── AccessRefused      storage does not let this identity do that
 ├── SourceError            a document or event source can't be read
+├── SampleError            staging can't take its sample of prod
 ├── RetrievalError         no index build, or one that can't be trusted
 │   └── CanaryError        a new index build finds less than the one before
 ├── ReleaseError           a release can't be packaged, registered or loaded
@@ -52,6 +53,10 @@ class AccessRefused(LakehouseError):
 
 class SourceError(MillraceError):
     """A document or event source can't be read."""
+
+
+class SampleError(MillraceError):
+    """Staging can't take its sample of prod."""
 
 
 class RetrievalError(MillraceError):

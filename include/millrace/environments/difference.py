@@ -13,7 +13,7 @@ from deltalake.exceptions import DeltaError
 
 from millrace.applications import load_applications
 from millrace.environments.description import recorded_description
-from millrace.environments.mlflow_access import READS
+from millrace.environments.matrix import READS
 from millrace.environments.mlflow_calls import Caller, Login
 from millrace.errors import MillraceError, ReleaseError, SettingsError
 from millrace.lakehouse.commits import open_table, refusal

@@ -136,7 +136,8 @@ def _copy_model(
 def _copy_training_sets(
     settings: Settings, origin: Settings, application: Application, tags: dict[str, str], run: str
 ) -> None:
-    theirs, ours = Lake.of(origin, application.name), Lake.of(settings, application.name)
+    ours = Lake.of(settings, application.name)
+    theirs = Lake.of(settings, application.name, environment=origin.environment)
     for training_set in trained_sets(tags):
         for table in (GOLD_TRAINING_EXAMPLES, GOLD_PREFERENCE_EXAMPLES):
             rows = theirs.read(table, table.rows_schema.names, where=pc.field("training_set") == training_set)
