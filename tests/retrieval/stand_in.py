@@ -112,7 +112,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _refused(self, route: tuple[str, str]) -> tuple[int, str] | None:
         if self.server.keys is None:
             return None
-        access = self.server.keys.get(self.headers.get("api-key") or "")
+        # As Qdrant's `extract_key` does.
+        shown = self.headers.get("api-key") or (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        access = self.server.keys.get(shown)
         if access is None:
             return 401, "Invalid API key or JWT"
         needed = "m" if route == ("PUT", "") else "rw" if route in WRITES else "r"

@@ -23,7 +23,7 @@ from millrace.serving.metrics import Metrics
 from millrace.serving.refusal import Refusal, unavailable
 from millrace.serving.traces import ExchangeTraces
 from millrace.serving.traffic import Route, Traffic
-from millrace.sources.completion_id import issue
+from millrace.sources.completion_id import CompletionKeys
 from millrace.sources.event_log import CLIENT_LEFT, Accepted, Completed, EventLog, Failed
 
 log = logging.getLogger("millrace.serving")
@@ -69,7 +69,7 @@ class Desk:
     cache: AnswerCache | None
     metrics: Metrics
     traces: ExchangeTraces
-    completion_key: bytes
+    completion_keys: CompletionKeys
 
 
 def hold(
@@ -114,7 +114,7 @@ class _Exchange:
         """Raises:
         Refusal: no release could answer, or the disk did not take the exchange.
         """
-        self.id = issue(self.desk.completion_key, self.desk.application.name, self.asked.at)
+        self.id = self.desk.completion_keys.issue(self.desk.application.name, self.asked.at)
         pipeline, version = self._first_choice()
         build = _build(pipeline)
         self._append(Accepted(**self._about(pipeline, version, build)))

@@ -29,8 +29,8 @@ from millrace.serving.refusal import Refusal, unavailable
 from millrace.serving.traces import ExchangeTraces
 from millrace.serving.traffic import RegisteredReleases, Releases, Traffic
 from millrace.settings import Settings
-from millrace.sources.completion_id import verify
-from millrace.sources.event_log import EventLog, Feedback
+from millrace.sources.completion_id import CompletionKeys
+from millrace.sources.event_log import EventLog, Feedback, now
 
 CACHED_ANSWERS = 10_000
 """Per application; some kilobytes each."""
@@ -50,7 +50,9 @@ def create_app(
         SettingsError: a key is missing, so that ids could be forged or users recognised; or callers need API keys, and
             nowhere is said where those are kept.
     """
-    completion_key, pseudonym_key = (_key(settings, name) for name in ("completion_key", "pseudonym_key"))
+    completion_keys = CompletionKeys(settings.completion_key)
+    # Once, whatever becomes of its file: with another key, users whom it knows would be strangers from here on.
+    pseudonym_key = _pseudonym_key(settings)
     admission = Admission(settings)
     metrics = Metrics()
     desks = {
@@ -61,7 +63,7 @@ def create_app(
             cache=AnswerCache(CACHED_ANSWERS) if settings.answer_cache else None,
             metrics=metrics,
             traces=ExchangeTraces(settings, application.name, metrics),
-            completion_key=completion_key,
+            completion_keys=completion_keys,
         )
         for application in applications
     }
@@ -121,7 +123,7 @@ def create_app(
         caller = await admitted(request, "feedback")
         said = read_said(await _body(request), request.headers, pseudonym_key)
         try:
-            issued = verify(completion_key, said.completion_id)
+            issued = completion_keys.verify(said.completion_id, now())
         except SourceError as error:
             raise Refusal(403, str(error), code="forged_completion_id", param="completion_id") from None
         caller.require_application(issued.application)
@@ -308,10 +310,10 @@ def _model(name: str, since: int) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": since, "owned_by": "millrace"}
 
 
-def _key(settings: Settings, name: str) -> bytes:
-    key: bytes = getattr(settings, name).get_secret_value().encode()
+def _pseudonym_key(settings: Settings) -> bytes:
+    key = settings.pseudonym_key.get_secret_value().encode()
     if not key:
-        raise SettingsError(f"MILLRACE_{name.upper()} is empty; `millrace up` makes one, or set your own")
+        raise SettingsError("MILLRACE_PSEUDONYM_KEY is empty; `millrace up` makes one, or set your own")
     return key
 
 
