@@ -115,6 +115,11 @@ class SecretSources(PydanticBaseSettingsSource):
         return {name: value for name, value in values.items() if value is not None}
 
 
+def secrets_of(settings: BaseSettings) -> list[SecretStr]:
+    """All its secrets, set or not."""
+    return [value for _, value in settings if isinstance(value, SecretStr)]
+
+
 def variables_of(settings: type[BaseSettings]) -> set[str]:
     """The variables that may name a source."""
     prefix = settings.model_config["env_prefix"]
@@ -131,13 +136,34 @@ def variable_for(name: str, secret: SecretStr) -> tuple[str, str]:
     return name, secret.get_secret_value()
 
 
+def is_set(secret: SecretStr) -> bool:
+    """Whether it has a source. Asks no vault."""
+    return isinstance(secret, SecretVariable) or bool(secret.get_secret_value())
+
+
 def hide(text: str, *secrets: SecretStr) -> str:
     """`text` without the secrets, should a server have said them back."""
     for secret in secrets:
-        value = secret.get_secret_value()
-        if len(value) >= _SHORTEST:
+        for value in values_of(secret):
             text = text.replace(value, "…")
     return text
+
+
+def values_of(secret: SecretStr) -> list[str]:
+    """What must not be seen of it: each of its lines, since some secrets are several. Asks no vault."""
+    held = "" if isinstance(secret, SecretVariable) else secret.get_secret_value()
+    return [line for line in held.splitlines() if len(line) >= _SHORTEST]
+
+
+class WithoutSecrets(logging.Formatter):
+    """A log's lines, tracebacks included, with every secret of these settings hidden."""
+
+    def __init__(self, form: str, settings: BaseSettings) -> None:
+        super().__init__(form)
+        self._secrets = secrets_of(settings)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return hide(super().format(record), *self._secrets)
 
 
 def _named(name: str) -> SecretStr | None:

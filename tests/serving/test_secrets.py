@@ -15,7 +15,8 @@ import pytest
 from millrace.engines.upstream import Upstream, UpstreamEngine
 from millrace.releases.split import Split
 from millrace.retrieval.search import Retriever
-from millrace.secret_sources import SecretFile
+from millrace.secret_sources import SecretFile, WithoutSecrets
+from millrace.serving.__main__ import FORM
 from millrace.settings import Settings
 from millrace.sources.completion_id import CompletionKey, verify, write_keys
 from tests.retrieval.stand_in import StandIn
@@ -28,6 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*ocal (mode|Qdrant)")
 NAMES = ("completion_key", "upstream_api_key", "qdrant_api_key")
 OLD = {name: f"the old {name.replace('_', ' ')}" for name in NAMES}
 NEW = {name: f"the new {name.replace('_', ' ')}" for name in NAMES}
+NEWEST = "the newest upstream api key"
 
 
 class Answering:
@@ -43,8 +45,9 @@ class Answering:
         retriever: Drawer = Retriever(builds, AlwaysNorth())  # type: ignore[assignment, arg-type]
         served = Upstream(self.upstream.url, secrets["upstream_api_key"])
         release = a_release(UpstreamEngine(served, "m", context_tokens=1000), retriever)  # type: ignore[arg-type]
+        self.settings = Settings(home=folder).model_copy(update=secrets)
         shelf = Shelf(Split(sequence=0, champion="1"), {"1": release})
-        self.gateway = start(shelf, answer_cache=False, completion_key=secrets["completion_key"])
+        self.gateway = start(shelf, answer_cache=False, **secrets)
 
     def write(self, name: str, text: str) -> Path:
         path = self.folder / name
@@ -128,9 +131,12 @@ def test_a_completion_key_that_cannot_be_understood_stops_nobody(
 
 
 @pytest.mark.slow
-def test_no_error_log_or_event_of_a_gateway_holds_a_secret(answering: Answering, settings: Settings) -> None:
+def test_no_error_log_or_event_of_a_gateway_holds_a_secret(
+    answering: Answering, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = io.StringIO()
     handler = logging.StreamHandler(log)
+    handler.setFormatter(WithoutSecrets(FORM, answering.settings))
     logging.getLogger().addHandler(handler)
     try:
         gateway, said = answering.gateway, []
@@ -142,9 +148,14 @@ def test_no_error_log_or_event_of_a_gateway_holds_a_secret(answering: Answering,
         said.append(gateway.rate("chatcmpl-made-up"))
         said.append(gateway.client.post("/v1/chat/completions", content=b"{"))
         said.append(gateway.client.get("/v1/models/none"))
+        # What nobody foresaw has a traceback in the log.
+        answering.qdrant.keys = {NEW["qdrant_api_key"]: "m"}
+        monkeypatch.setattr("millrace.engines.upstream._reason", broken)
+        answering.write("upstream_api_key", NEWEST)
+        said.append(gateway.ask("what is unforeseen?"))
     finally:
         logging.getLogger().removeHandler(handler)
-    assert [one.status_code for one in said] == [503, 503, 403, 400, 404]
+    assert [one.status_code for one in said] == [503, 503, 403, 400, 404, 500]
     assert (
         "refuses the key: Incorrect API key provided: …; set MILLRACE_UPSTREAM_API_KEY"
         in said[0].json()["error"]["message"]
@@ -152,9 +163,14 @@ def test_no_error_log_or_event_of_a_gateway_holds_a_secret(answering: Answering,
     assert "refuses this key (401" in said[1].json()["error"]["message"]
     events = [line.read_text() for line in settings.event_log("qa").rglob("*") if line.is_file()]
     assert any("Incorrect API key" in one for one in events)
-    secrets = [*OLD.values(), *NEW.values(), "test pseudonym key"]
+    assert "Traceback" in log.getvalue()
+    secrets = [*OLD.values(), *NEW.values(), NEWEST, "test pseudonym key"]
     everything = "\n".join([log.getvalue(), *(one.text + str(one.headers) for one in said), *events])
     assert [one for secret in secrets for one in spellings(secret) if one in everything] == []
+
+
+def broken(error: Exception, upstream: Upstream) -> str:
+    raise ValueError(f"{error} is not what anybody expected")
 
 
 def spellings(secret: str) -> set[str]:

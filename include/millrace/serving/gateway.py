@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 
 from millrace.applications import Application
 from millrace.errors import SettingsError, SourceError
+from millrace.secret_sources import secrets_of
 from millrace.serving import openai_format
 from millrace.serving.admission import Admission, Caller
 from millrace.serving.answer_cache import AnswerCache
@@ -53,17 +54,19 @@ def create_app(
     completion_keys = CompletionKeys(settings.completion_key)
     # Once, whatever becomes of its file: with another key, users whom it knows would be strangers from here on.
     pseudonym_key = _pseudonym_key(settings)
+    secrets = secrets_of(settings)
     admission = Admission(settings)
     metrics = Metrics()
     desks = {
         application.name: Desk(
             application=application,
-            traffic=Traffic(application.name, releases(settings, application)),
+            traffic=Traffic(application.name, releases(settings, application), secrets),
             events=EventLog(settings.event_log(application.name)),
             cache=AnswerCache(CACHED_ANSWERS) if settings.answer_cache else None,
             metrics=metrics,
             traces=ExchangeTraces(settings, application.name, metrics),
             completion_keys=completion_keys,
+            secrets=secrets,
         )
         for application in applications
     }
