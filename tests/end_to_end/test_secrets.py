@@ -174,7 +174,8 @@ def test_every_secret_opens_what_it_is_for_is_rotated_and_is_left_nowhere(
 ) -> None:
     settings, gateway = deployment.settings, deployment.settings.gateway_url
     with deployment.stack.airflow() as airflow:
-        airflow.unpause("handbook.refresh_embeddings")
+        for dag in ("refresh_embeddings", "evaluate_candidate"):
+            airflow.unpause(f"handbook.{dag}")
         succeed(airflow, "handbook.ingest_documents")
         since = airflow.runs("handbook.ingest_documents")[0].run_after
         run = airflow.wait_for_asset_run("handbook.refresh_embeddings", since=since, timeout=120)
