@@ -11,17 +11,21 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from pydantic import SecretStr
 
+from millrace.applications import Application
 from millrace.engines.upstream import Upstream, UpstreamEngine
+from millrace.errors import SettingsError
 from millrace.releases.split import Split
 from millrace.retrieval.search import Retriever
 from millrace.secret_sources import SecretFile, WithoutSecrets
 from millrace.serving.__main__ import FORM
+from millrace.serving.gateway import create_app
 from millrace.settings import Settings
 from millrace.sources.completion_id import CompletionKey, verify, write_keys
 from tests.retrieval.stand_in import StandIn
 from tests.serving.keyed_upstream import KeyedUpstream
-from tests.serving.parrot import Drawer, Gateway, Shelf, a_release
+from tests.serving.parrot import Drawer, Gateway, Parrot, Shelf, a_release
 from tests.serving.searched import AlwaysNorth, a_build
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*ocal (mode|Qdrant)")
@@ -108,6 +112,24 @@ def test_every_key_is_rotated_while_the_gateway_answers_and_no_request_fails(ans
     answering.write("completion_key", ring(datetime.now(UTC) - timedelta(seconds=1)))
     assert gateway.rate(ids[0]).status_code == 403
     assert gateway.rate(ids[-1]).status_code == 200
+
+
+@pytest.mark.slow
+def test_another_pseudonym_key_is_refused_because_everybody_would_be_a_stranger(
+    start: Callable[..., Gateway], settings: Settings, qa: Application
+) -> None:
+    gateway = start(Shelf(Split(sequence=0, champion="1"), {"1": a_release(Parrot(), drawer := Drawer())}), drawer)
+    assert gateway.ask().status_code == 200
+    other = settings.model_copy(update={"pseudonym_key": SecretStr("another pseudonym key")})
+    for _ in range(2):
+        with pytest.raises(SettingsError, match="every user would be a stranger") as refused:
+            create_app(other, [qa], lambda *_: Shelf())
+    assert "another pseudonym key" not in str(refused.value)
+    create_app(settings, [qa], lambda *_: Shelf())
+    noted = Path(str(refused.value).rpartition("remove ")[2])
+    assert "test pseudonym key" not in noted.read_text()
+    noted.unlink()
+    create_app(other, [qa], lambda *_: Shelf())
 
 
 def ring(ends: datetime) -> str:

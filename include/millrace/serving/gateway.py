@@ -32,6 +32,7 @@ from millrace.serving.traffic import RegisteredReleases, Releases, Traffic
 from millrace.settings import Settings
 from millrace.sources.completion_id import CompletionKeys
 from millrace.sources.event_log import EventLog, Feedback, now
+from millrace.sources.pseudonym import note_key, require_same_key
 
 CACHED_ANSWERS = 10_000
 """Per application; some kilobytes each."""
@@ -48,12 +49,14 @@ def create_app(
         releases: where an application's releases come from; the MLflow registry, unless a test knows better.
 
     Raises:
-        SettingsError: a key is missing, so that ids could be forged or users recognised; or callers need API keys, and
-            nowhere is said where those are kept.
+        SettingsError: a key is missing, so that ids could be forged or users recognised; the pseudonym key is another
+            than before; or callers need API keys, and nowhere is said where those are kept.
     """
     completion_keys = CompletionKeys(settings.completion_key)
     # Once, whatever becomes of its file: with another key, users whom it knows would be strangers from here on.
     pseudonym_key = _pseudonym_key(settings)
+    noted = settings.home / "events" / f"{settings.environment}.pseudonym_key"
+    require_same_key(pseudonym_key, noted)
     secrets = secrets_of(settings)
     admission = Admission(settings)
     metrics = Metrics()
@@ -74,6 +77,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        note_key(pseudonym_key, noted)
         for desk in desks.values():
             desk.traffic.start()
             desk.traces.start()
