@@ -64,8 +64,17 @@ def settings_of(service: Service) -> Settings:
     Raises:
         SettingsError: a variable is unknown or has no valid value.
     """
-    with mock.patch.dict(os.environ, service.environment, clear=True):
-        return read_settings()
+    with tempfile.TemporaryDirectory() as folder:
+        environment = dict(service.environment)
+        for number, (variable, path) in enumerate(service.environment.items()):
+            if variable.endswith("_FILE") and path in service.secrets:
+                content, mode = service.secrets[path]
+                file = Path(folder) / str(number)
+                file.write_text(content)
+                file.chmod(mode)
+                environment[variable] = str(file)
+        with mock.patch.dict(os.environ, environment, clear=True):
+            return read_settings()
 
 
 def settings(compose: Compose) -> Iterator[str]:
@@ -83,7 +92,8 @@ def settings(compose: Compose) -> Iterator[str]:
         if field.annotation is SecretStr or name.endswith(_ELSEWHERE):
             for service in ("airflow-scheduler", "gateway"):
                 variable = f"MILLRACE_{name.upper()}"
-                if variable not in compose.services[service].environment and (service, name) not in _NOT_NEEDED:
+                given = compose.services[service].environment
+                if not {variable, f"{variable}_FILE"} & given.keys() and (service, name) not in _NOT_NEEDED:
                     yield f"{service} has no {variable}"
     for server in ("gateway", "spark"):
         if settings_of(compose.services[server]).listens_on != "0.0.0.0":
@@ -123,7 +133,9 @@ def as_embedded(compose: Compose) -> Iterator[str]:
         secret = {
             f"MILLRACE_{n.upper()}" for n, field in Settings.model_fields.items() if field.annotation is SecretStr
         }
-        for variable in sorted(set(service.environment) & secret - allowed):
+        held = {variable.removesuffix("_FILE") for variable in service.environment}
+        held |= {f"MILLRACE_{Path(path).name.upper()}" for path in service.secrets}
+        for variable in sorted(held & secret - allowed):
             yield f"{name} has {variable}, which the embedded {part_name} isn't told"
         ours = list(part.command[3:] if part.command[2] == "airflow" else part.command[1:])
         if part_name.startswith("airflow") and not part.once and service.command[1:] != ours:
@@ -298,7 +310,7 @@ def addresses(compose: Compose) -> Iterator[str]:
         (("mlflow", "AWS_SECRET_ACCESS_KEY"), ("object-store", "ROOT_SECRET_KEY")),
         (("mlflow", "AWS_ACCESS_KEY_ID"), ("object-store", "ROOT_ACCESS_KEY")),
     ):
-        if len({compose.services[service].environment.get(variable) for service, variable in (one, other)}) != 1:
+        if len({compose.services[service].told(variable) for service, variable in (one, other)}) != 1:
             yield f"{one} and {other} differ"
 
 

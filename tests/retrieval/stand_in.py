@@ -119,7 +119,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _refused(self, name: str, route: tuple[str, str]) -> tuple[int, str] | None:
         if self.server.keys is None:
             return None
-        access = self.server.access(self.headers.get("api-key") or "", name)
+        # As Qdrant's `extract_key` does.
+        shown = self.headers.get("api-key") or (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        access = self.server.access(shown, name)
         if access is None:
             return 401, "Invalid API key or JWT"
         needed = "m" if route in MANAGES else "rw" if route in WRITES else "r"

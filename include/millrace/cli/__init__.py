@@ -17,6 +17,7 @@ from millrace.cli.environments import env_app
 from millrace.cli.keys import key_app
 from millrace.cli.prompts import prompt_app
 from millrace.cli.releases import index_app, release_app, rollout_app
+from millrace.cli.secrets import secret_app
 from millrace.errors import StackError
 from millrace.settings import Settings, read_settings
 from millrace.stack import Stack, Status, airflow_of, down, status, up
@@ -30,6 +31,7 @@ app.add_typer(prompt_app, name="prompt")
 app.add_typer(index_app, name="index")
 app.add_typer(batch_app, name="batch")
 app.add_typer(key_app, name="key")
+app.add_typer(secret_app, name="secret")
 app.add_typer(cost_app, name="cost")
 app.add_typer(audit_app, name="audit")
 app.add_typer(access_app, name="access")

@@ -103,13 +103,17 @@ class KeyStore:
         """Raises:
         SettingsError: the settings name no database, or none that could be.
         """
-        # As SQLAlchemy writes addresses too.
-        self._url = settings.keys_url.get_secret_value().replace("postgresql+psycopg2://", "postgresql://", 1)
-        self._where = _where(self._url)
         self._settings = settings
+        self._where = _where(self._url)
         self._connection: psycopg2.extensions.connection | None = None
         self._lost_at = 0.0
         self._lock = threading.Lock()
+
+    @property
+    def _url(self) -> str:
+        """As it is now: a password may have been rotated since the last connection."""
+        # As SQLAlchemy writes addresses too.
+        return self._settings.keys_url.get_secret_value().replace("postgresql+psycopg2://", "postgresql://", 1)
 
     def create(
         self,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
+from millrace.secret_sources import variable_for
 from millrace.settings import Settings
 
 # Another Airflow's home, another Spark or another virtual environment in the caller's shell must not reach ours.
@@ -73,15 +74,16 @@ def settings_variables(settings: Settings, *, keys: bool) -> dict[str, str]:
         if name in _OF_ADMINISTRATORS:
             continue
         value = getattr(settings, name)
+        variable = f"MILLRACE_{name.upper()}"
         if isinstance(value, SecretStr):
             if not keys:
                 continue
-            text = value.get_secret_value()
+            variable, text = variable_for(variable, value)
         elif isinstance(value, (frozenset, set, tuple, list)):
             text = json.dumps(sorted(value))
         else:
             text = str(value)
-        variables[f"MILLRACE_{name.upper()}"] = text
+        variables[variable] = text
     return variables
 
 
