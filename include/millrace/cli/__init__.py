@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from millrace.cli.audit import audit_app
+from millrace.cli.backup import backup_command, restore_command
 from millrace.cli.batch import batch_app
 from millrace.cli.common import ApplicationName, console, one_sentence
 from millrace.cli.cost import cost_app
@@ -30,6 +31,8 @@ app.add_typer(batch_app, name="batch")
 app.add_typer(key_app, name="key")
 app.add_typer(cost_app, name="cost")
 app.add_typer(audit_app, name="audit")
+app.command("backup")(backup_command)
+app.command("restore")(restore_command)
 
 
 @app.callback()

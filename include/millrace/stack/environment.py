@@ -67,6 +67,8 @@ def settings_variables(settings: Settings, *, keys: bool) -> dict[str, str]:
     """`settings` as the `MILLRACE_` variables that read back to the same settings; without `keys`, less its keys."""
     variables = {}
     for name in type(settings).model_fields:
+        if name.startswith("backup_"):  # no part has use for every database's address
+            continue
         value = getattr(settings, name)
         if isinstance(value, SecretStr):
             if not keys:
