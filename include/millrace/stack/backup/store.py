@@ -25,7 +25,7 @@ class Found:
 
 
 class Store:
-    """Files below `root`, a path of `filesystem`."""
+    """Files below `root`, a path of `filesystem` (for a bucket: its name and a prefix)."""
 
     def __init__(self, filesystem: FileSystem, root: str) -> None:
         self._filesystem = filesystem
