@@ -57,8 +57,8 @@ def restore_command(
     told = [f"{settings.home} is restored from backup {restored.name}. Start it: millrace up"]
     if not restored.secrets:
         told.append(
-            f"The backup is without keys. Put the old secrets.json into {settings.home} first: with new keys, known "
-            "users are strangers, and what Airflow keeps encrypted is lost."
+            "The backup is without keys. Unless your environment sets them, put the old secrets.json into "
+            f"{settings.home} first: with new keys known users are strangers, and what Airflow encrypted is lost."
         )
     console.print("\n".join(told), markup=False, soft_wrap=True)
 

@@ -249,6 +249,8 @@ def test_the_commands_say_what_was_saved_what_not_and_what_to_do_next(
     assert "Not in it: the keys of the home" in said.output
     checked = CliRunner().invoke(app, ["restore", folder, "--check"])
     assert "every byte read" in checked.output
+    inside = CliRunner().invoke(app, ["backup", str(kept.home / "backups" / "mine")])
+    assert "is in the home that it would save, and lost with it" in inside.output
     refused = CliRunner().invoke(app, ["restore", folder])
     assert refused.exit_code == 1
     assert refused.output.count("\n") == 1
@@ -259,4 +261,4 @@ def test_the_commands_say_what_was_saved_what_not_and_what_to_do_next(
     monkeypatch.setenv("MILLRACE_ENVIRONMENT", "dev")
     restored = CliRunner().invoke(app, ["restore", folder])
     assert restored.exit_code == 0, restored.output
-    assert "Put the old secrets.json into" in restored.output
+    assert "put the old secrets.json into" in restored.output

@@ -66,9 +66,9 @@ def restore(settings: Settings, folder: Path, name: str = "") -> Restored:
             f"{settings.home} is half restored from backup {begun}; repeat that, or remove the folder to restore {name}"
         )
     repository.verify(manifest)
-    if begun is None:
-        _check_empty(manifest, places)
     try:
+        if begun is None:
+            _check_empty(manifest, places)
         with only_for_its_owner():
             settings.home.mkdir(parents=True, exist_ok=True)
             write_json(settings.home / RESTORING, {"backup": name})
@@ -77,8 +77,9 @@ def restore(settings: Settings, folder: Path, name: str = "") -> Restored:
             os.sync()
             (settings.home / RESTORING).unlink()
     except OSError as error:
+        done = "only half" if (settings.home / RESTORING).exists() else "not"
         raise BackupError(
-            f"{settings.home} is only half restored: {error}; correct that, then repeat the same restore"
+            f"{settings.home} is {done} restored: {error}; correct that, then repeat the same restore"
         ) from error
     return Restored(name, manifest)
 

@@ -80,6 +80,8 @@ def save(settings: Settings, folder: Path, *, secrets: bool = False, keep: int |
     """
     places = places_of(settings)
     _check_home(settings.home)
+    if folder.resolve().is_relative_to(settings.home.resolve()):
+        raise BackupError(f"{folder} is in the home that it would save, and lost with it; choose a folder elsewhere")
     repository = Repository(folder)
     try:
         with only_for_its_owner(), repository.writing(), _postgres(places) as postgres:
@@ -215,7 +217,7 @@ class _Saving:
                 f"the artifacts of MLflow at {self._places.settings.mlflow_uri}: name their place in "
                 "MILLRACE_BACKUP_ARTIFACTS"
             )
-        if "secrets" not in self._parts:
+        if "secrets" not in self._parts and (self._places.home / "secrets.json").exists():
             self.missing.append("the keys of the home, secrets.json: keep a copy of it elsewhere, or use --secrets")
         home = self._places.home
         unknown = {path.name for path in home.iterdir()} - NOT_SAVED - _SAVED

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
+from millrace.errors import BackupError
+
 CHUNK = 1 << 20
 """Bytes that are in memory at once."""
 
@@ -33,10 +35,20 @@ class Store:
 
     @classmethod
     def at(cls, place: Path | str) -> "Store":
-        """The files in a folder, or below an address that Arrow knows (`s3://bucket/prefix?endpoint_override=…`)."""
+        """The files in a folder, or below an address that Arrow knows (`s3://bucket/prefix?endpoint_override=…`).
+
+        Raises:
+            BackupError: Arrow doesn't know it.
+        """
         if isinstance(place, Path):
             return cls(LocalFileSystem(), str(place))
-        return cls(*FileSystem.from_uri(place))
+        try:
+            return cls(*FileSystem.from_uri(place))
+        except (OSError, ValueError):  # what it says repeats the address, which may hold a key
+            raise BackupError(
+                f"MILLRACE_BACKUP_ARTIFACTS begins with {place[:5]!r} and is no address that Arrow knows; "
+                "write s3://bucket?region=… or file:///folder"
+            ) from None
 
     def files(self, under: str = "") -> Iterator[Found]:
         """Every file below folder `under`, in order of its path; none where there is no such folder."""
