@@ -1,7 +1,6 @@
 """A home with real content: the tables, events and index build of `homes/format-1.tar.gz`, and a PostgreSQL."""
 
 import shutil
-import subprocess
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from tests.stack.test_migration import OLD
 
 @pytest.fixture(scope="session")
 def content(open_folder: Path) -> Path:
-    """The home that each test has a copy of."""
+    """The home that each test has a copy of, without databases."""
     settings = Settings(home=open_folder / "content")
     home = settings.home
     with tarfile.open(OLD) as archive:
@@ -32,20 +31,25 @@ def content(open_folder: Path) -> Path:
     artifact.parent.mkdir(parents=True)
     artifact.write_bytes(bytes(range(256)) * 9000)
     write_json(registry_mark(home), {"environment": "dev"})
-    with running_postgres(settings) as postgres:
-        for name in DATABASES:
-            postgres.create_database(name)
-            with cursor_in(postgres, name) as cursor:
-                cursor.execute("create schema kept; create table kept.things (id serial primary key, told text)")
-                cursor.execute("insert into kept.things (told) select %s || n from generate_series(1, 500) n", (name,))
     return home
 
 
 @pytest.fixture
 def kept(content: Path, open_folder: Path, settings: Settings) -> Iterator[Settings]:
     """Settings of a home of its own with that content."""
-    home = Path(tempfile.mkdtemp(dir=open_folder)) / "home"
-    # With its owners: where root runs the tests, PostgreSQL's files belong to another user.
-    subprocess.run(["cp", "-a", str(content), str(home)], check=True)
+    home = shutil.copytree(content, Path(tempfile.mkdtemp(dir=open_folder)) / "home")
     yield settings.model_copy(update={"home": home})
-    processes.end(home, ["postgres"], seconds=10)
+    if (home / "postgres").exists():
+        processes.end(home, ["postgres"], seconds=10)
+
+
+@pytest.fixture
+def whole(kept: Settings) -> Settings:
+    """The same home, and in its PostgreSQL three databases of a table each."""
+    with running_postgres(kept) as postgres:
+        for name in DATABASES:
+            postgres.create_database(name)
+            with cursor_in(postgres, name) as cursor:
+                cursor.execute("create schema kept; create table kept.things (id serial primary key, told text)")
+                cursor.execute("insert into kept.things (told) select %s || n from generate_series(1, 500) n", (name,))
+    return kept

@@ -87,7 +87,7 @@ def test_what_only_older_backups_needed_goes_with_them(tmp_path: Path) -> None:
         kept = repository.put([b"in all"])
         for number in range(3):
             blobs = {"all": kept, "own": repository.put([str(number).encode()])}
-            names.append(repository.finish(manifest(blobs, at=MADE_AT + timedelta(days=number))))
+            names.append(repository.finish(manifest(blobs, at=MADE_AT + timedelta(milliseconds=number))))
         assert repository.prune(2) == names[:1]
     assert repository.names() == names[1:]
     assert len(list(repository.folder.glob("objects/??/*"))) == 3

@@ -31,28 +31,28 @@ from tests.stack.backup.reading import databases, delta_tables, files
 pytestmark = pytest.mark.slow
 
 
-def test_a_home_that_was_destroyed_is_restored_table_by_table(kept: Settings, tmp_path: Path, qa) -> None:
-    before = delta_tables(kept.home / "lake"), databases(kept), files(kept.home)
+def test_a_home_that_was_destroyed_is_restored_table_by_table(whole: Settings, tmp_path: Path, qa) -> None:
+    before = delta_tables(whole.home / "lake"), databases(whole), files(whole.home)
     assert len(before[0]) >= 8
     assert sum(map(len, before[1].values())) == 3 * (500 + 1)
-    secrets = (kept.home / "secrets.json").read_bytes()
+    secrets = (whole.home / "secrets.json").read_bytes()
 
-    saved = save(kept, tmp_path / "backups", secrets=True)
+    saved = save(whole, tmp_path / "backups", secrets=True)
     assert saved.missing == ()
-    shutil.rmtree(kept.home)
-    restored = restore(kept, tmp_path / "backups")
+    shutil.rmtree(whole.home)
+    restored = restore(whole, tmp_path / "backups")
 
     assert restored.name == saved.name
-    assert (delta_tables(kept.home / "lake"), databases(kept), files(kept.home)) == before
-    assert (kept.home / "secrets.json").read_bytes() == secrets
-    assert (kept.home / "secrets.json").stat().st_mode & 0o777 == 0o600
-    assert not (kept.home / RESTORING).exists()
+    assert (delta_tables(whole.home / "lake"), databases(whole), files(whole.home)) == before
+    assert (whole.home / "secrets.json").read_bytes() == secrets
+    assert (whole.home / "secrets.json").stat().st_mode & 0o777 == 0o600
+    assert not (whole.home / RESTORING).exists()
     # It goes on from there: as a home, as a journal, as a table that is written to, as an index that is searched.
-    prepare_home(kept)
-    lake = Lake.of(kept, "qa")
+    prepare_home(whole)
+    lake = Lake.of(whole, "qa")
     assert fold(read_journal(lake)).champion == "1"
-    [lineage] = kept_lineages(kept, "qa")
-    builds = builds_of(kept, "qa", lineage)
+    [lineage] = kept_lineages(whole, "qa")
+    builds = builds_of(whole, "qa", lineage)
     pointer = builds.published()
     assert pointer is not None
     assert builds.open(pointer.build).nearest([1.0] + [0.0] * 383, 1)
@@ -68,7 +68,7 @@ def test_nobody_but_its_owner_reads_a_backup_and_without_being_asked_it_has_no_k
     kept: Settings, tmp_path: Path
 ) -> None:
     saved = save(kept, tmp_path / "backups")
-    assert [what.split(":")[0] for what in saved.missing] == ["the keys of the home, secrets.json"]
+    assert saved.missing[-1].startswith("the keys of the home, secrets.json")
     keys = json.loads((kept.home / "secrets.json").read_text()).values()
     for path in (tmp_path / "backups").rglob("*"):
         assert path.stat().st_mode & 0o077 == 0
@@ -116,9 +116,9 @@ def test_a_table_is_saved_as_it_was_at_one_version_while_others_write_to_it(kept
 
 
 def test_a_decision_between_tables_and_registry_makes_both_be_read_again(
-    kept: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    journal = Lake.of(kept, "qa").uri(OPS_DECISIONS)
+    journal = Lake.of(whole, "qa").uri(OPS_DECISIONS)
     rows = DeltaTable(journal).to_pyarrow_table().slice(0, 1)
     dump, dumped = Database.dump, []
 
@@ -130,7 +130,7 @@ def test_a_decision_between_tables_and_registry_makes_both_be_read_again(
 
     monkeypatch.setattr(Database, "dump", decided_meanwhile)
     monkeypatch.setattr(saving, "_PAUSE_SECONDS", 0)
-    saved = save(kept, tmp_path / "backups")
+    saved = save(whole, tmp_path / "backups")
     assert dumped == ["airflow", "gateway", "mlflow", "mlflow"]
     assert saved.manifest.tables["dev/qa/ops/decisions"] == DeltaTable(journal).version()
 
@@ -143,8 +143,7 @@ def test_the_next_backup_writes_only_what_is_new_and_each_can_be_restored(kept: 
     added.write_text("a second model")
     second = save(kept, folder)
     assert first.written > 2_000_000
-    # PostgreSQL's dumps say when they were made.
-    assert second.written < 20_000
+    assert second.written == len("a second model")
 
     for saved, expected in ((second, before | {"mlflow/artifacts/1/note.txt": files(kept.home)[
         "mlflow/artifacts/1/note.txt"]}), (first, before)):  # fmt: skip
@@ -160,30 +159,29 @@ def test_the_next_backup_writes_only_what_is_new_and_each_can_be_restored(kept: 
     assert len(list((folder / "objects").glob("??/*"))) == len(needed)
 
 
-@pytest.mark.parametrize("damage", ["changed", "cut", "missing", "manifest"])
-def test_a_backup_that_was_damaged_is_refused_before_anything_is_written(
-    kept: Settings, tmp_path: Path, damage: str
-) -> None:
-    saved = save(kept, tmp_path / "backups")
-    blob = saved.manifest.parts["artifacts"]["1/models/m-1/model.gguf"]
-    path = Repository(tmp_path / "backups").path(blob)
-    expected = r"can't be trusted, nothing was restored: artifacts/1/models/m-1/model\.gguf: .* holds other bytes"
-    if damage == "changed":
-        content = bytearray(path.read_bytes())
-        content[1_000_000] ^= 1
-        path.write_bytes(content)
-    elif damage == "cut":
-        os.truncate(path, blob.size - 1)
-    elif damage == "missing":
-        path.unlink()
-        expected = r"artifacts/1/models/m-1/model\.gguf: .* is missing"
-    else:
-        manifest = tmp_path / "backups" / "backups" / f"{saved.name}.json"
-        manifest.write_text(manifest.read_text().replace("model.gguf", "nodel.gguf"))
-        expected = "was changed after the backup"
+def test_a_backup_that_was_damaged_is_refused_before_anything_is_written(kept: Settings, tmp_path: Path) -> None:
+    saved = save(kept, folder := tmp_path / "backups")
+    path = Repository(folder).path(saved.manifest.parts["artifacts"]["1/models/m-1/model.gguf"])
+    intact = path.read_bytes()
+    changed = bytearray(intact)
+    changed[1_000_000] ^= 1
     shutil.rmtree(kept.home)
-    with pytest.raises(BackupError, match=expected):
-        restore(kept, tmp_path / "backups")
+    said = r"can't be trusted, nothing was restored: artifacts/1/models/m-1/model\.gguf: .* "
+    for damaged, expected in (
+        (bytes(changed), "holds other bytes"),
+        (intact[:-1], "holds other"),
+        (None, "is missing"),
+    ):
+        path.unlink()
+        if damaged is not None:
+            path.write_bytes(damaged)
+        with pytest.raises(BackupError, match=said + expected):
+            restore(kept, folder)
+        path.write_bytes(intact)
+    manifest = folder / "backups" / f"{saved.name}.json"
+    manifest.write_text(manifest.read_text().replace("model.gguf", "nodel.gguf"))
+    with pytest.raises(BackupError, match="was changed after the backup"):
+        restore(kept, folder)
     assert not kept.home.exists()
 
 
@@ -197,18 +195,22 @@ def test_a_home_that_holds_something_is_not_restored_to(kept: Settings, tmp_path
 
 
 @pytest.mark.long
-def test_a_restore_that_was_killed_starts_nothing_and_is_completed_by_the_next(kept: Settings, tmp_path: Path) -> None:
-    before = delta_tables(kept.home / "lake"), databases(kept), files(kept.home)
-    save(kept, tmp_path / "backups")
+def test_a_restore_that_was_killed_starts_nothing_and_is_completed_by_the_next(whole: Settings, tmp_path: Path) -> None:
+    before = delta_tables(whole.home / "lake"), databases(whole), files(whole.home)
+    save(whole, tmp_path / "backups")
     for seen in ("lake/dev/qa/ops", "mlflow/environment.json", "postgres/data/postmaster.pid"):
-        shutil.rmtree(kept.home)
-        killed(kept, ["restore", str(tmp_path / "backups")], kept.home / seen)
+        shutil.rmtree(whole.home)
+        killed(whole, ["restore", str(tmp_path / "backups")], whole.home / seen)
         with pytest.raises(StackError, match="is half restored from a backup; repeat that `millrace restore`"):
-            prepare_home(kept)
+            prepare_home(whole)
         with pytest.raises(BackupError, match="is no whole home of Millrace"):
-            save(kept, tmp_path / "backups")
-        restore(kept, tmp_path / "backups")
-        assert (delta_tables(kept.home / "lake"), databases(kept), files(kept.home)) == before
+            save(whole, tmp_path / "backups")
+        restore(whole, tmp_path / "backups")
+        assert (
+            delta_tables(whole.home / "lake"),
+            databases(whole),
+            files(whole.home),
+        ) == before
 
 
 def test_a_backup_that_was_killed_is_none_and_the_next_one_is_whole(kept: Settings, tmp_path: Path) -> None:
@@ -236,26 +238,26 @@ def killed(settings: Settings, arguments: list[str], seen: Path) -> None:
 
 
 def test_the_commands_say_what_was_saved_what_not_and_what_to_do_next(
-    kept: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MILLRACE_HOME", str(kept.home))
-    (kept.home / "notes").mkdir()
+    monkeypatch.setenv("MILLRACE_HOME", str(whole.home))
+    (whole.home / "notes").mkdir()
     folder = str(tmp_path / "backups")
     said = CliRunner().invoke(app, ["backup", folder])
     assert said.exit_code == 0, said.output
     assert f"of dev in {folder}" in said.output
     assert "databases airflow, gateway, mlflow." in said.output
-    assert f"Not in it: notes in {kept.home}, which Millrace doesn't know." in said.output
+    assert f"Not in it: notes in {whole.home}, which Millrace doesn't know." in said.output
     assert "Not in it: the keys of the home" in said.output
     checked = CliRunner().invoke(app, ["restore", folder, "--check"])
     assert "every byte read" in checked.output
-    inside = CliRunner().invoke(app, ["backup", str(kept.home / "backups" / "mine")])
+    inside = CliRunner().invoke(app, ["backup", str(whole.home / "backups" / "mine")])
     assert "is in the home that it would save, and lost with it" in inside.output
     refused = CliRunner().invoke(app, ["restore", folder])
     assert refused.exit_code == 1
     assert refused.output.count("\n") == 1
     monkeypatch.setenv("MILLRACE_ENVIRONMENT", "prod")
-    shutil.rmtree(kept.home)
+    shutil.rmtree(whole.home)
     other = CliRunner().invoke(app, ["restore", folder])
     assert other.output == "the backup is of dev, and this is prod: set MILLRACE_ENVIRONMENT\n"
     monkeypatch.setenv("MILLRACE_ENVIRONMENT", "dev")

@@ -133,7 +133,7 @@ class Repository:
     def finish(self, manifest: Manifest) -> str:
         """Make it a backup; its name."""
         text = manifest.model_dump_json().encode()
-        name = f"{manifest.made_at:%Y%m%dT%H%M%SZ}-{hashlib.sha256(text).hexdigest()[:16]}"
+        name = f"{manifest.made_at:%Y%m%dT%H%M%S.%fZ}-{hashlib.sha256(text).hexdigest()[:16]}"
         writing = self._unfinished / name
         with writing.open("wb") as file:
             file.write(text)
