@@ -17,7 +17,7 @@ from pydantic import SecretStr
 
 from millrace.lakehouse import spark_server
 from millrace.settings import PROJECT, Settings
-from millrace.stack.environment import part_environment
+from millrace.stack.environment import lake_credential, part_environment
 from millrace.stack.home import Secrets, registry_mark, write_json
 from millrace.stack.postgres import Postgres
 
@@ -103,6 +103,9 @@ def postgres_part(settings: Settings) -> Part:
 
 def _spark(settings: Settings) -> Part:
     command, variables = spark_server.command(settings)
+    if settings.lake_uri:  # behind a keeper, which holds the lease and reads the lake's credential
+        command = [sys.executable, "-m", "millrace.lakehouse.spark_server"]
+        variables |= lake_credential(settings)
     return Part(
         name="spark",
         command=tuple(command),
