@@ -3,6 +3,7 @@
 MillraceError
 ├── SettingsError          a setting or an application's declaration is wrong
 ├── StackError             a part of the embedded stack can't start, or answers no more
+├── BackupError            a backup can't be made, trusted or restored
 ├── LakehouseError         a table can't be read or written as asked
 │   ├── ConflictError      somebody else committed first; read again and retry
 │   └── AccessRefused      storage does not let this identity do that
@@ -37,6 +38,10 @@ class SettingsError(MillraceError):
 
 class StackError(MillraceError):
     """A part of the embedded stack can't start, or answers no more."""
+
+
+class BackupError(MillraceError):
+    """A backup can't be made, trusted or restored."""
 
 
 class LakehouseError(MillraceError):

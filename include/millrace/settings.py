@@ -127,6 +127,15 @@ class Settings(BaseSettings):
     airflow_history_days: float = Field(90, gt=0)
     """Days after which runs, task instances and the audit log leave Airflow's database; a DAG's latest run stays."""
 
+    backup_airflow_url: SecretStr = SecretStr("")
+    """For `millrace backup` and `restore` alone: where Airflow's database is (`postgresql://user:password@host/database`);
+    empty: in the embedded PostgreSQL. The gateway's is `keys_url`."""
+    backup_mlflow_url: SecretStr = SecretStr("")
+    """The same for MLflow's."""
+    backup_artifacts: str = ""
+    """For the same: where an MLflow server elsewhere keeps its artifacts (`s3://bucket?region=…`, as Arrow writes
+    addresses, or `file:///…`); empty: the embedded one's folder."""
+
     completion_key: SecretStr = SecretStr("")
     """Signs completion ids. One key a line, the newest first: it signs, and all verify (`sources/completion_id.py`)."""
     pseudonym_key: SecretStr = SecretStr("")

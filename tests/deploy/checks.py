@@ -48,10 +48,14 @@ OF_THE_PLACE = frozenset(
 """Variables whose values are addresses, folders and secrets, which differ between a process and a container."""
 _NOTHING_TO_ASK = frozenset({"otel-collector", "airflow-history"})
 """One has no program that could ask it, the other serves nobody: it ends when it fails, and is started again."""
-_NOT_NEEDED = {("gateway", "spark_token"), ("airflow-scheduler", "keys_url"), ("airflow-scheduler", "api_key")}
-"""Serving never asks Spark, and no task the gateway."""
+_NOT_NEEDED = {
+    ("gateway", "spark_token"), ("airflow-scheduler", "keys_url"), ("airflow-scheduler", "api_key"),
+    ("gateway", "backup_airflow_url"), ("gateway", "backup_mlflow_url"),
+    ("airflow-scheduler", "backup_airflow_url"), ("airflow-scheduler", "backup_mlflow_url"),
+}  # fmt: skip
+"""Serving never asks Spark, no task the gateway, and neither makes backups."""
 _ELSEWHERE = ("_uri", "_url", "_urls", "_remote")
-_SECRET = re.compile(r"(PASSWORD|SECRET|TOKEN|KEY|CONN|BACKEND_STORE_URI|KEYS_URL)$")
+_SECRET = re.compile(r"(PASSWORD|SECRET|TOKEN|KEY|CONN|BACKEND_STORE_URI|KEYS_URL|BACKUP_\w+_URL)$")
 _NOT_SECRET = {"AWS_ACCESS_KEY_ID", "ROOT_ACCESS_KEY"}
 _FROM_OUTSIDE = re.compile(r"\$\{\w+(:\?[^}]*|:-)\}")
 """A variable that must have a value, or may be empty: not one with a value in the file."""
@@ -289,6 +293,8 @@ def addresses(compose: Compose) -> Iterator[str]:
     for service in compose.services.values():
         for variable, value in service.environment.items():
             address = urlsplit(value)
+            if endpoint := re.search(r"endpoint_override=([\w.:-]+)", address.query):
+                address = urlsplit(f"//{endpoint[1]}")
             if "://" not in value or address.hostname in ("127.0.0.1", None):
                 continue
             expected = ports.get(str(address.hostname))
@@ -309,6 +315,10 @@ def addresses(compose: Compose) -> Iterator[str]:
         (("airflow-scheduler", "MILLRACE_COMPLETION_KEY"), ("gateway", "MILLRACE_COMPLETION_KEY")),
         (("mlflow", "AWS_SECRET_ACCESS_KEY"), ("object-store", "ROOT_SECRET_KEY")),
         (("mlflow", "AWS_ACCESS_KEY_ID"), ("object-store", "ROOT_ACCESS_KEY")),
+        (("backup", "AWS_SECRET_ACCESS_KEY"), ("object-store", "ROOT_SECRET_KEY")),
+        (("backup", "MILLRACE_BACKUP_MLFLOW_URL"), ("mlflow", "MLFLOW_BACKEND_STORE_URI")),
+        (("backup", "MILLRACE_BACKUP_AIRFLOW_URL"), ("airflow-init", "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN")),
+        (("backup", "MILLRACE_KEYS_URL"), ("gateway", "MILLRACE_KEYS_URL")),
     ):
         if len({compose.services[service].told(variable) for service, variable in (one, other)}) != 1:
             yield f"{one} and {other} differ"

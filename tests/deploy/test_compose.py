@@ -99,6 +99,7 @@ def test_the_file_and_the_code_agree(check, compose: Compose) -> None:
         (checks.addresses, "sc://spark:15002", "sc://spark:15003", "asks spark at 15003"),
         (checks.addresses, "@postgres/mlflow", "@database/mlflow", "database, which is no service"),
         (checks.addresses, "SERVICE__API_KEY: ${QDRANT", "SERVICE__API_KEY: ${VLLM", "differ"),
+        (checks.addresses, "override=object-store:7070", "override=objects:7070", "objects, which is no service"),
         (checks.addresses, "127.0.0.1:8000/healthz", "127.0.0.1:8080/healthz", "gateway: its health check asks"),
         (checks.exposure, "127.0.0.1:${GATEWAY_P", "${GATEWAY_P", "gateway publishes"),
         (checks.exposure, "qdrant/qdrant:v1.20.0", "qdrant/qdrant:latest", "names no version"),
@@ -130,6 +131,7 @@ def test_each_profile_starts_what_it_says(compose: Compose) -> None:
     assert compose.started() == set()
     assert compose.started("core") == core
     assert compose.started("gpu") == {"vllm"}
+    assert compose.started("backup") == {"backup"}
     assert compose.started("observability") == {"prometheus", "grafana", "otel-collector"}
     reserved = compose.services["vllm"].definition["deploy"]["resources"]["reservations"]["devices"]
     assert [(device["driver"], device["capabilities"]) for device in reserved] == [("nvidia", ["gpu"])]

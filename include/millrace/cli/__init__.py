@@ -10,6 +10,7 @@ from rich.table import Table
 
 from millrace.cli.access import access_app
 from millrace.cli.audit import audit_app
+from millrace.cli.backup import backup_command, restore_command
 from millrace.cli.batch import batch_app
 from millrace.cli.common import ApplicationName, console, one_sentence
 from millrace.cli.cost import cost_app
@@ -36,6 +37,8 @@ app.add_typer(cost_app, name="cost")
 app.add_typer(audit_app, name="audit")
 app.add_typer(access_app, name="access")
 app.add_typer(env_app, name="env")
+app.command("backup")(backup_command)
+app.command("restore")(restore_command)
 
 
 @app.callback()

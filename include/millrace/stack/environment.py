@@ -22,8 +22,8 @@ _FOREIGN = (
 _THREADS = (
     "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_MAX_THREADS", "RAYON_NUM_THREADS",
 )  # fmt: skip
-_OF_ADMINISTRATORS = frozenset({"access_secrets"})
-"""Settings that no part may know, whatever else it knows."""
+_OF_ADMINISTRATORS = frozenset({"access_secrets", "backup_airflow_url", "backup_mlflow_url"})
+"""Secrets that no part may know, whatever else it knows: they open every wall, and every database."""
 _QUIET = {
     "DO_NOT_TRACK": "1",
     "SCARF_ANALYTICS": "false",

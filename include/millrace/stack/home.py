@@ -31,14 +31,21 @@ class Secrets:
     airflow_secret_key: str
 
 
+RESTORING = "restoring.json"
+"""File of a home whose restore from a backup has begun and not ended."""
+
+
 def prepare_home(settings: Settings) -> None:
     """Create `settings.home` with its folders, or check that this version may use what is there. A home of an older
     format is left for `bring_up_to_date`.
 
     Raises:
-        StackError: a newer Millrace wrote it, its version can't be read, or it can't be written.
+        StackError: a newer Millrace wrote it, its version can't be read, it can't be written, or its restore from a
+            backup didn't end.
     """
     home = settings.home
+    if (home / RESTORING).exists():
+        raise StackError(f"{home} is half restored from a backup; repeat that `millrace restore`, which completes it")
     read_format(home)
     try:
         # As root, PostgreSQL runs as a user of its own, who must be able to pass through.

@@ -62,7 +62,7 @@ def all_parts(settings: Settings, secrets: Secrets) -> tuple[Part, ...]:
         settings: with its keys filled in.
     """
     postgres = _postgres_of(settings)
-    parts = [_postgres(settings, postgres)]
+    parts = [postgres_part(settings)]
     if not settings.spark_remote:
         parts.append(_spark(settings))
     if not settings.mlflow_uri:
@@ -86,7 +86,8 @@ def _postgres_of(settings: Settings) -> Postgres:
     return Postgres(settings.home / "postgres")
 
 
-def _postgres(settings: Settings, postgres: Postgres) -> Part:
+def postgres_part(settings: Settings) -> Part:
+    postgres = _postgres_of(settings)
     return Part(
         name="postgres",
         command=postgres.command(),
