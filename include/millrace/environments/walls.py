@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from functools import partial
 
 import httpx
-from pydantic import TypeAdapter, ValidationError
+from pydantic import SecretStr, TypeAdapter, ValidationError
 
 from millrace.environments import (
     gateway_check,
@@ -31,7 +31,7 @@ from millrace.errors import AccessError, MillraceError, SettingsError
 from millrace.lakehouse.audit.chain import Event, record
 from millrace.lakehouse.storage import Key
 from millrace.lakehouse.tables import PLATFORM
-from millrace.retrieval.server import connect
+from millrace.retrieval.server import Server, connect
 from millrace.settings import Settings
 
 ADMIN = "admin"
@@ -130,12 +130,11 @@ def _postgres(of: Deployment) -> Wall:
 def _qdrant(of: Deployment) -> Wall:
     settings = of.settings
 
+    def as_(key: str) -> Server:
+        return connect(settings.qdrant_url, SecretStr(key))
+
     def api_key() -> str:
         return of.secret("qdrant", ADMIN)
-
-    def check() -> list[Observed]:
-        url = settings.qdrant_url
-        return qdrant_check.check(connect(url, api_key()), api_key(), partial(connect, url))
 
     return Wall(
         "qdrant",
@@ -143,9 +142,9 @@ def _qdrant(of: Deployment) -> Wall:
         if settings.qdrant_url
         else "MILLRACE_QDRANT_URL is empty: index builds are folders, and whoever reads the home reads them",
         qdrant_check.declared,
-        lambda: qdrant_access.plan(settings, connect(settings.qdrant_url, api_key())),
-        lambda: qdrant_access.apply(settings, connect(settings.qdrant_url, api_key())),
-        check,
+        lambda: qdrant_access.plan(settings, as_(api_key())),
+        lambda: qdrant_access.apply(settings, as_(api_key())),
+        lambda: qdrant_check.check(as_(api_key()), api_key(), as_),
     )
 
 
