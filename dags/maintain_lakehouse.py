@@ -14,7 +14,8 @@ back as a reader of its change feed or an index build needs. *remove*: lineages 
 alias searches, local copies of other releases that nobody used for a while (the registry keeps them), event segments
 whose lines are all in the tables, old task logs, MLflow's traces, and the registry's files of releases that have had no
 alias for half a year (`[retention]` of the declaration). Airflow's own history is the part *airflow-history*'s, which
-has the database's address: `MILLRACE_AIRFLOW_HISTORY_DAYS`. *forget*: what a `millrace erase` has left to do.
+has the database's address: `MILLRACE_AIRFLOW_HISTORY_DAYS`.
+*describe* writes down what this environment is, for `millrace env diff`. *forget*: what a `millrace erase` has left.
 
 ### Healthy
 Green every night. `kept_hours` in the result of *tidy* far above a table's retention: a reader lags behind; see
@@ -59,8 +60,15 @@ def maintain_lakehouse(application: Application) -> DAG:
 
             return finish_erasures(read_settings(), application, run=run_name())
 
+        @task
+        def describe() -> None:
+            from millrace.environments.description import record_description
+
+            record_description(read_settings(), run=run_name())
+
         tidy()
         remove()
+        describe()
         forget()
     return dag
 

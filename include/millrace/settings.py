@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import quote
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError, ValidatorFunctionWrapHandler, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from millrace.errors import SettingsError
+from millrace.secret_sources import SecretFile, SecretSources, SecretVariable, variables_of
 
 _PERSON = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -32,11 +33,12 @@ AIRFLOW_ADMIN = "admin"
 """The user of an Airflow that only this machine reaches."""
 NOBODY = frozenset({AIRFLOW_SERVICE, AIRFLOW_ADMIN, "anonymous"})
 """Names that no person has: where others reach an Airflow, no decision of theirs counts."""
-SHORTEST_PASSWORD = 12
 
 
 class Settings(BaseSettings):
-    """Read from `MILLRACE_<FIELD>`. Construct with `read_settings()`, which turns mistakes into one sentence."""
+    """Read from `MILLRACE_<FIELD>`; a secret also from the file that `MILLRACE_<FIELD>_FILE` names, or from Airflow's
+    Variable that `MILLRACE_<FIELD>_VARIABLE` names (docs/secrets.md). Ask a secret for its value where it is used: then
+    a rotated one counts. Construct with `read_settings()`, which turns mistakes into one sentence."""
 
     model_config = SettingsConfigDict(env_prefix="MILLRACE_", frozen=True)
 
@@ -49,6 +51,8 @@ class Settings(BaseSettings):
     """`demo` applies `[pace.demo]` of each application's declaration: shorter waits, larger first shares."""
     applications: Path = PACKAGE.parent / "applications"
     """Folder with one declaration (`<name>.toml`) per application."""
+    commit: str = Field("", pattern=r"^([0-9a-f]{40}(-changed)?)?$")
+    """Git commit of the running code, where it is no checkout that could say so, as in an image; empty: ask git."""
 
     host: str = "127.0.0.1"
     """Address by which this deployment's servers are reached."""
@@ -72,6 +76,12 @@ class Settings(BaseSettings):
     qdrant_api_key: SecretStr = SecretStr("")
     """Its API key, or a JWT; empty: it asks for none."""
 
+    postgres_url: str = Field("", pattern=r"^(postgresql://[^\s:@/]+@\S*/\S+)?$")
+    """The PostgreSQL server that several environments share, for `millrace access` alone, as its superuser reaches it
+    (`postgresql://postgres@host:5432/postgres`, without a password); empty: each environment has its own."""
+    access_secrets: SecretStr = SecretStr("")
+    """For `millrace access` alone: a JSON object, wall → who → password or key; docs/access.md shows it."""
+
     upstream_url: str = Field("", pattern=r"^(https?://\S+)?$")
     """An OpenAI-compatible server (`http://host:port/v1`), such as vLLM, for releases whose model a server has."""
     upstream_api_key: SecretStr = SecretStr("")
@@ -80,6 +90,14 @@ class Settings(BaseSettings):
     """What that server calls the model that new releases generate with; empty: the weights of the declared package, in
     this process. Releases that exist keep theirs: to change is to let a candidate through the gate."""
 
+    lake_uri: str = Field("", pattern=r"^(s3://[a-z0-9][a-z0-9.-]+[a-z0-9](/[\w.=-]+)*)?$")
+    """Root of the Lakehouse in an S3-compatible object store (`s3://bucket/prefix`); empty: a folder of `home`."""
+    lake_endpoint: str = Field("", pattern=r"^(https?://[^\s/]+)?$")
+    """That store (`https://host:port`); empty: AWS's own."""
+    lake_region: str = Field("us-east-1", min_length=1)
+    lake_access_key: SecretStr = SecretStr("")
+    """This environment's credential there; empty: what this machine has of AWS, by its own chain."""
+    lake_secret_key: SecretStr = SecretStr("")
     spark_tables: frozenset[str] = frozenset({"silver/chunks", "gold/answers"})
     """Tables that Spark commits to in this deployment, as a JSON list; delta-rs commits to all others."""
     batch_workers: int = Field(1, ge=1)
@@ -127,10 +145,35 @@ class Settings(BaseSettings):
     airflow_history_days: float = Field(90, gt=0)
     """Days after which runs, task instances and the audit log leave Airflow's database; a DAG's latest run stays."""
 
+    backup_airflow_url: SecretStr = SecretStr("")
+    """For `millrace backup` and `restore` alone: where Airflow's database is (`postgresql://user:password@host/database`);
+    empty: in the embedded PostgreSQL. The gateway's is `keys_url`."""
+    backup_mlflow_url: SecretStr = SecretStr("")
+    """The same for MLflow's."""
+    backup_artifacts: str = ""
+    """For the same: where an MLflow server elsewhere keeps its artifacts (`s3://bucket?region=…`, as Arrow writes
+    addresses, or `file:///…`); empty: the embedded one's folder."""
+
     completion_key: SecretStr = SecretStr("")
-    """Signs completion ids."""
+    """Signs completion ids. One key a line, the newest first: it signs, and all verify (`sources/completion_id.py`)."""
     pseudonym_key: SecretStr = SecretStr("")
-    """Turns users into pseudonyms before anything is stored."""
+    """Turns users into pseudonyms before anything is stored. With another one every user is a stranger."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, SecretSources(settings_cls), env_settings
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _a_secret_that_is_read_at_its_use_stays_one(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        return value if isinstance(value, SecretFile | SecretVariable) else handler(value)
 
     @model_validator(mode="after")
     def _a_model_has_a_server(self) -> Self:
@@ -166,12 +209,6 @@ class Settings(BaseSettings):
                     f"MILLRACE_AIRFLOW_USERS: {name!r} names no person; use a name of letters, digits, . _ and -, "
                     f"other than {', '.join(sorted(NOBODY))}"
                 )
-        for name, password in self.airflow_passwords_by_name.items():
-            if name not in self.airflow_users or len(password) < SHORTEST_PASSWORD:
-                raise ValueError(
-                    f"MILLRACE_AIRFLOW_PASSWORDS: the password of {name!r} is shorter than {SHORTEST_PASSWORD} "
-                    "characters, or MILLRACE_AIRFLOW_USERS has no such name"
-                )
         return self
 
     @model_validator(mode="after")
@@ -183,15 +220,23 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _a_lake_elsewhere_is_reached_whole(self) -> Self:
+        if bool(self.lake_access_key.get_secret_value()) != bool(self.lake_secret_key.get_secret_value()):
+            raise ValueError("MILLRACE_LAKE_ACCESS_KEY and MILLRACE_LAKE_SECRET_KEY are one credential: set both")
+        if self.lake_endpoint and not self.lake_uri:
+            raise ValueError("MILLRACE_LAKE_ENDPOINT needs MILLRACE_LAKE_URI, the lake's bucket there")
+        return self
+
+    @model_validator(mode="after")
     def _absolute_paths(self) -> Self:
         for name in ("home", "cache", "applications"):
             object.__setattr__(self, name, Path(getattr(self, name)).expanduser().absolute())
         return self
 
     @property
-    def lake(self) -> Path:
+    def lake(self) -> str:
         """Root of the Lakehouse; tables are at `<lake>/<environment>/<application>/<layer>/<table>`."""
-        return self.home / "lake"
+        return self.lake_uri or str(self.home / "lake")
 
     @property
     def listens_on(self) -> str:
@@ -216,20 +261,6 @@ class Settings(BaseSettings):
     def mlflow_workspace(self) -> str | None:
         """The MLflow workspace with this environment's models, prompts and experiments; None: the server has none."""
         return self.environment if self.mlflow_workspaces else None
-
-    @property
-    def airflow_passwords_by_name(self) -> dict[str, str]:
-        """Raises:
-        ValueError: the setting is no JSON object of texts.
-        """
-        written = self.airflow_passwords.get_secret_value() or "{}"
-        try:
-            passwords = json.loads(written)
-        except ValueError:
-            passwords = None
-        if not isinstance(passwords, dict) or not all(isinstance(one, str) for one in passwords.values()):
-            raise ValueError('MILLRACE_AIRFLOW_PASSWORDS is no JSON object such as {"ann": "…"}')
-        return passwords
 
     @property
     def airflow_url(self) -> str:
@@ -269,7 +300,8 @@ def read_settings() -> Settings:
         SettingsError: a value is invalid, or a `MILLRACE_` variable is unknown (it would be ignored silently).
     """
     known = {f"MILLRACE_{name}".upper() for name in Settings.model_fields}
-    unknown = sorted(name for name in os.environ if name.startswith("MILLRACE_") and name not in known)
+    sources = variables_of(Settings)
+    unknown = sorted(name for name in os.environ if name.startswith("MILLRACE_") and name not in known | sources)
     if unknown:
         raise SettingsError(f"unknown setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     try:

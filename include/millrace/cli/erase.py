@@ -13,7 +13,7 @@ from millrace.cli.common import console, one_sentence
 from millrace.errors import ErasureError
 from millrace.settings import Settings, read_settings
 from millrace.sources.pseudonym import pseudonym
-from millrace.stack.home import obtain_secrets, with_secrets
+from millrace.stack.home import obtain_secrets
 
 if TYPE_CHECKING:
     from millrace.environments.erasure import Report
@@ -62,9 +62,9 @@ def _pseudonym(settings: Settings, user: str, is_pseudonym: bool) -> str:
         if not PSEUDONYM.fullmatch(user):
             raise ErasureError(f"{user!r} is no pseudonym, which is 32 hexadecimal digits; leave --pseudonym out")
         return user
-    if (settings.home / "secrets.json").exists():
-        settings = with_secrets(settings, obtain_secrets(settings.home))
     key = settings.pseudonym_key.get_secret_value()
+    if not key and (settings.home / "secrets.json").exists():
+        key = obtain_secrets(settings.home).pseudonym_key
     if not key:
         raise ErasureError(
             f"there is no key to make pseudonyms with in {settings.home}; set MILLRACE_PSEUDONYM_KEY to the gateway's, "

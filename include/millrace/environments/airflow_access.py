@@ -18,12 +18,18 @@ from io import StringIO
 from pathlib import Path
 from typing import Literal
 
-from millrace.errors import StackError
-from millrace.private_files import write_json, write_text
-from millrace.settings import AIRFLOW_ADMIN, AIRFLOW_SERVICE, SHORTEST_PASSWORD, Settings
+from pydantic import TypeAdapter, ValidationError
+
+from millrace.errors import SettingsError, StackError
+from millrace.private_files import write_json, write_private
+from millrace.settings import AIRFLOW_ADMIN, AIRFLOW_SERVICE, Settings
 
 AIRFLOW_ROLES = {"viewer": "viewer", "operator": "user", "service": "op", "admin": "admin"}
 """Role here → Airflow's. The service makes the pool of the heavy tasks, so it is more than an operator."""
+
+
+SHORTEST = 12
+"""Characters of a password."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +61,14 @@ def declared_logins(settings: Settings) -> dict[str, str]:
     return shared | {AIRFLOW_SERVICE: "service"} | dict(settings.airflow_users)
 
 
-def plan(settings: Settings) -> list[Change]:
-    """What is to be done before the files of Airflow's login are as declared; nothing: they are.
+def plan(settings: Settings, passwords: Mapping[str, str] | None = None) -> list[Change]:
+    """What `apply` would do; nothing: the files of Airflow's login are as declared.
 
     Raises:
+        SettingsError: as `apply`.
         StackError: they can't be read.
     """
-    return _changes(settings, _known_roles(settings), known_passwords(settings), {})
+    return _changes(settings, _known_roles(settings), known_passwords(settings), _given(settings, passwords))
 
 
 def apply(settings: Settings, passwords: Mapping[str, str] | None = None) -> list[Change]:
@@ -69,17 +76,16 @@ def apply(settings: Settings, passwords: Mapping[str, str] | None = None) -> lis
     who has none gets one. Passwords hold from the next login on, names and roles from the API server's next start.
 
     Args:
-        passwords: name → password; for tests and for the stack's own users.
+        passwords: name → password; names that may not log in are left out.
 
     Returns:
         What was done.
 
     Raises:
-        StackError: a password is too short, or the files can't be read or written.
+        SettingsError: a password is too short, or of nobody who may log in.
+        StackError: the files can't be read or written.
     """
-    given = settings.airflow_passwords_by_name | dict(passwords or {})
-    if short := sorted(name for name, password in given.items() if len(password) < SHORTEST_PASSWORD):
-        raise StackError(f"the Airflow passwords of {', '.join(short)} have fewer than {SHORTEST_PASSWORD} characters")
+    given = _given(settings, passwords)
     known, roles = known_passwords(settings), declared_logins(settings)
     changes = _changes(settings, _known_roles(settings), known, given)
     if not changes:
@@ -89,7 +95,7 @@ def apply(settings: Settings, passwords: Mapping[str, str] | None = None) -> lis
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     # Passwords first: of a name that is in the other file alone, Airflow would make a password and print it.
     write_json(path, kept)
-    write_text(_configuration(settings.home), _written({name: AIRFLOW_ROLES[role] for name, role in roles.items()}))
+    write_private(_configuration(settings.home), _written({name: AIRFLOW_ROLES[role] for name, role in roles.items()}))
     return changes
 
 
@@ -133,6 +139,20 @@ def known_passwords(settings: Settings) -> dict[str, str]:
     except (OSError, ValueError) as error:
         raise StackError(f"{path} can't be read ({error}); restore it, or remove it for new passwords") from None
     return known
+
+
+def _given(settings: Settings, passwords: Mapping[str, str] | None) -> dict[str, str]:
+    """Name → the password that it shall have, of those that are said."""
+    try:
+        said = TypeAdapter(dict[str, str]).validate_json(settings.airflow_passwords.get_secret_value() or "{}")
+    except ValidationError:
+        raise SettingsError('MILLRACE_AIRFLOW_PASSWORDS is no JSON object such as {"ann": "…"}') from None
+    if strangers := sorted(said.keys() - settings.airflow_users.keys()):
+        raise SettingsError(f"MILLRACE_AIRFLOW_PASSWORDS: MILLRACE_AIRFLOW_USERS has no {', '.join(strangers)}")
+    given = said | dict(passwords or {})
+    if short := sorted(name for name, password in given.items() if len(password) < SHORTEST):
+        raise SettingsError(f"the password of {', '.join(short)} for Airflow has fewer than {SHORTEST} characters")
+    return given
 
 
 def _configuration(home: Path) -> Path:

@@ -5,11 +5,12 @@ Nothing is run, changed or answered by it: what is asked of DAGs names one that 
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import httpx
 
 from millrace.environments.airflow_access import declared_logins, known_passwords
-from millrace.environments.mlflow_check import Observed
+from millrace.environments.matrix import Observed
 from millrace.errors import StackError
 from millrace.settings import Settings
 
@@ -20,30 +21,41 @@ STRANGER = "nobody"
 _RUNS = f"/dags/{PROBE}/dagRuns"
 _MOMENT = "2026-01-01T00:00:00Z"
 
-_TRIES: tuple[tuple[str, str, str, str, str, object], ...] = (
-    # resource, action, what it takes, method, path, body
-    ("DAGs", "read", "read", "GET", "/dags?limit=1", None),
-    ("runs", "read", "read", "GET", _RUNS, None),
-    ("runs", "trigger", "act", "POST", _RUNS, {"logical_date": None}),
-    ("runs", "clear", "act", "POST", f"{_RUNS}/none/clear", {"dry_run": True}),
-    ("runs", "mark", "act", "PATCH", f"{_RUNS}/none", {"state": "failed"}),
-    ("runs", "delete", "act", "DELETE", f"{_RUNS}/none", None),
-    ("tasks", "clear", "act", "POST", f"/dags/{PROBE}/clearTaskInstances", {"dry_run": True}),
-    ("schedules", "pause", "act", "PATCH", f"/dags/{PROBE}", {"is_paused": True}),
-    (
+
+@dataclass(frozen=True)
+class _Try:
+    resource: str
+    action: str
+    takes: str
+    """What a role must have for it."""
+    method: str
+    path: str
+    body: object = None
+
+
+_TRIES = (
+    _Try("DAGs", "read", "read", "GET", "/dags?limit=1"),
+    _Try("runs", "read", "read", "GET", _RUNS),
+    _Try("runs", "trigger", "act", "POST", _RUNS, {"logical_date": None}),
+    _Try("runs", "clear", "act", "POST", f"{_RUNS}/none/clear", {"dry_run": True}),
+    _Try("runs", "mark", "act", "PATCH", f"{_RUNS}/none", {"state": "failed"}),
+    _Try("runs", "delete", "act", "DELETE", f"{_RUNS}/none"),
+    _Try("tasks", "clear", "act", "POST", f"/dags/{PROBE}/clearTaskInstances", {"dry_run": True}),
+    _Try("schedules", "pause", "act", "PATCH", f"/dags/{PROBE}", {"is_paused": True}),
+    _Try(
         "approvals", "answer", "act", "PATCH", f"{_RUNS}/none/taskInstances/none/-1/hitlDetails",
         {"chosen_options": ["Approve"], "params_input": {}},
     ),
-    (
+    _Try(
         "backfills", "start", "act", "POST", "/backfills",
         {"dag_id": PROBE, "from_date": _MOMENT, "to_date": _MOMENT, "reprocess_behavior": "none"},
     ),
-    ("pools", "write", "manage", "PATCH", f"/pools/{PROBE}?update_mask=slots", {"slots": 1}),
-    ("pools", "delete", "manage", "DELETE", f"/pools/{PROBE}", None),
-    ("variables", "read", "manage", "GET", f"/variables/{PROBE}", None),
-    ("variables", "delete", "manage", "DELETE", f"/variables/{PROBE}", None),
-    ("connections", "read", "manage", "GET", f"/connections/{PROBE}", None),
-    ("connections", "delete", "manage", "DELETE", f"/connections/{PROBE}", None),
+    _Try("pools", "write", "manage", "PATCH", f"/pools/{PROBE}?update_mask=slots", {"slots": 1}),
+    _Try("pools", "delete", "manage", "DELETE", f"/pools/{PROBE}"),
+    _Try("variables", "read", "manage", "GET", f"/variables/{PROBE}"),
+    _Try("variables", "delete", "manage", "DELETE", f"/variables/{PROBE}"),
+    _Try("connections", "read", "manage", "GET", f"/connections/{PROBE}"),
+    _Try("connections", "delete", "manage", "DELETE", f"/connections/{PROBE}"),
 )  # fmt: skip
 _MAY = {
     "viewer": {"read"},
@@ -52,6 +64,15 @@ _MAY = {
     "admin": {"read", "act", "manage"},
 }
 """Role → what it may."""
+
+
+def declared(settings: Settings) -> list[Observed]:
+    """What `check` would try."""
+    return [
+        _observed(settings, name, role, one, None)
+        for name, role in {STRANGER: None, **declared_logins(settings)}.items()
+        for one in _TRIES
+    ]
 
 
 def check(settings: Settings, passwords: Mapping[str, str] | None = None) -> list[Observed]:
@@ -81,16 +102,20 @@ def check(settings: Settings, passwords: Mapping[str, str] | None = None) -> lis
 
 def _tried(client: httpx.Client, settings: Settings, name: str, role: str | None, password: str) -> Iterator[Observed]:
     headers = {"Authorization": f"Bearer {_token(client, name, password)}"} if role else {}
-    for resource, action, takes, method, path, body in _TRIES:
-        answer = client.request(method, f"/api/v2{path}", json=body, headers=headers)
+    for one in _TRIES:
+        answer = client.request(one.method, f"/api/v2{one.path}", json=one.body, headers=headers)
         refused = answer.status_code in ((403,) if role else (401, 403))
         if not refused and answer.status_code not in (200, 204, 404):
             raise StackError(
-                f"Airflow at {settings.airflow_url} answers {name} with {answer.status_code} to {action} {resource}, "
-                f"so nobody knows whether it may: {answer.text[:300]!r}"
+                f"Airflow at {settings.airflow_url} answers {name} with {answer.status_code} to {one.action} "
+                f"{one.resource}, so nobody knows whether it may: {answer.text[:300]!r}"
             )
-        declared = role is not None and takes in _MAY[role]
-        yield Observed(name, settings.environment, f"Airflow's {resource}", action, declared, not refused)
+        yield _observed(settings, name, role, one, not refused)
+
+
+def _observed(settings: Settings, name: str, role: str | None, one: _Try, allowed: bool | None) -> Observed:
+    may = role is not None and one.takes in _MAY[role]
+    return Observed(name, settings.environment, one.resource, one.action, may, allowed)
 
 
 def _token(client: httpx.Client, name: str, password: str) -> str:

@@ -22,7 +22,7 @@ from millrace.lakehouse.forgetting import forget_removed
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import OPS_CURSORS, Table
 from millrace.lakehouse.trained import trained_sets
-from millrace.private_files import write_text
+from millrace.private_files import write_private
 from millrace.releases.registry import versions
 from millrace.releases.retention import delete_exchange_traces
 from millrace.settings import Settings
@@ -162,7 +162,7 @@ def _delete(settings: Settings, application: Application, found: Found) -> dict[
     lake = Lake.of(settings, application.name)
     for path in found.files:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        write_text(path, "".join(line for line in lines if not mentions(line, found.questions)))
+        write_private(path, "".join(line for line in lines if not mentions(line, found.questions)))
     counts = {
         "files": len(found.files),
         "lines": erase_lines(settings.event_log(application.name), found.erasure.covers_line),
@@ -191,7 +191,7 @@ def _forget(lake: Lake, table: Table, erasure: Erasure, *, run: str) -> str | No
         for cursor in cursors:
             if _unread(lake, table, cursor["version"]):
                 return f"{cursor['reader']} has not read its changes yet"
-    forget_removed(lake.uri(table), table)
+    forget_removed(lake.own_uri(table), table)
     for cursor in cursors:
         # It has nothing left to read but that rows went, and the feed of that is gone.
         if now is not None and cursor["version"] < now:

@@ -15,10 +15,10 @@ from typing import Any
 
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
-from deltalake.fs import DeltaStorageHandler
-from pyarrow.fs import FileSelector, FileType, PyFileSystem
+from pyarrow.fs import FileSelector, FileSystem, FileType
 
 from millrace.lakehouse.commits import open_table, refusal
+from millrace.lakehouse.storage import files_for_upkeep
 from millrace.lakehouse.tables import Table
 
 LOG, CHANGES = "_delta_log", "_change_data"
@@ -34,33 +34,34 @@ def forget_removed(uri: str, table: Table) -> int:
     """
     opened = open_table(uri, table)
     try:
-        files = PyFileSystem(DeltaStorageHandler.from_table(opened._table))
+        files = files_for_upkeep(uri)
         gone = _remove_files(opened, files)
         # Whoever opens the table from now on begins here: entries before it need no statistics.
         opened.create_checkpoint()
         return gone + _scrub_log(opened.version(), files)
     except (DeltaError, OSError) as error:
-        raise refusal(table, uri, error) from error
+        raise refusal(table, uri, error, "tidy") from error
 
 
-def _remove_files(opened: DeltaTable, files: PyFileSystem) -> int:
+def _remove_files(opened: DeltaTable, files: FileSystem) -> int:
     """Everything that the present version doesn't name, less what may yet be committed; the whole change feed."""
     removed = set(opened.vacuum(retention_hours=0, dry_run=True, enforce_retention_duration=False))
     current = {name.rpartition("/")[2] for name in opened.file_uris()}  # each is unique
-    before = datetime.now(UTC) - UNCOMMITTED
+    now = datetime.now(UTC)
     gone = 0
     for found in files.get_file_info(FileSelector("", recursive=True)):
         path = found.path
         if found.type != FileType.File or not path.endswith(".parquet") or path.startswith(LOG):
             continue
-        forgotten = path.rpartition("/")[2] not in current and found.mtime < before
-        if path in removed or path.startswith(CHANGES) or forgotten:
+        forgotten = path.rpartition("/")[2] not in current and found.mtime < now - UNCOMMITTED
+        fed = path.startswith(CHANGES) and found.mtime <= now
+        if path in removed or fed or forgotten:
             _delete(files, path)
             gone += 1
     return gone
 
 
-def _scrub_log(version: int, files: PyFileSystem) -> int:
+def _scrub_log(version: int, files: FileSystem) -> int:
     """Take what tells of content from the entries up to `version`; remove older checkpoints, which tell it too."""
     gone = 0
     for found in files.get_file_info(FileSelector(LOG)):
@@ -76,7 +77,7 @@ def _scrub_log(version: int, files: PyFileSystem) -> int:
     return gone
 
 
-def _scrub(files: PyFileSystem, path: str) -> None:
+def _scrub(files: FileSystem, path: str) -> None:
     with files.open_input_stream(path) as stream:
         text = stream.read().decode()
     lines = [_scrubbed(line) for line in text.splitlines()]
@@ -99,6 +100,6 @@ def _scrubbed(line: str) -> str:
     return json.dumps(told, separators=(",", ":"))
 
 
-def _delete(files: PyFileSystem, path: str) -> None:
+def _delete(files: FileSystem, path: str) -> None:
     if files.get_file_info(path).type != FileType.NotFound:
         files.delete_file(path)

@@ -18,8 +18,9 @@ from pydantic import SecretStr
 from millrace.environments import airflow_access
 from millrace.lakehouse import spark_server
 from millrace.private_files import write_json
+from millrace.secret_sources import is_set
 from millrace.settings import AIRFLOW_ADMIN, AIRFLOW_SERVICE, PROJECT, Settings
-from millrace.stack.environment import part_environment
+from millrace.stack.environment import lake_credential, part_environment
 from millrace.stack.home import Secrets, registry_mark
 from millrace.stack.postgres import Postgres
 
@@ -61,7 +62,7 @@ def all_parts(settings: Settings, secrets: Secrets) -> tuple[Part, ...]:
         settings: with its keys filled in.
     """
     postgres = _postgres_of(settings)
-    parts = [_postgres(settings, postgres)]
+    parts = [postgres_part(settings)]
     if not settings.spark_remote:
         parts.append(_spark(settings))
     if not settings.mlflow_uri:
@@ -71,7 +72,7 @@ def all_parts(settings: Settings, secrets: Secrets) -> tuple[Part, ...]:
 
 def with_keys_url(settings: Settings) -> Settings:
     """`settings` with the embedded database of API keys, unless they name another."""
-    if settings.keys_url.get_secret_value():
+    if is_set(settings.keys_url):
         return settings
     return settings.model_copy(update={"keys_url": SecretStr(_postgres_of(settings).url(_KEYS_DATABASE))})
 
@@ -80,7 +81,8 @@ def _postgres_of(settings: Settings) -> Postgres:
     return Postgres(settings.home / "postgres")
 
 
-def _postgres(settings: Settings, postgres: Postgres) -> Part:
+def postgres_part(settings: Settings) -> Part:
+    postgres = _postgres_of(settings)
     return Part(
         name="postgres",
         command=postgres.command(),
@@ -97,6 +99,9 @@ def _postgres(settings: Settings, postgres: Postgres) -> Part:
 
 def _spark(settings: Settings) -> Part:
     command, variables = spark_server.command(settings)
+    if settings.lake_uri:  # behind a keeper, which holds the lease and reads the lake's credential
+        command = [sys.executable, "-m", "millrace.lakehouse.spark_server"]
+        variables |= lake_credential(settings)
     return Part(
         name="spark",
         command=tuple(command),
@@ -120,10 +125,14 @@ def _mlflow(settings: Settings, postgres: Postgres) -> Part:
         command=(
             sys.executable, "-m", "mlflow", "server",
             "--host", settings.listens_on, "--port", str(settings.mlflow_port), "--workers", "1",
-            "--backend-store-uri", postgres.url("mlflow"), "--artifacts-destination", str(artifacts),
+            "--artifacts-destination", str(artifacts),
         ),
         environment=part_environment(settings, threads=1, keys=False)
-        | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        | {
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            # An address may hold a password, and everybody on a machine sees its command lines.
+            "MLFLOW_BACKEND_STORE_URI": postgres.url("mlflow"),
+        },
         ready=lambda started: _get(settings, settings.mlflow_port, "/health") is not None,
         after=("postgres",),
         prepare=prepare,
@@ -135,8 +144,6 @@ def _airflow(settings: Settings, secrets: Secrets, postgres: Postgres) -> tuple[
     """Airflow's components, each a part: `airflow standalone` runs the same ones, but doesn't notice when one dies,
     and opens two log servers on every address of the machine."""
     home = settings.home / "airflow"
-    # What people log in with, no process is told.
-    logins, settings = settings, settings.model_copy(update={"airflow_passwords": SecretStr("")})
 
     def environment(*, threads: int, keys: bool) -> dict[str, str]:
         return part_environment(settings, threads=threads, keys=keys) | _airflow_variables(settings, secrets, postgres)
@@ -147,7 +154,7 @@ def _airflow(settings: Settings, secrets: Secrets, postgres: Postgres) -> tuple[
     def prepare() -> None:
         home.mkdir(exist_ok=True, mode=0o700)
         own = {AIRFLOW_ADMIN: secrets.airflow_password, AIRFLOW_SERVICE: secrets.airflow_service_password}
-        airflow_access.tell(settings, airflow_access.apply(logins, own), actor="service/stack")
+        airflow_access.tell(settings, airflow_access.apply(settings, own), actor="service/stack")
         postgres.create_database("airflow")
 
     def healthy(component: str) -> Callable[[float], bool]:
@@ -256,8 +263,8 @@ def _airflow_variables(settings: Settings, secrets: Secrets, postgres: Postgres)
 
 
 def _gateway(settings: Settings, postgres: Postgres) -> Part:
-    known = with_keys_url(settings).model_copy(update={"airflow_passwords": SecretStr("")})
-    embedded = known.keys_url.get_secret_value() == postgres.url(_KEYS_DATABASE)
+    known = with_keys_url(settings)
+    embedded = not is_set(settings.keys_url) or settings.keys_url == SecretStr(postgres.url(_KEYS_DATABASE))
     needs = [name for name, here in (("mlflow", not settings.mlflow_uri), ("postgres", embedded)) if here]
     return Part(
         name="gateway",

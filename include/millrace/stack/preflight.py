@@ -1,5 +1,5 @@
 """What must be true of the machine and the home before anything starts: free ports, disk, memory, a Java, an MLflow of
-this environment. It changes nothing."""
+this environment, an object store that keeps conditional writes. It changes nothing, an empty object there aside."""
 
 import json
 import shutil
@@ -13,6 +13,8 @@ import psutil
 from millrace.alerts import check_addresses
 from millrace.errors import LakehouseError, SettingsError, StackError
 from millrace.lakehouse import spark_server
+from millrace.lakehouse.storage import store_of
+from millrace.lakehouse.tables import PLATFORM
 from millrace.settings import Settings
 from millrace.stack.home import registry_mark
 
@@ -32,6 +34,7 @@ def check_machine(settings: Settings) -> None:
         *_java(settings),
         *_alerts(settings),
         *_registry(settings),
+        *_lake(settings),
     ]
     if problems:
         raise StackError(". ".join(problems))
@@ -98,6 +101,18 @@ def _java(settings: Settings) -> Iterator[str]:
         return
     try:
         spark_server.command(settings)
+    except LakehouseError as error:
+        yield str(error)
+
+
+def _lake(settings: Settings) -> Iterator[str]:
+    store = store_of(settings)
+    if store is None:
+        return
+    from millrace.lakehouse.store_check import check_store
+
+    try:
+        check_store(store, f"{settings.lake}/{settings.environment}/{PLATFORM}/leases")
     except LakehouseError as error:
         yield str(error)
 

@@ -1,4 +1,4 @@
-"""From the journals of an application to the audit trail: rollout decisions and verdicts of the gate.
+"""From the journals of an application to the audit trail: rollout decisions, verdicts of the gate, promotions.
 
 The journals are the truth and the trail follows them, level-triggered like the rollout: whoever wrote a journal calls
 `follow`, which appends whatever the trail lacks, once, by an id that the journal's row gives. Killed between the two
@@ -19,7 +19,7 @@ from millrace.lakehouse.audit.chain import Action, Event, record
 from millrace.lakehouse.commits import open_table
 from millrace.lakehouse.cursors import move_cursor, read_cursor
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import OPS_DECISIONS, OPS_EVALUATIONS, TABLES, Table
+from millrace.lakehouse.tables import OPS_DECISIONS, OPS_EVALUATIONS, OPS_PROMOTIONS, TABLES, Table
 from millrace.settings import Settings
 
 _ACTIONS: dict[str, Action] = {
@@ -30,7 +30,7 @@ _ACTIONS: dict[str, Action] = {
     "skip": "promotion",
 }
 """Kind of decision → what it is; the others are decisions."""
-JOURNALS = (OPS_DECISIONS, OPS_EVALUATIONS)
+JOURNALS = (OPS_DECISIONS, OPS_EVALUATIONS, OPS_PROMOTIONS)
 READER = "audit"
 """Of the cursors on them."""
 MARGIN = timedelta(hours=1)
@@ -72,6 +72,8 @@ def journal_events(lake: Lake, since: Mapping[str, datetime | None] | None = Non
     decisions = _rows(lake, OPS_DECISIONS, since, "reason", "evidence").sort_by("sequence").to_pylist()
     verdicts = _rows(lake, OPS_EVALUATIONS, since, "examples").to_pylist()
     events = [_decision(lake, row) for row in decisions] + [_verdict(lake, row) for row in verdicts]
+    steps = _rows(lake, OPS_PROMOTIONS, since, "reason", "recipe").to_pylist()
+    events += [_promotion(lake, row) for row in steps]
     return sorted(events, key=lambda event: event.occurred_at)
 
 
@@ -126,3 +128,22 @@ def _written_since(lake: Lake, path: str, version: int | None) -> datetime | Non
     behind = opened.version() - version
     commits = [one for one in opened.history(max(behind, 0) + 1) if one.get("version") == version]
     return datetime.fromtimestamp(commits[0]["timestamp"] / 1000, UTC) - MARGIN if commits else None
+
+
+def _promotion(lake: Lake, row: dict[str, Any]) -> Event:
+    resource = f"{OPS_PROMOTIONS.path}/{row['promotion_id']}/{row['step']}"
+    run = row["written_by"]
+    named = ("source", "source_version", "way", "commit")
+    return Event(
+        event_id=f"{lake.application}/{resource}",
+        occurred_at=row["at"],
+        actor=f"{PERSON if run.startswith(PERSON) else 'service/'}{row['actor']}",
+        action="approval" if row["step"] in ("approved", "rejected") else "promotion",
+        application=lake.application,
+        resource=resource,
+        outcome=row["step"],
+        run=run,
+        release_id=row["release_id"],
+        release_version=row["version"],
+        details={name: row[name] for name in named if row[name] is not None},
+    )
