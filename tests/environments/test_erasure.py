@@ -22,7 +22,7 @@ from millrace.cli import app
 from millrace.environments import erasure
 from millrace.environments.audit import search, verify
 from millrace.environments.erasure import erase, finish_erasures, preview
-from millrace.errors import ErasureError
+from millrace.errors import ConflictError, ErasureError
 from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.cursors import move_cursor, read_cursor
 from millrace.lakehouse.lake import Lake
@@ -41,9 +41,10 @@ from millrace.serving.metrics import Metrics
 from millrace.serving.traces import ExchangeTraces
 from millrace.settings import Settings
 from millrace.sources.completion_id import issue
+from millrace.sources.erased import erasures_seen, require_nobody_erased
 from millrace.sources.event_log import Accepted, Completed, EventLog, Feedback, read_events
 from millrace.sources.feedback import land_events, refine_feedback
-from millrace.sources.pseudonym import pseudonym
+from millrace.sources.pseudonym import note_key, noted_in, pseudonym
 from tests.lakehouse.test_forgetting import holders
 
 KEY = b"test completion key"
@@ -457,8 +458,23 @@ def test_the_command_asks_first_and_says_what_it_did(prod: Settings, monkeypatch
     assert {report["application"]: report["erased"] for report in known} == {"qa": True, "handbook": True}
     wrong = run.invoke(app, ["erase", "ann", "--pseudonym"])
     assert "'ann' is no pseudonym" in wrong.stderr
+    note_key(b"test pseudonym key", noted_in(prod))
+    monkeypatch.setenv("MILLRACE_PSEUDONYM_KEY", "another")
+    assert "would be a stranger" in run.invoke(app, ["erase", "ann", "--dry-run"]).stderr
     monkeypatch.delenv("MILLRACE_PSEUDONYM_KEY")
     assert "there is no key to make pseudonyms with" in run.invoke(app, ["erase", "ann"]).stderr
+
+
+def test_what_is_made_of_questions_while_somebody_is_erased_is_not_kept(
+    talk: Talk, prod: Settings, own: Application
+) -> None:
+    seen = erasures_seen(talk.lake)
+    require_nobody_erased(talk.lake, seen)
+    talk.exchange(ANN, "Ann of Arc")
+    erase(prod, own, ANN, actor="person/otto", run="test")
+    with pytest.raises(ConflictError, match="was erased while this was made of what users asked"):
+        require_nobody_erased(talk.lake, seen)
+    require_nobody_erased(talk.lake, erasures_seen(talk.lake))
 
 
 def test_somebody_who_writes_all_the_time_is_named_a_reason(

@@ -12,7 +12,7 @@ from millrace.applications import load_application, load_applications
 from millrace.cli.common import console, one_sentence
 from millrace.errors import ErasureError
 from millrace.settings import Settings, read_settings
-from millrace.sources.pseudonym import pseudonym
+from millrace.sources.pseudonym import noted_in, pseudonym, require_same_key
 from millrace.stack.home import obtain_secrets
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def erase_command(
 def _pseudonym(settings: Settings, user: str, is_pseudonym: bool) -> str:
     """Raises:
     ErasureError: it is none, or there is no key to make it with.
+    SettingsError: the key is another than the gateway's.
     """
     if is_pseudonym:
         if not PSEUDONYM.fullmatch(user):
@@ -70,6 +71,7 @@ def _pseudonym(settings: Settings, user: str, is_pseudonym: bool) -> str:
             f"there is no key to make pseudonyms with in {settings.home}; set MILLRACE_PSEUDONYM_KEY to the gateway's, "
             "or give the pseudonym with --pseudonym"
         )
+    require_same_key(key.encode(), noted_in(settings))
     return pseudonym(key.encode(), user)
 
 

@@ -78,10 +78,10 @@ def look(settings: Settings, application: str, erasure: Erasure) -> Found:
     )
     completions |= set(asked["completion_id"].to_pylist())
     questions |= set(asked["question"].to_pylist())
-    logged = list(_logged(settings, application))
+    # Twice through the log: which lines are the user's is known once all their completions are.
     completions |= {
         line.event.completion_id
-        for line in logged
+        for line in _logged(settings, application)
         if line.event is not None and not isinstance(line.event, Feedback) and erasure.covers(line.event)
     }
     erasure = replace(erasure, completions=erasure.completions | {hashed(one) for one in completions})
@@ -102,7 +102,7 @@ def look(settings: Settings, application: str, erasure: Erasure) -> Found:
     sets = {one for found in examples.values() for one in found["training_set"].to_pylist()}
     return Found(
         erasure,
-        lines=sum(erasure.covers_line(line) for line in logged),
+        lines=sum(erasure.covers_line(line) for line in _logged(settings, application)),
         rows=rows,
         files=files,
         questions=frozenset(questions),
