@@ -15,6 +15,7 @@ import mlflow
 import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
+from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 from typer.testing import CliRunner
 
 from millrace.applications import Application
@@ -45,12 +46,16 @@ from millrace.sources.erased import erasures_seen, require_nobody_erased
 from millrace.sources.event_log import Accepted, Completed, EventLog, Feedback, read_events
 from millrace.sources.feedback import land_events, refine_feedback
 from millrace.sources.pseudonym import note_key, noted_in, pseudonym
-from tests.lakehouse.test_forgetting import holders
+from tests.lakehouse import test_forgetting
 
 KEY = b"test completion key"
 HOUR = timedelta(hours=1)
 START = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) - 5 * HOUR
 ANN, BOB = (pseudonym(b"test pseudonym key", name) for name in ("ann", "bob"))
+
+
+def holders(folder: Path, secret: str) -> list[str]:
+    return test_forgetting.holders(SubTreeFileSystem(str(folder), LocalFileSystem()), secret)
 
 
 class Talk:

@@ -1,8 +1,7 @@
 """A deleted row is gone: from every file, the change feed and the log, whichever engine committed."""
 
-import os
+from contextlib import closing
 from datetime import UTC, date, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -10,11 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import CommitProperties
 from deltalake.exceptions import DeltaError
+from pyarrow.fs import FileSelector, FileSystem, FileType
 
 from millrace.errors import LakehouseError
+from millrace.lakehouse import forgetting
 from millrace.lakehouse.commits import open_table
 from millrace.lakehouse.forgetting import forget_removed
 from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.storage import files_for_upkeep
 from millrace.lakehouse.tables import OPS_AUDIT, OPS_DECISIONS, SILVER_FEEDBACK
 
 SECRET = "the canary of ann"
@@ -44,32 +46,35 @@ def write(lake: Lake, *rows: dict[str, Any]) -> None:
     lake.merge(SILVER_FEEDBACK, pa.Table.from_pylist(list(rows), schema=SILVER_FEEDBACK.rows_schema), run="test")
 
 
-def holders(folder: Path, secret: str) -> list[str]:
+def holders(files: FileSystem, secret: str) -> list[str]:
     """The files in which a text is, as bytes or, of Parquet, as a value."""
-    return [
-        str(path.relative_to(folder))
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        and (
-            secret.encode() in path.read_bytes()
-            or (path.suffix == ".parquet" and secret in str(pq.ParquetFile(path).read().to_pylist()))
-        )
-    ]
+    found = []
+    for info in files.get_file_info(FileSelector("", recursive=True)):
+        if info.type != FileType.File:
+            continue
+        with files.open_input_stream(info.path) as stream:
+            content = stream.read()
+        parquet = info.path.endswith(".parquet") and content[:4] == b"PAR1"
+        values = str(pq.ParquetFile(pa.BufferReader(content)).read().to_pylist()) if parquet else ""
+        if secret.encode() in content or secret in values:
+            found.append(info.path)
+    return sorted(found)
 
 
 def test_what_was_deleted_is_in_no_file_and_everything_else_is_as_it_was(lake: Lake) -> None:
     write(lake, feedback(1, "ann"), feedback(2, "bob"))
     write(lake, feedback(3, "ann"))
     write(lake, feedback(4, "bob"), feedback(1, "ann") | {"content_hash": "changed", "events_seen": 2})
-    folder = Path(lake.uri(SILVER_FEEDBACK))
+    uri = lake.uri(SILVER_FEEDBACK)
+    files = files_for_upkeep(uri)
     assert lake.delete(SILVER_FEEDBACK, "user", ["ann", "o'brien"]) == 2
-    before = holders(folder, SECRET)
+    before = holders(files, SECRET)
     assert any("_change_data" in name for name in before)
     assert any("_delta_log" in name for name in before)
 
-    assert forget_removed(str(folder), SILVER_FEEDBACK) > 0
-    assert holders(folder, SECRET) == []
-    assert len(holders(folder, "the canary of bob")) >= 1
+    assert forget_removed(uri, SILVER_FEEDBACK) > 0
+    assert holders(files, SECRET) == []
+    assert len(holders(files, "the canary of bob")) >= 1
     rows = lake.read(SILVER_FEEDBACK)
     assert sorted(rows["completion_id"].to_pylist()) == ["completion 2", "completion 4"]
 
@@ -78,7 +83,7 @@ def test_what_was_deleted_is_in_no_file_and_everything_else_is_as_it_was(lake: L
     write(lake, feedback(2, "bob") | {"content_hash": "changed", "events_seen": 2})
     assert lake.read(SILVER_FEEDBACK).num_rows == 3
     assert lake.changes(SILVER_FEEDBACK, lake.version(SILVER_FEEDBACK) - 1).num_rows == 1  # type: ignore[operator]
-    lake.engine(SILVER_FEEDBACK).tidy(str(folder), SILVER_FEEDBACK, timedelta(days=30))
+    lake.engine(SILVER_FEEDBACK).tidy(uri, SILVER_FEEDBACK, timedelta(days=30))
     assert lake.read(SILVER_FEEDBACK).num_rows == 3
     assert lake.delete(SILVER_FEEDBACK, "user", ["ann"]) == 0
 
@@ -86,23 +91,29 @@ def test_what_was_deleted_is_in_no_file_and_everything_else_is_as_it_was(lake: L
 def test_doing_it_again_changes_nothing(lake: Lake) -> None:
     write(lake, feedback(1, "ann"), feedback(2, "bob"))
     lake.delete(SILVER_FEEDBACK, "user", ["ann"])
-    folder = Path(lake.uri(SILVER_FEEDBACK))
-    forget_removed(str(folder), SILVER_FEEDBACK)
+    uri = lake.uri(SILVER_FEEDBACK)
+    forget_removed(uri, SILVER_FEEDBACK)
     version = lake.version(SILVER_FEEDBACK)
-    assert forget_removed(str(folder), SILVER_FEEDBACK) == 0
+    assert forget_removed(uri, SILVER_FEEDBACK) == 0
     assert lake.version(SILVER_FEEDBACK) == version
 
 
-def test_a_file_that_nobody_committed_goes_once_nobody_can_be_about_to(lake: Lake) -> None:
+def test_a_file_that_nobody_committed_goes_once_nobody_can_be_about_to(
+    lake: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(lake, feedback(1, "bob"))
-    folder = Path(lake.uri(SILVER_FEEDBACK))
-    forget_removed(str(folder), SILVER_FEEDBACK)
-    lost = folder / "part-of-a-commit-that-lost.parquet"
-    lost.write_bytes(SECRET.encode())
-    assert forget_removed(str(folder), SILVER_FEEDBACK) == 0
-    os.utime(lost, (0, 0))
-    assert forget_removed(str(folder), SILVER_FEEDBACK) == 1
-    assert not lost.exists()
+    uri = lake.uri(SILVER_FEEDBACK)
+    forget_removed(uri, SILVER_FEEDBACK)
+    files = files_for_upkeep(uri)
+    name = "part-of-a-commit-that-lost.parquet"
+    with closing(files.handler._handler.open_output_stream(name)) as stream:
+        stream.write(SECRET.encode())
+    assert forget_removed(uri, SILVER_FEEDBACK) == 0
+    assert holders(files, SECRET) == [name]
+    monkeypatch.setattr(forgetting, "UNCOMMITTED", timedelta(seconds=-5))  # as if hours had passed
+    assert forget_removed(uri, SILVER_FEEDBACK) == 1
+    assert holders(files, SECRET) == []
+    assert lake.read(SILVER_FEEDBACK).num_rows == 1
 
 
 def test_a_writer_that_holds_an_older_version_still_loses(lake: Lake) -> None:
