@@ -26,6 +26,7 @@ from millrace.lakehouse import spark_server
 from millrace.lakehouse.lake import Lake
 from millrace.settings import Settings
 from millrace.stack import Stack
+from millrace.stack.versitygw import Versitygw
 
 if TYPE_CHECKING:
     from tests.engines.servers import Served
@@ -108,6 +109,16 @@ def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with running(arguments, environment, folder / "server.log", lambda: answers(f"{uri}/health")):
         yield uri
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Versitygw]:
+    """One S3 server for the whole session, on a free port. Tests share it: name buckets of your own."""
+    server = Versitygw(tmp_path_factory.mktemp("versitygw"), free_port())
+    server.prepare()
+    environment = os.environ | server.environment()
+    with running(server.command(Settings().cache), environment, server.folder / "server.log", server.answers):
+        yield server
 
 
 @contextmanager

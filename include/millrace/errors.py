@@ -4,7 +4,8 @@ MillraceError
 ├── SettingsError          a setting or an application's declaration is wrong
 ├── StackError             a part of the embedded stack can't start, or answers no more
 ├── LakehouseError         a table can't be read or written as asked
-│   └── ConflictError      somebody else committed first; read again and retry
+│   ├── ConflictError      somebody else committed first; read again and retry
+│   └── AccessRefused      storage does not let this identity do that
 ├── SourceError            a document or event source can't be read
 ├── RetrievalError         no index build, or one that can't be trusted
 │   └── CanaryError        a new index build finds less than the one before
@@ -42,6 +43,10 @@ class LakehouseError(MillraceError):
 
 class ConflictError(LakehouseError):
     """Somebody else committed first; read again and retry."""
+
+
+class AccessRefused(LakehouseError):
+    """Storage does not let this identity do that; the message names identity, action and table."""
 
 
 class SourceError(MillraceError):

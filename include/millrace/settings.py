@@ -83,6 +83,17 @@ class Settings(BaseSettings):
     """What that server calls the model that new releases generate with; empty: the weights of the declared package, in
     this process. Releases that exist keep theirs: to change is to let a candidate through the gate."""
 
+    lake_uri: str = Field("", pattern=r"^(s3://[a-z0-9][a-z0-9.-]+[a-z0-9](/[\w.=-]+)*)?$")
+    """Root of the Lakehouse in an S3-compatible object store (`s3://bucket/prefix`); empty: a folder of `home`."""
+    lake_endpoint: str = Field("", pattern=r"^(https?://[^\s/]+)?$")
+    """That store (`https://host:port`); empty: AWS's own."""
+    lake_region: str = Field("us-east-1", min_length=1)
+    lake_access_key: SecretStr = SecretStr("")
+    """This environment's credential there; empty: what this machine has of AWS, by its own chain."""
+    lake_secret_key: SecretStr = SecretStr("")
+    object_store_port: int = Field(0, ge=0, le=65535)
+    """Of an S3 server that the stack starts on this machine and keeps in `home`, with a credential for each
+    environment; 0: none. `lake_uri` then says where in it the lake is, and no other setting is needed."""
     spark_tables: frozenset[str] = frozenset({"silver/chunks", "gold/answers"})
     """Tables that Spark commits to in this deployment, as a JSON list; delta-rs commits to all others."""
     batch_workers: int = Field(1, ge=1)
@@ -164,15 +175,28 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _a_lake_elsewhere_is_reached_whole(self) -> Self:
+        if bool(self.lake_access_key.get_secret_value()) != bool(self.lake_secret_key.get_secret_value()):
+            raise ValueError("MILLRACE_LAKE_ACCESS_KEY and MILLRACE_LAKE_SECRET_KEY are one credential: set both")
+        if self.lake_endpoint and not self.lake_uri:
+            raise ValueError("MILLRACE_LAKE_ENDPOINT needs MILLRACE_LAKE_URI, the lake's bucket there")
+        if self.object_store_port and (not self.lake_uri or self.lake_endpoint):
+            raise ValueError(
+                "MILLRACE_OBJECT_STORE_PORT starts a store here for the lake in MILLRACE_LAKE_URI: set that, and "
+                "no MILLRACE_LAKE_ENDPOINT, which is a store elsewhere"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _absolute_paths(self) -> Self:
         for name in ("home", "cache", "applications"):
             object.__setattr__(self, name, Path(getattr(self, name)).expanduser().absolute())
         return self
 
     @property
-    def lake(self) -> Path:
+    def lake(self) -> str:
         """Root of the Lakehouse; tables are at `<lake>/<environment>/<application>/<layer>/<table>`."""
-        return self.home / "lake"
+        return self.lake_uri or str(self.home / "lake")
 
     @property
     def listens_on(self) -> str:

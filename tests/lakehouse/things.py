@@ -15,6 +15,7 @@ from millrace.lakehouse.audit.chain import Event, record
 from millrace.lakehouse.cursors import move_cursor
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.local import LocalEngine
+from millrace.lakehouse.storage import ObjectStore
 from millrace.lakehouse.tables import (
     OPS_DECISIONS,
     VECTOR,
@@ -158,9 +159,12 @@ def sentences(number: int) -> str:
 # What the processes of the concurrency tests run: begin at the same moment, say what happened.
 
 
-def merge_often(root: str, writer: int, times: int, start: float, spark_url: str = "") -> list[str]:
+def merge_often(
+    root: str, writer: int, times: int, start: float, spark_url: str = "", store: ObjectStore | None = None
+) -> list[str]:
     """Each time insert a key of its own and rewrite a key that all writers share."""
-    lake = Lake(root, "dev", "qa", spark_url=spark_url, spark_tables=frozenset({THINGS.path} if spark_url else ()))
+    spark_tables = frozenset({THINGS.path} if spark_url else ())
+    lake = Lake(root, "dev", "qa", store=store, spark_url=spark_url, spark_tables=spark_tables)
     _wait_until(start)
     for i in range(times):
         lake.merge(THINGS, things({f"{writer}-{i}": "x", "shared": f"{writer}-{i}"}), run=f"writer {writer}")

@@ -113,3 +113,30 @@ def test_the_gateway_finds_its_api_keys_in_the_embedded_database_unless_another_
     assert with_keys_url(named) is named
     assert gateway(named).environment["MILLRACE_KEYS_URL"] == "postgresql://keys.example/gateway"
     assert gateway(named).after == ("mlflow",)
+
+
+def test_spark_alone_gets_the_lakes_credential_and_a_keeper_where_the_lake_is_in_an_object_store(
+    settings: Settings,
+) -> None:
+    prepare_home(settings)
+    given = settings.model_copy(
+        update={
+            "lake_uri": "s3://lakehouse/lake",
+            "lake_endpoint": "http://127.0.0.1:9000",
+            "lake_access_key": SecretStr("dev"),
+            "lake_secret_key": SecretStr("the lake's secret"),
+            "spark_token": SecretStr("a token"),
+        }
+    )
+    parts = {part.name: part for part in all_parts(given, obtain_secrets(settings.home))}
+    spark = parts["spark"]
+    assert spark.command == (sys.executable, "-m", "millrace.lakehouse.spark_server")
+    assert spark.environment["MILLRACE_LAKE_SECRET_KEY"] == "the lake's secret"
+    assert spark.environment["SPARK_CONNECT_AUTHENTICATE_TOKEN"] == "a token"
+    assert "MILLRACE_PSEUDONYM_KEY" not in spark.environment
+    knowing = {name for name, part in parts.items() if "the lake's secret" in part.environment.values()}
+    assert knowing == {"spark", "airflow-scheduler", "gateway"}
+    assert not [part for part in parts.values() if "the lake's secret" in " ".join(part.command)]
+    in_a_folder = {part.name: part for part in all_parts(settings, obtain_secrets(settings.home))}
+    assert "org.apache.spark.deploy.SparkSubmit" in in_a_folder["spark"].command
+    assert "hadoop-aws" not in " ".join(in_a_folder["spark"].command)

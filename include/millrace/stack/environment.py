@@ -80,6 +80,12 @@ def settings_variables(settings: Settings, *, keys: bool) -> dict[str, str]:
     return variables
 
 
+def lake_credential(settings: Settings) -> dict[str, str]:
+    """The credential of the lake, for a part that needs no other key."""
+    names = ("lake_access_key", "lake_secret_key")
+    return {f"MILLRACE_{name.upper()}": getattr(settings, name).get_secret_value() for name in names}
+
+
 def _mlflow_login(settings: Settings, environment: Mapping[str, str]) -> dict[str, str]:
     """How to log in to an MLflow server elsewhere, from the caller's environment."""
     if not settings.mlflow_uri:

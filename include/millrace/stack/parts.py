@@ -7,6 +7,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from importlib.metadata import version
@@ -17,6 +18,7 @@ from pydantic import SecretStr
 from millrace.settings import PROJECT, Settings
 from millrace.stack.environment import part_environment
 from millrace.stack.home import Secrets, registry_mark, write_json
+from millrace.stack.object_store import WALLED, object_store_parts
 from millrace.stack.part import Part, get, nothing
 from millrace.stack.postgres import Postgres
 from millrace.stack.spark_parts import spark_parts
@@ -33,12 +35,19 @@ def all_parts(settings: Settings, secrets: Secrets) -> tuple[Part, ...]:
         settings: with its keys filled in.
     """
     postgres = _postgres_of(settings)
+    store = object_store_parts(settings) if settings.object_store_port else []
     parts = [_postgres(settings, postgres)]
     if not settings.spark_remote:
         parts += spark_parts(settings, secrets)
     if not settings.mlflow_uri:
         parts.append(_mlflow(settings, postgres))
-    return (*parts, *_airflow(settings, secrets, postgres), *_gateways(settings, postgres))
+    parts += [*_airflow(settings, secrets, postgres), *_gateways(settings, postgres)]
+    return (*store, *(_with_its_lake(part) if store else part for part in parts))
+
+
+def _with_its_lake(part: Part) -> Part:
+    uses = part.name in ("spark", "airflow-scheduler") or part.name.startswith("gateway")
+    return replace(part, after=(*part.after, WALLED)) if uses else part
 
 
 def with_keys_url(settings: Settings) -> Settings:

@@ -1,12 +1,13 @@
 """The parts that are Spark: the Connect server and, where `spark_workers` says so, a standalone cluster under it."""
 
+import sys
 from functools import partial
 
 from pydantic import SecretStr
 
 from millrace.lakehouse import spark_cluster, spark_server
 from millrace.settings import Settings
-from millrace.stack.environment import part_environment
+from millrace.stack.environment import lake_credential, part_environment
 from millrace.stack.home import Secrets
 from millrace.stack.part import Part, get
 
@@ -24,6 +25,10 @@ def spark_parts(settings: Settings, secrets: Secrets) -> list[Part]:
 
 def _connect(settings: Settings, after: tuple[str, ...]) -> Part:
     command, variables = spark_server.command(settings)
+    if settings.lake_uri:  # behind a keeper, which holds the lease and reads the settings again
+        command = [sys.executable, "-m", "millrace.lakehouse.spark_server"]
+        secret = settings.spark_secret.get_secret_value()
+        variables |= lake_credential(settings) | {"MILLRACE_SPARK_SECRET": secret}
     return Part(
         name="spark",
         command=tuple(command),
