@@ -19,7 +19,7 @@ from millrace.demo.run import Told, tell_story
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.storage import own_key, own_store
 from millrace.lakehouse.tables import GOLD_ANSWERS, SILVER_CHUNKS, SILVER_EXCHANGES
-from millrace.settings import PROJECT, Settings, read_settings
+from millrace.settings import PROJECT, read_settings
 from millrace.sources.event_log import read_events
 from millrace.stack import Stack, status
 from tests.conftest import free_ports_in_a_row, stack_settings
