@@ -66,7 +66,7 @@ _NOT_NEEDED = {
     ("airflow-scheduler", "api_key"),
 }
 """Serving never asks Spark, no task the gateway, and a cluster knows one client, the Connect server."""
-_CELERY = frozenset({"AIRFLOW__CELERY__BROKER_URL", "AIRFLOW__CELERY__RESULT_BACKEND"})
+CELERY = frozenset({"AIRFLOW__CELERY__BROKER_URL", "AIRFLOW__CELERY__RESULT_BACKEND"})
 """Options of the provider, which isn't in the lock; tests/executors looks for them in it."""
 _ELSEWHERE = ("_uri", "_url", "_urls", "_remote")
 _SECRET = re.compile(r"(PASSWORD|SECRET|TOKEN|KEY|CONN|BACKEND_STORE_URI|KEYS_URL)$")
@@ -157,7 +157,7 @@ def airflow_options(compose: Compose) -> Iterator[str]:
     known = known_airflow_options()
     for service in compose.services.values():
         for variable in service.environment:
-            if variable.startswith("AIRFLOW__") and variable not in known | _CELERY:
+            if variable.startswith("AIRFLOW__") and variable not in known | CELERY:
                 yield f"{service.name}: Airflow has no option {variable}"
 
 
@@ -187,7 +187,7 @@ def commands(compose: Compose) -> Iterator[str]:
             if command[0] == "celery" or (calls and calls[0][0] == "celery"):
                 continue  # the provider's own; tests/executors runs it
             airflow |= dict.fromkeys(calls, service.name)
-            if not calls and (problem := _refused(command)):
+            if not calls and (problem := refused(command)):
                 yield f"{service.name}: {problem}"
     for call, problem in refused_by_airflow(frozenset(airflow)).items():
         yield f"{airflow[call]}: airflow {' '.join(call)}: {problem}"
@@ -195,7 +195,7 @@ def commands(compose: Compose) -> Iterator[str]:
         yield f"mlflow: {problem}"
 
 
-def _refused(command: list[str]) -> str | None:
+def refused(command: list[str]) -> str | None:
     match command:
         case ["python", "-m", module, *_]:
             return None if _runs(module) else f"python -m {module} runs nothing"
