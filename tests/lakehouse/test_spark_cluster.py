@@ -19,6 +19,7 @@ from millrace.applications import Chunking
 from millrace.errors import LakehouseError
 from millrace.lakehouse import spark_cluster
 from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.spark_session import on_server
 from millrace.lakehouse.tables import SILVER_CHUNKS, SILVER_DOCUMENTS
 from millrace.retrieval.chunk import chunk_documents
 from millrace.settings import Settings
@@ -68,6 +69,8 @@ def cluster(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
         workers = tuple(stack.enter_context(a_worker(settings, number)) for number in (1, 2))
         connected = stack.enter_context(running_spark(settings))
         yield Cluster(settings, workers, (started, connected))
+        # Or the client's threads ask a server that is gone for minutes, and this process doesn't end.
+        on_server(settings.spark_connection, lambda session: session.stop())
 
 
 def started_as(settings: Settings, name: str, command: tuple[list[str], dict[str, str]], ready):
