@@ -224,6 +224,16 @@ def free_port() -> int:
         return listening.getsockname()[1]
 
 
+def free_ports_in_a_row(count: int) -> range:
+    """For settings that mean a port and the ones after it."""
+    while True:
+        with ExitStack() as held, suppress(OSError, OverflowError):
+            first = free_port()
+            for port in range(first, first + count):
+                held.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return range(first, first + count)
+
+
 def choose_free_ports() -> dict[str, int]:
     """Settings of a stack beside whatever else runs on this machine."""
     names = ("airflow_port", "mlflow_port", "gateway_port", "spark_port")

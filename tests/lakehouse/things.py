@@ -26,6 +26,7 @@ from millrace.lakehouse.tables import (
     text,
 )
 from millrace.lakehouse.tables import time as time_column
+from millrace.retrieval.chunk import chunk_documents
 from millrace.settings import Settings
 
 THINGS = Table(
@@ -137,6 +138,22 @@ def sleeping(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     for batch in batches:
         time.sleep(60)
         yield batch
+
+
+def witnessed(
+    batches: Iterator[pa.RecordBatch], chunking: Chunking, log: Path, pause: float = 0.0
+) -> Iterator[pa.RecordBatch]:
+    """Chunks of documents. Each task first says on which worker of a Spark cluster it runs; `pause` is in seconds."""
+    folders = Path.cwd().parts  # …/worker-1/applications/app-…/0
+    with log.open("a") as file:
+        file.write(f"{next((one for one in folders if one.startswith('worker-')), 'no-worker')}\n")
+    time.sleep(pause)
+    yield from chunk_documents(batches, chunking)
+
+
+def sentences(number: int) -> str:
+    """A hundred words of their own."""
+    return " ".join(f"word{number}x{n}" for n in range(100))
 
 
 # What the processes of the concurrency tests run: begin at the same moment, say what happened.

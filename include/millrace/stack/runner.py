@@ -11,7 +11,7 @@ from typing import Literal
 
 from millrace.errors import StackError
 from millrace.stack import processes
-from millrace.stack.parts import Part
+from millrace.stack.part import Part
 
 log = logging.getLogger("millrace.stack")
 

@@ -30,7 +30,8 @@ from millrace.stack.home import (
     write_json,
 )
 from millrace.stack.interrupts import Interrupts
-from millrace.stack.parts import ADMIN, Part, all_parts, with_keys_url
+from millrace.stack.part import Part
+from millrace.stack.parts import ADMIN, all_parts, with_keys_url
 from millrace.stack.preflight import check_machine
 from millrace.stack.runner import Runner
 
