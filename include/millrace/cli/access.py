@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from pydantic import SecretStr
 from rich.console import Console
 from rich.table import Table
 
@@ -104,7 +105,7 @@ def access_token(
         if not settings.qdrant_url:
             raise AccessError("MILLRACE_QDRANT_URL is empty: index builds are folders here, which no token opens")
         api_key = deployment.secret("qdrant", ADMIN)
-        collections = known_collections(settings, connect(settings.qdrant_url, api_key))
+        collections = known_collections(settings, connect(settings.qdrant_url, SecretStr(api_key)))
         until = now + timedelta(days=days)
         made = token(identity, collections, api_key, now=now, valid=timedelta(days=days))
         told = f"token of {identity} until {until:%Y-%m-%d %H:%M} UTC"

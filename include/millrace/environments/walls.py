@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from functools import partial
 
 import httpx
-from pydantic import TypeAdapter, ValidationError
+from pydantic import SecretStr, TypeAdapter, ValidationError
 
 from millrace.environments import (
     gateway_check,
@@ -31,7 +31,7 @@ from millrace.errors import AccessError, MillraceError, SettingsError
 from millrace.lakehouse.audit.chain import Event, record
 from millrace.lakehouse.storage import Key
 from millrace.lakehouse.tables import PLATFORM
-from millrace.retrieval.server import connect
+from millrace.retrieval.server import Server, connect
 from millrace.settings import Settings
 
 ADMIN = "admin"
@@ -133,9 +133,8 @@ def _qdrant(of: Deployment) -> Wall:
     def api_key() -> str:
         return of.secret("qdrant", ADMIN)
 
-    def check() -> list[Observed]:
-        url = settings.qdrant_url
-        return qdrant_check.check(connect(url, api_key()), api_key(), partial(connect, url))
+    def asked(key: str) -> Server:
+        return connect(settings.qdrant_url, SecretStr(key))
 
     return Wall(
         "qdrant",
@@ -143,9 +142,9 @@ def _qdrant(of: Deployment) -> Wall:
         if settings.qdrant_url
         else "MILLRACE_QDRANT_URL is empty: index builds are folders, and whoever reads the home reads them",
         qdrant_check.declared,
-        lambda: qdrant_access.plan(settings, connect(settings.qdrant_url, api_key())),
-        lambda: qdrant_access.apply(settings, connect(settings.qdrant_url, api_key())),
-        check,
+        lambda: qdrant_access.plan(settings, asked(api_key())),
+        lambda: qdrant_access.apply(settings, asked(api_key())),
+        lambda: qdrant_check.check(asked(api_key()), api_key(), asked),
     )
 
 
@@ -174,18 +173,11 @@ def _gateway(of: Deployment) -> Wall:
         with of.probe_keys() as keys:
             return gateway_check.check(settings, keys)
 
-    def absent() -> str:
-        if not settings.keys_required:
-            return "MILLRACE_GATEWAY_KEYS asks for none: in dev on this machine the gateway answers whoever asks"
-        try:
-            httpx.get(f"{settings.gateway_url}/healthz", timeout=gateway_check.SECONDS)
-        except httpx.HTTPError:
-            return f"no gateway answers at {settings.gateway_url}"
-        return ""
-
     return Wall(
         "gateway",
-        absent(),
+        _silence("gateway", f"{settings.gateway_url}/healthz")
+        if settings.keys_required
+        else "MILLRACE_GATEWAY_KEYS asks for none: in dev on this machine the gateway answers whoever asks",
         partial(gateway_check.declared, settings.environment),
         tuple,  # keys are made one by one, by `millrace key create`
         tuple,
@@ -194,6 +186,16 @@ def _gateway(of: Deployment) -> Wall:
 
 
 WALLS: tuple[Callable[[Deployment], Wall], ...] = (_lake, _mlflow, _postgres, _qdrant, _gateway)
+
+
+def _silence(server: str, url: str) -> str:
+    """That nothing answers there; empty: something does."""
+    try:
+        # On this machine or near: no proxy from the environment applies.
+        httpx.get(url, timeout=gateway_check.SECONDS, trust_env=False)
+    except httpx.HTTPError:
+        return f"no {server} answers at {url}"
+    return ""
 
 
 def read_secrets(settings: Settings) -> dict[str, dict[str, str]]:
