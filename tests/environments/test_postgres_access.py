@@ -165,6 +165,8 @@ def test_nobody_but_the_owner_drops_a_database(url: str) -> None:
 
 def test_keys_of_another_environment_are_refused_by_who_asks_and_where(url: str, settings: Settings) -> None:
     dev = f"dev:{quote(DATABASE_PASSWORDS['dev'])}"
+    own = url.replace("postgres@/postgres", f"{dev}@/dev_gateway")
+    assert KeyStore(settings.model_copy(update={"keys_url": SecretStr(own)})).all() == []  # it makes its table
     for login, said in ((dev, "permission denied for database"), ("dev:guessed", "password authentication failed")):
         address = url.replace("postgres@/postgres", f"{login}@/prod_gateway")
         store = KeyStore(settings.model_copy(update={"keys_url": SecretStr(address)}))
