@@ -72,7 +72,7 @@ def test_where_there_are_no_servers_each_wall_says_that_it_is_only_code(alone: C
     assert {name: len(some) for name, some in tries.items()} == {
         "lake": 9 * 7 + 3,
         "mlflow": 135,
-        "postgres": 4 * (48 + 9 + 6),
+        "postgres": 4 * (48 + 2 + 9 + 6),
         "qdrant": 72,
         "gateway": 35,
     }
@@ -126,7 +126,7 @@ def test_both_walls_are_planned_put_up_told_to_the_audit_trail_and_checked(
     done = walled("access check")
     assert done.exit_code == 0, done.output
     last = done.stdout.splitlines()[-1]
-    allowed, denied = 45 + 4 * 4 + 48, 4 * 11 + 2 * 15 + 4 * (36 + 9 + 6)
+    allowed, denied = 45 + 4 * 4 + 48, 4 * 11 + 2 * 15 + 4 * (36 + 2 + 9 + 6)
     assert denied >= 60
     assert last == f"{allowed} allowed, {denied} denied by servers, 173 not observed, 0 not as declared"
 

@@ -56,9 +56,11 @@ def test_the_server_lets_each_identity_into_its_own_databases_and_refuses_everyt
         (one.identity, one.environment, one.resource, one.action, one.declared) for one in declared()
     ]
     into_databases = Counter((one.identity, one.allowed) for one in observed if one.resource.startswith("database"))
-    assert into_databases == {(identity, own): 12 if own else 36 for identity in identities() for own in (True, False)}
+    assert into_databases == {
+        (identity, own): 12 if own else 36 + 2 for identity in identities() for own in (True, False)
+    }
     refused = [one for one in observed if one.allowed is False]
-    assert len(refused) == 4 * (36 + 3 * 3 + 6)
+    assert len(refused) == 4 * (36 + 2 + 3 * 3 + 6)
     assert {one.environment for one in refused if one.identity == "dev"} == {"staging", "prod", SHARED}
     assert plan(url, "", DATABASE_PASSWORDS) == []
 
