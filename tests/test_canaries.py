@@ -2,6 +2,7 @@
 
 import base64
 import gzip
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ SECRET = CANARIES.secret("a_setting")
         *(base64.b64encode(f"{'u' * before}:{SECRET}".encode()).decode() for before in range(3)),
         *(base64.urlsafe_b64encode(f"{'u' * before}{SECRET}".encode()).decode() for before in range(3)),
     ],
+    ids=itertools.count(),  # the canary in them is another in each of pytest's processes
 )
 def test_every_spelling_is_found(written: str) -> None:
     assert CANARIES.are_in(f"before {written} after")

@@ -52,8 +52,9 @@ _NOT_NEEDED = {
     ("gateway", "spark_token"), ("airflow-scheduler", "keys_url"), ("airflow-scheduler", "api_key"),
     ("gateway", "backup_airflow_url"), ("gateway", "backup_mlflow_url"),
     ("airflow-scheduler", "backup_airflow_url"), ("airflow-scheduler", "backup_mlflow_url"),
+    *((part, name) for part in ("airflow-scheduler", "gateway") for name in ("postgres_url", "access_secrets")),
 }  # fmt: skip
-"""Serving never asks Spark, no task the gateway, and neither makes backups."""
+"""Serving never asks Spark, no task the gateway, and neither makes backups or puts up walls."""
 _ELSEWHERE = ("_uri", "_url", "_urls", "_remote")
 _SECRET = re.compile(r"(PASSWORD|SECRET|TOKEN|KEY|CONN|BACKEND_STORE_URI|KEYS_URL|BACKUP_\w+_URL)$")
 _NOT_SECRET = {"AWS_ACCESS_KEY_ID", "ROOT_ACCESS_KEY"}

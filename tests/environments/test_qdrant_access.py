@@ -26,6 +26,11 @@ API_KEY = "the API key of the test's Qdrant server"
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 
 
+def asking(url: str, key: str) -> Server:
+    """The server at `url`, asked with `key`."""
+    return connect(url, SecretStr(key))
+
+
 class TokenStandIn(StandIn):
     """Reads a key that is no API key as a token that the API key signed."""
 
@@ -37,10 +42,6 @@ class TokenStandIn(StandIn):
         except jwt.InvalidTokenError:
             return None
         return next((one["access"] for one in said["access"] if one["collection"] == collection), "")
-
-
-def asked(stand_in: StandIn, key: str) -> Server:
-    return connect(stand_in.url, SecretStr(key))
 
 
 @pytest.fixture
@@ -81,16 +82,16 @@ def test_a_key_that_could_be_guessed_from_a_token_signs_none(shared: Settings) -
 def test_what_is_missing_is_created_once_and_then_a_builder_needs_no_more_than_its_token(
     shared: Settings, stand_in: StandIn
 ) -> None:
-    administrator = asked(stand_in, API_KEY)
+    administrator = asking(stand_in.url, API_KEY)
     planned = [str(change) for change in plan(shared, administrator)]
     assert planned == [f"create collection {name}" for name in declared_collections(shared)]
     dev = token("dev", declared_collections(shared), API_KEY, now=datetime.now(UTC), valid=timedelta(hours=1))
     own = next(name for name, environment in declared_collections(shared).items() if environment == "dev")
     with pytest.raises(RetrievalError, match=f"refuses the token of dev .*: it may not create collection {own}"):
-        ServiceBuilds(asked(stand_in, dev), own).prepare()
+        ServiceBuilds(asking(stand_in.url, dev), own).prepare()
     assert [str(change) for change in apply(shared, administrator)] == planned
     assert plan(shared, administrator) == []
-    ServiceBuilds(asked(stand_in, dev), own).prepare()
+    ServiceBuilds(asking(stand_in.url, dev), own).prepare()
     tuned = collection_name("prod", "qa", "a-lineage-that-a-candidate-brought")
     ServiceBuilds(administrator, tuned).prepare()
     assert known_collections(shared, administrator) == declared_collections(shared) | {tuned: "prod"}
@@ -98,8 +99,8 @@ def test_what_is_missing_is_created_once_and_then_a_builder_needs_no_more_than_i
 
 @pytest.mark.slow
 def test_every_try_is_made_and_leaves_nothing_behind(stand_in: StandIn) -> None:
-    administrator = asked(stand_in, API_KEY)
-    found = check(administrator, API_KEY, partial(asked, stand_in))
+    administrator = asking(stand_in.url, API_KEY)
+    found = check(administrator, API_KEY, partial(asking, stand_in.url))
     assert [str(one) for one in found if one.wrong] == []
     assert sum(one.allowed is False for one in found) == 3 * (2 + 3) + 4 * 5 + 2 * 7
     told = [(one.identity, one.environment, one.action, one.declared) for one in declared()]
@@ -111,7 +112,7 @@ def test_every_try_is_made_and_leaves_nothing_behind(stand_in: StandIn) -> None:
 def test_a_server_that_reads_no_tokens_is_no_wall() -> None:
     """As with `jwt_rbac` off, or no key at all: what is not as declared is found, and still nothing is left."""
     open_to_all = StandIn()
-    found = check(asked(open_to_all, API_KEY), API_KEY, partial(asked, open_to_all))
+    found = check(asking(open_to_all.url, API_KEY), API_KEY, partial(asking, open_to_all.url))
     assert all(one.allowed for one in found)
     assert sum(one.wrong for one in found) == sum(not one.declared for one in found)
     assert open_to_all.disk.store.get_collections().collections == []
@@ -122,6 +123,6 @@ def test_a_server_that_reads_no_tokens_is_no_wall() -> None:
 def test_a_real_server_keeps_the_rules_of_tokens() -> None:
     """With its API key in MILLRACE_QDRANT_API_KEY and `service.jwt_rbac: true`."""
     url, api_key = os.environ["TEST_QDRANT_URL"], os.environ["TEST_QDRANT_API_KEY"]
-    found = check(connect(url, SecretStr(api_key)), api_key, lambda key: connect(url, SecretStr(key)))
+    found = check(asking(url, api_key), api_key, partial(asking, url))
     assert [str(one) for one in found if one.wrong] == []
     assert sum(one.allowed is False for one in found) == 3 * (2 + 3) + 4 * 5 + 2 * 7

@@ -130,11 +130,11 @@ def _postgres(of: Deployment) -> Wall:
 def _qdrant(of: Deployment) -> Wall:
     settings = of.settings
 
+    def as_(key: str) -> Server:
+        return connect(settings.qdrant_url, SecretStr(key))
+
     def api_key() -> str:
         return of.secret("qdrant", ADMIN)
-
-    def asked(key: str) -> Server:
-        return connect(settings.qdrant_url, SecretStr(key))
 
     return Wall(
         "qdrant",
@@ -142,9 +142,9 @@ def _qdrant(of: Deployment) -> Wall:
         if settings.qdrant_url
         else "MILLRACE_QDRANT_URL is empty: index builds are folders, and whoever reads the home reads them",
         qdrant_check.declared,
-        lambda: qdrant_access.plan(settings, asked(api_key())),
-        lambda: qdrant_access.apply(settings, asked(api_key())),
-        lambda: qdrant_check.check(asked(api_key()), api_key(), asked),
+        lambda: qdrant_access.plan(settings, as_(api_key())),
+        lambda: qdrant_access.apply(settings, as_(api_key())),
+        lambda: qdrant_check.check(as_(api_key()), api_key(), as_),
     )
 
 

@@ -22,7 +22,7 @@ _FOREIGN = (
 _THREADS = (
     "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_MAX_THREADS", "RAYON_NUM_THREADS",
 )  # fmt: skip
-_OF_ADMINISTRATORS = frozenset({"access_secrets", "backup_airflow_url", "backup_mlflow_url"})
+OF_ADMINISTRATORS = frozenset({"access_secrets", "backup_airflow_url", "backup_mlflow_url"})
 """Secrets that no part may know, whatever else it knows: they open every wall, and every database."""
 _QUIET = {
     "DO_NOT_TRACK": "1",
@@ -71,7 +71,7 @@ def settings_variables(settings: Settings, *, keys: bool) -> dict[str, str]:
     without `keys`, less its keys."""
     variables = {}
     for name in type(settings).model_fields:
-        if name in _OF_ADMINISTRATORS:
+        if name in OF_ADMINISTRATORS:
             continue
         value = getattr(settings, name)
         variable = f"MILLRACE_{name.upper()}"
@@ -89,8 +89,8 @@ def settings_variables(settings: Settings, *, keys: bool) -> dict[str, str]:
 
 def lake_credential(settings: Settings) -> dict[str, str]:
     """The credential of the lake, for a part that needs no other key."""
-    names = ("lake_access_key", "lake_secret_key")
-    return {f"MILLRACE_{name.upper()}": getattr(settings, name).get_secret_value() for name in names}
+    given = {"MILLRACE_LAKE_ACCESS_KEY": settings.lake_access_key, "MILLRACE_LAKE_SECRET_KEY": settings.lake_secret_key}
+    return dict(variable_for(name, value) for name, value in given.items())
 
 
 def _mlflow_login(settings: Settings, environment: Mapping[str, str]) -> dict[str, str]:
