@@ -102,6 +102,13 @@ def test_what_is_wrong_with_what_was_given_is_one_sentence(alone: Callable[..., 
     )
     assert away.exit_code == 1
     assert "postgres: PostgreSQL of MILLRACE_POSTGRES_URL doesn't answer" in away.stderr
+    checked = alone(
+        "access check",
+        MILLRACE_POSTGRES_URL="postgresql://postgres@127.0.0.1:1/postgres",
+        MILLRACE_ACCESS_SECRETS=secrets,
+    )
+    assert (checked.exit_code, "0 denied by servers" in checked.stdout) == (1, True)
+    assert "postgres: to try what dev, mlflow, prod, staging may do on PostgreSQL needs its password" in checked.stderr
     none = alone("access token dev")
     assert (none.exit_code, "which no token opens" in none.stderr) == (1, True)
 
