@@ -5,6 +5,7 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 
 from millrace.errors import BackupError
+from millrace.lakehouse.storage import Location
 from millrace.stack.backup.delta import LOG, Tables
 from millrace.stack.backup.store import Store
 
@@ -13,7 +14,7 @@ PATH = "dev/qa/bronze/events"
 
 @pytest.fixture
 def tables(tmp_path: Path) -> Tables:
-    return Tables(Store.at(tmp_path), str(tmp_path))
+    return Tables(Store.at(tmp_path), Location(str(tmp_path)))
 
 
 def test_what_a_version_needs_is_found_whatever_its_partitions_are_called(tables: Tables, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
 from millrace.errors import BackupError
+from millrace.lakehouse.storage import Location, delta_options
 from millrace.stack.backup.store import Found, Store
 
 LOG = "_delta_log"
@@ -21,11 +22,11 @@ _VERSIONS = re.compile(r"\d{20}")
 
 
 class Tables:
-    """The Delta tables below `uri`, whose files are those of `store`."""
+    """The Delta tables below `root`, whose files are those of `files`."""
 
-    def __init__(self, store: Store, uri: str) -> None:
-        self.store = store
-        self._uri = uri
+    def __init__(self, files: Store, root: Location) -> None:
+        self.store = files
+        self._root = root
 
     def versions(self, environment: str = "") -> dict[str, int]:
         """Path → version, of every table of an environment, or of all of them.
@@ -83,6 +84,6 @@ class Tables:
 
     def _open(self, path: str, version: int | None = None) -> DeltaTable:
         try:
-            return DeltaTable(f"{self._uri}/{path}", version=version)
+            return DeltaTable(f"{self._root}/{path}", version=version, storage_options=delta_options(self._root))
         except (DeltaError, OSError, ValueError) as error:
-            raise BackupError(f"table {path} in {self._uri} can't be read: {' '.join(str(error).split())}") from error
+            raise BackupError(f"table {path} in {self._root} can't be read: {' '.join(str(error).split())}") from error
