@@ -78,10 +78,12 @@ def some_rows(settings: Settings):
 
 def tables(settings: Settings) -> dict[str, list[list[str]]]:
     """Path → the rows of each of its versions."""
-    found, store = {}, store_of(settings)
-    for path, newest in places_of(settings).tables.versions(settings.environment).items():
+    found, store, there = {}, store_of(settings), places_of(settings).tables
+    for path in there.paths(settings.environment):
         uri = Location(f"{settings.lake}/{path}", store)
-        opened = [DeltaTable(uri, version=at, storage_options=delta_options(uri)) for at in range(newest + 1)]
+        opened = [
+            DeltaTable(uri, version=at, storage_options=delta_options(uri)) for at in range(there.version(path) + 1)
+        ]
         found[path] = [sorted(map(repr, dataset_of(one, uri).to_table().to_pylist())) for one in opened]
     return found
 
