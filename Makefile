@@ -7,7 +7,7 @@ VLLM := .venv-vllm/.installed
 TRL := .trl/.installed
 FAST := not model and not mlflow and not spark and not stack and not slow and not long
 
-.PHONY: run test unit test-long check lock bench
+.PHONY: run test unit test-long staging promote check lock bench
 
 run: $(INSTALLED)
 	MILLRACE_PACE=$${MILLRACE_PACE:-demo} exec $(BIN)/millrace run $(if $(ONCE),--once)
@@ -20,6 +20,15 @@ unit: $(INSTALLED)
 
 test-long: $(INSTALLED) $(VLLM)
 	exec $(BIN)/pytest -m long
+
+# The integration suite on a staging environment: of its own, with a prod that it makes, or MILLRACE_HOME's.
+staging: $(INSTALLED)
+	exec $(BIN)/pytest -v tests/staging
+
+# A release of staging becomes a candidate of prod, as it is: `make promote VERSION=7`, with prod's settings.
+promote: $(INSTALLED)
+	@test -n "$$VERSION" || { echo "Which release of staging? make promote VERSION=7" >&2; exit 1; }
+	exec $(BIN)/millrace release copy "$$VERSION" --from staging
 
 check: $(INSTALLED)
 	$(BIN)/ruff check

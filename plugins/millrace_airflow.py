@@ -60,6 +60,18 @@ class AlertNotifier(BaseNotifier):
         _alert(self.title, what, context["dag"].dag_id, context["run_id"])
 
 
+def hide_secrets(context: Any) -> None:
+    """Airflow calls this before a task: whatever that logs or fails with, its log has stars in a secret's place."""
+    from airflow.sdk.log import mask_secret
+
+    from millrace.secret_sources import secrets_of, values_of
+    from millrace.settings import read_settings
+
+    for secret in secrets_of(read_settings()):
+        for value in values_of(secret):
+            mask_secret(value)
+
+
 def late_after(minutes: float) -> DeadlineAlert:
     """An alert for a run that has not ended this long after it was queued: late, or dead."""
     return DeadlineAlert(
@@ -102,6 +114,7 @@ def stage(application: Application, name: str, runbook: str, *, tag: str, **opti
             "retry_delay": timedelta(seconds=15),
             "retry_exponential_backoff": True,
             "max_retry_delay": timedelta(minutes=10),
+            "on_execute_callback": [hide_secrets],
             "on_failure_callback": [AlertNotifier()],
         },
         "doc_md": runbook,

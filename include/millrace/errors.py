@@ -8,6 +8,7 @@ MillraceError
 │   ├── ConflictError      somebody else committed first; read again and retry
 │   └── AccessRefused      storage does not let this identity do that
 ├── SourceError            a document or event source can't be read
+├── SampleError            staging can't take its sample of prod
 ├── RetrievalError         no index build, or one that can't be trusted
 │   └── CanaryError        a new index build finds less than the one before
 ├── ReleaseError           a release can't be packaged, registered or loaded
@@ -21,6 +22,7 @@ MillraceError
 ├── BatchError             a table of questions can't be used, or can't be answered
 ├── CostError              a cost can't be planned from what is known
 ├── GateRefusal            a candidate did not pass; the message names the criterion
+├── AccessError            who may do what can't be read, changed or tried
 ├── ApprovalError          who answered may not decide this
 └── AuditError             the audit trail is not whole, or an entry can't go into it
 """
@@ -56,6 +58,10 @@ class AccessRefused(LakehouseError):
 
 class SourceError(MillraceError):
     """A document or event source can't be read."""
+
+
+class SampleError(MillraceError):
+    """Staging can't take its sample of prod."""
 
 
 class RetrievalError(MillraceError):
@@ -108,6 +114,10 @@ class CostError(MillraceError):
 
 class GateRefusal(MillraceError):
     """A candidate did not pass the gate; the message names the criterion, by how much, and examples."""
+
+
+class AccessError(MillraceError):
+    """Who may do what can't be read, changed or tried."""
 
 
 class ApprovalError(MillraceError):

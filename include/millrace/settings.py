@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import quote
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError, ValidatorFunctionWrapHandler, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from millrace.errors import SettingsError
+from millrace.secret_sources import SecretFile, SecretSources, SecretVariable, variables_of
 
 PACKAGE = Path(__file__).parent
 PROJECT = PACKAGE.parents[1]
@@ -24,7 +25,9 @@ Launcher = Literal["local", "torchrun", "deepspeed", "spark"]
 
 
 class Settings(BaseSettings):
-    """Read from `MILLRACE_<FIELD>`. Construct with `read_settings()`, which turns mistakes into one sentence."""
+    """Read from `MILLRACE_<FIELD>`; a secret also from the file that `MILLRACE_<FIELD>_FILE` names, or from Airflow's
+    Variable that `MILLRACE_<FIELD>_VARIABLE` names (docs/secrets.md). Ask a secret for its value where it is used: then
+    a rotated one counts. Construct with `read_settings()`, which turns mistakes into one sentence."""
 
     model_config = SettingsConfigDict(env_prefix="MILLRACE_", frozen=True)
 
@@ -37,6 +40,8 @@ class Settings(BaseSettings):
     """`demo` applies `[pace.demo]` of each application's declaration: shorter waits, larger first shares."""
     applications: Path = PACKAGE.parent / "applications"
     """Folder with one declaration (`<name>.toml`) per application."""
+    commit: str = Field("", pattern=r"^([0-9a-f]{40}(-changed)?)?$")
+    """Git commit of the running code, where it is no checkout that could say so, as in an image; empty: ask git."""
 
     host: str = "127.0.0.1"
     """Address by which this deployment's servers are reached."""
@@ -59,6 +64,12 @@ class Settings(BaseSettings):
     """A Qdrant server for index builds (`https://host:port`); empty: they are folders, searched in-process."""
     qdrant_api_key: SecretStr = SecretStr("")
     """Its API key, or a JWT; empty: it asks for none."""
+
+    postgres_url: str = Field("", pattern=r"^(postgresql://[^\s:@/]+@\S*/\S+)?$")
+    """The PostgreSQL server that several environments share, for `millrace access` alone, as its superuser reaches it
+    (`postgresql://postgres@host:5432/postgres`, without a password); empty: each environment has its own."""
+    access_secrets: SecretStr = SecretStr("")
+    """For `millrace access` alone: a JSON object, wall → who → password or key; docs/access.md shows it."""
 
     upstream_url: str = Field("", pattern=r"^(https?://\S+)?$")
     """An OpenAI-compatible server (`http://host:port/v1`), such as vLLM, for releases whose model a server has."""
@@ -126,9 +137,25 @@ class Settings(BaseSettings):
     addresses, or `file:///…`); empty: the embedded one's folder."""
 
     completion_key: SecretStr = SecretStr("")
-    """Signs completion ids."""
+    """Signs completion ids. One key a line, the newest first: it signs, and all verify (`sources/completion_id.py`)."""
     pseudonym_key: SecretStr = SecretStr("")
-    """Turns users into pseudonyms before anything is stored."""
+    """Turns users into pseudonyms before anything is stored. With another one every user is a stranger."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, SecretSources(settings_cls), env_settings
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _a_secret_that_is_read_at_its_use_stays_one(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        return value if isinstance(value, SecretFile | SecretVariable) else handler(value)
 
     @model_validator(mode="after")
     def _a_model_has_a_server(self) -> Self:
@@ -233,7 +260,8 @@ def read_settings() -> Settings:
         SettingsError: a value is invalid, or a `MILLRACE_` variable is unknown (it would be ignored silently).
     """
     known = {f"MILLRACE_{name}".upper() for name in Settings.model_fields}
-    unknown = sorted(name for name in os.environ if name.startswith("MILLRACE_") and name not in known)
+    sources = variables_of(Settings)
+    unknown = sorted(name for name in os.environ if name.startswith("MILLRACE_") and name not in known | sources)
     if unknown:
         raise SettingsError(f"unknown setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     try:

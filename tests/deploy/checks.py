@@ -52,8 +52,9 @@ _NOT_NEEDED = {
     ("gateway", "spark_token"), ("airflow-scheduler", "keys_url"), ("airflow-scheduler", "api_key"),
     ("gateway", "backup_airflow_url"), ("gateway", "backup_mlflow_url"),
     ("airflow-scheduler", "backup_airflow_url"), ("airflow-scheduler", "backup_mlflow_url"),
+    *((part, name) for part in ("airflow-scheduler", "gateway") for name in ("postgres_url", "access_secrets")),
 }  # fmt: skip
-"""Serving never asks Spark, no task the gateway, and neither makes backups."""
+"""Serving never asks Spark, no task the gateway, and neither makes backups or puts up walls."""
 _ELSEWHERE = ("_uri", "_url", "_urls", "_remote")
 _SECRET = re.compile(r"(PASSWORD|SECRET|TOKEN|KEY|CONN|BACKEND_STORE_URI|KEYS_URL|BACKUP_\w+_URL)$")
 _NOT_SECRET = {"AWS_ACCESS_KEY_ID", "ROOT_ACCESS_KEY"}
@@ -68,8 +69,17 @@ def settings_of(service: Service) -> Settings:
     Raises:
         SettingsError: a variable is unknown or has no valid value.
     """
-    with mock.patch.dict(os.environ, service.environment, clear=True):
-        return read_settings()
+    with tempfile.TemporaryDirectory() as folder:
+        environment = dict(service.environment)
+        for number, (variable, path) in enumerate(service.environment.items()):
+            if variable.endswith("_FILE") and path in service.secrets:
+                content, mode = service.secrets[path]
+                file = Path(folder) / str(number)
+                file.write_text(content)
+                file.chmod(mode)
+                environment[variable] = str(file)
+        with mock.patch.dict(os.environ, environment, clear=True):
+            return read_settings()
 
 
 def settings(compose: Compose) -> Iterator[str]:
@@ -87,7 +97,8 @@ def settings(compose: Compose) -> Iterator[str]:
         if field.annotation is SecretStr or name.endswith(_ELSEWHERE):
             for service in ("airflow-scheduler", "gateway"):
                 variable = f"MILLRACE_{name.upper()}"
-                if variable not in compose.services[service].environment and (service, name) not in _NOT_NEEDED:
+                given = compose.services[service].environment
+                if not {variable, f"{variable}_FILE"} & given.keys() and (service, name) not in _NOT_NEEDED:
                     yield f"{service} has no {variable}"
     for server in ("gateway", "spark"):
         if settings_of(compose.services[server]).listens_on != "0.0.0.0":
@@ -127,7 +138,9 @@ def as_embedded(compose: Compose) -> Iterator[str]:
         secret = {
             f"MILLRACE_{n.upper()}" for n, field in Settings.model_fields.items() if field.annotation is SecretStr
         }
-        for variable in sorted(set(service.environment) & secret - allowed):
+        held = {variable.removesuffix("_FILE") for variable in service.environment}
+        held |= {f"MILLRACE_{Path(path).name.upper()}" for path in service.secrets}
+        for variable in sorted(held & secret - allowed):
             yield f"{name} has {variable}, which the embedded {part_name} isn't told"
         ours = list(part.command[3:] if part.command[2] == "airflow" else part.command[1:])
         if part_name.startswith("airflow") and not part.once and service.command[1:] != ours:
@@ -308,7 +321,7 @@ def addresses(compose: Compose) -> Iterator[str]:
         (("backup", "MILLRACE_BACKUP_AIRFLOW_URL"), ("airflow-init", "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN")),
         (("backup", "MILLRACE_KEYS_URL"), ("gateway", "MILLRACE_KEYS_URL")),
     ):
-        if len({compose.services[service].environment.get(variable) for service, variable in (one, other)}) != 1:
+        if len({compose.services[service].told(variable) for service, variable in (one, other)}) != 1:
             yield f"{one} and {other} differ"
 
 

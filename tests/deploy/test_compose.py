@@ -79,6 +79,9 @@ def test_the_file_and_the_code_agree(check, compose: Compose) -> None:
         (checks.settings, "THREADS: ${THREADS:-2}", "THREADS: ${THREADS:-two}", "MILLRACE_THREADS"),
         (checks.settings, "MILLRACE_SPARK_REMOTE: sc://spark:15002", "X: y", "embedded part"),
         (checks.settings, "  MILLRACE_ALERT_URLS: ${ALERT_URLS:-}\n", "", "MILLRACE_ALERT_URLS"),
+        (checks.settings, "    secrets: *key-files\n", "", "_KEY_FILE: /run/secrets/"),
+        (checks.settings, "pseudonym_key, uid: \"10001\", gid: \"10001\", mode: 0400", "pseudonym_key", "may read"),
+        (checks.as_embedded, '"triggerer", "--skip-', '"triggerer"]\n    secrets: *key-files\n    x: ["', "isn't told"),
         (checks.settings, "MILLRACE_BIND: 0.0.0.0", "MILLRACE_BIND: 127.0.0.1", "listens where no other"),
         (checks.settings, "GATEWAY_KEYS: required", 'GATEWAY_KEYS: "off"', "would let anybody ask"),
         (checks.as_embedded, 'HEARTBEAT_TIMEOUT: "120"', 'HEARTBEAT_TIMEOUT: "300"', "the embedded stack 120"),
@@ -141,7 +144,7 @@ def test_every_secret_is_asked_for_by_name_and_the_example_names_every_variable(
     assert needed == set(environment)
     assert len(set(environment.values())) == len(environment)
     for name in sorted(needed):
-        with pytest.raises(Unset, match=f"{name}: see deploy/compose/.env.example"):
+        with pytest.raises(Unset, match=f"{name}: (see deploy/compose/.env.example|required by secret)"):
             Compose.read(TEXT, {other: value for other, value in environment.items() if other != name})
     example = EXAMPLE.read_text()
     assert all(re.search(rf"^#.*\b{name}\b", example, re.MULTILINE) for name in set(asked) - needed)

@@ -76,22 +76,22 @@ def test_dev_reads_a_release_of_prod_and_is_told_that_it_can_write_nothing_there
 def test_the_path_of_another_environments_files_leads_nowhere(
     shared: Settings, ask_as: As, application: Application, tmp_path: Path
 ) -> None:
-    """Artifacts are paths on one server: a path into prod, asked for in one's own workspace, is no way in."""
-    register(prod := ask_as("prod"), application, tmp_path)
-    folder = registry.fetch_release(prod, application, "1")
-    with Caller(shared, Login("prod", PASSWORDS["prod"])) as ask:
+    """Artifacts are paths on one server: a path into dev, asked for in one's own workspace, is no way in."""
+    register(dev := ask_as("dev"), application, tmp_path)
+    folder = registry.fetch_release(dev, application, "1")
+    with Caller(shared, Login("dev", PASSWORDS["dev"])) as ask:
         where = {"params": {"name": application.name, "version": "1"}}
-        uri = ask("GET", "2.0/mlflow/model-versions/get-download-uri", workspace="prod", **where)["artifact_uri"]
+        uri = ask("GET", "2.0/mlflow/model-versions/get-download-uri", workspace="dev", **where)["artifact_uri"]
         inside = uri.partition(":")[2].strip("/")
         path = f"2.0/mlflow-artifacts/artifacts/{inside}/data/release/model.gguf"
-        assert ask.ask("GET", path, workspace="prod").content == (folder / "model.gguf").read_bytes()
-    for workspace in ("staging", "prod", None):
-        with Caller(shared, Login("staging", PASSWORDS["staging"])) as ask:
+        assert ask.ask("GET", path, workspace="dev").content == (folder / "model.gguf").read_bytes()
+    for workspace in ("prod", "dev", None):
+        with Caller(shared, Login("prod", PASSWORDS["prod"])) as ask:
             assert ask.ask("GET", path, workspace=workspace).status_code == 403
             assert ask.ask("PUT", path, workspace=workspace, content=b"forged").status_code == 403
-    with Caller(shared, Login("staging", PASSWORDS["staging"])) as ask:
-        outside = path.replace("/workspaces/prod/", "/workspaces/staging/../prod/")
-        assert ask.ask("GET", outside, workspace="staging").status_code in (400, 403, 404)
+    with Caller(shared, Login("prod", PASSWORDS["prod"])) as ask:
+        outside = path.replace("/workspaces/dev/", "/workspaces/prod/../dev/")
+        assert ask.ask("GET", outside, workspace="prod").status_code in (400, 403, 404)
 
 
 def test_who_is_not_known_is_told_so(ask_as: As, application: Application, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from millrace.releases.manifest import describe_embedding
 from millrace.releases.split import Split
 from millrace.retrieval.embedding_model import MODEL_FILES
 from millrace.settings import Settings
+from tests.conftest import COMMIT
 from tests.releases.conftest import Make
 
 
@@ -43,6 +44,7 @@ def test_a_release_is_registered_as_a_candidate_and_comes_back_byte_for_byte(
             "millrace.release_id": manifest.release_id,
             "millrace.state": "candidate",
             "millrace.registered_by": "test",
+            "millrace.commit": COMMIT,
         }
     }
     folder = releases.fetch_release(registry, application, version)

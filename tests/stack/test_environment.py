@@ -11,6 +11,8 @@ from millrace.stack.home import obtain_secrets, prepare_home
 from millrace.stack.parts import Part, all_parts, with_keys_url
 from millrace.stack.postgres import Postgres
 
+ADMINISTRATORS = {"access_secrets", "backup_airflow_url", "backup_mlflow_url"}
+
 READ_BACK = """
 from millrace.settings import read_settings
 settings = read_settings()
@@ -43,9 +45,16 @@ def test_parts_that_need_no_keys_get_none(settings: Settings) -> None:
     secret = {name for name, field in Settings.model_fields.items() if field.annotation is SecretStr}
     assert {"completion_key", "pseudonym_key", "alert_urls", "spark_token"} <= secret
     withheld = set(settings_variables(settings, keys=True)) - set(settings_variables(settings, keys=False))
-    # Every database's address is for backups, which no part makes.
-    assert withheld == {f"MILLRACE_{name}".upper() for name in secret if not name.startswith("backup_")}
-    assert not [name for name in settings_variables(settings, keys=True) if "_BACKUP_" in name]
+    assert withheld == {f"MILLRACE_{name}".upper() for name in secret - ADMINISTRATORS}
+
+
+def test_no_part_knows_what_administers_the_walls(settings: Settings) -> None:
+    assert {name for name in Settings.model_fields if name.startswith(("access_", "backup_"))} >= ADMINISTRATORS
+    given = settings.model_copy(update=dict.fromkeys(ADMINISTRATORS, SecretStr("of the administrator")))
+    for keys in (True, False):
+        environment = part_environment(given, threads=1, keys=keys)
+        assert "of the administrator" not in environment.values()
+        assert not {f"MILLRACE_{name.upper()}" for name in ADMINISTRATORS} & environment.keys()
 
 
 def test_the_callers_other_tools_do_not_reach_a_part(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,14 +8,17 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from millrace.cli.access import access_app
 from millrace.cli.audit import audit_app
 from millrace.cli.backup import backup_command, restore_command
 from millrace.cli.batch import batch_app
 from millrace.cli.common import ApplicationName, console, one_sentence
 from millrace.cli.cost import cost_app
+from millrace.cli.environments import env_app
 from millrace.cli.keys import key_app
 from millrace.cli.prompts import prompt_app
 from millrace.cli.releases import index_app, release_app, rollout_app
+from millrace.cli.secrets import secret_app
 from millrace.errors import StackError
 from millrace.settings import Settings, read_settings
 from millrace.stack import Stack, Status, airflow_of, down, status, up
@@ -29,8 +32,11 @@ app.add_typer(prompt_app, name="prompt")
 app.add_typer(index_app, name="index")
 app.add_typer(batch_app, name="batch")
 app.add_typer(key_app, name="key")
+app.add_typer(secret_app, name="secret")
 app.add_typer(cost_app, name="cost")
 app.add_typer(audit_app, name="audit")
+app.add_typer(access_app, name="access")
+app.add_typer(env_app, name="env")
 app.command("backup")(backup_command)
 app.command("restore")(restore_command)
 

@@ -24,6 +24,7 @@ from millrace.releases.manifest import Manifest, PromptVersion
 from millrace.releases.mlflow_server import ensure_experiment, found_or_none, mlflow_client
 from millrace.releases.package import DATA, EMBEDDING, install, read_release, verify_release, write_model
 from millrace.releases.prompt import check_template
+from millrace.releases.recipe import commit_tag
 from millrace.releases.split import Split
 from millrace.settings import Settings
 
@@ -79,7 +80,8 @@ def register_release(
     def write(scratch: Path) -> Path:
         return _write(settings, application, manifest, files, embedding if tuned else None, scratch, tags)
 
-    return _register(settings, application, manifest, write, tags | {RUN_TAG: run, **_builder(run)}, run)
+    made = {RUN_TAG: run, **_builder(run), **commit_tag(settings)}
+    return _register(settings, application, manifest, write, tags | made, run)
 
 
 def register_copy(

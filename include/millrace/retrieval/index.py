@@ -28,7 +28,7 @@ from millrace.settings import Settings
 def builds_of(settings: Settings, application: str, lineage: str) -> Builds:
     """Where this deployment keeps the builds of a lineage of `application`."""
     if settings.qdrant_url:
-        server = connect(settings.qdrant_url, settings.qdrant_api_key.get_secret_value())
+        server = connect(settings.qdrant_url, settings.qdrant_api_key)
         return ServiceBuilds(server, collection_name(settings.environment, application, lineage))
     return LibraryBuilds(settings.index_builds(application) / lineage)
 
@@ -36,7 +36,7 @@ def builds_of(settings: Settings, application: str, lineage: str) -> Builds:
 def kept_lineages(settings: Settings, application: str) -> list[str]:
     """Lineages of `application` that this deployment keeps builds of. Raises as the place of the builds does."""
     if settings.qdrant_url:
-        server = connect(settings.qdrant_url, settings.qdrant_api_key.get_secret_value())
+        server = connect(settings.qdrant_url, settings.qdrant_api_key)
         return collected_lineages(server, settings.environment, application)
     return sorted(path.name for path in settings.index_builds(application).glob("*") if path.is_dir())
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from millrace.lakehouse import spark_server
+from millrace.secret_sources import is_set
 from millrace.settings import PROJECT, Settings
 from millrace.stack.environment import lake_credential, part_environment
 from millrace.stack.home import Secrets, registry_mark, write_json
@@ -71,7 +72,7 @@ def all_parts(settings: Settings, secrets: Secrets) -> tuple[Part, ...]:
 
 def with_keys_url(settings: Settings) -> Settings:
     """`settings` with the embedded database of API keys, unless they name another."""
-    if settings.keys_url.get_secret_value():
+    if is_set(settings.keys_url):
         return settings
     return settings.model_copy(update={"keys_url": SecretStr(_postgres_of(settings).url(_KEYS_DATABASE))})
 
@@ -129,10 +130,14 @@ def _mlflow(settings: Settings, postgres: Postgres) -> Part:
         command=(
             sys.executable, "-m", "mlflow", "server",
             "--host", settings.listens_on, "--port", str(settings.mlflow_port), "--workers", "1",
-            "--backend-store-uri", postgres.url("mlflow"), "--artifacts-destination", str(artifacts),
+            "--artifacts-destination", str(artifacts),
         ),
         environment=part_environment(settings, threads=1, keys=False)
-        | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        | {
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            # An address may hold a password, and everybody on a machine sees its command lines.
+            "MLFLOW_BACKEND_STORE_URI": postgres.url("mlflow"),
+        },
         ready=lambda started: _get(settings, settings.mlflow_port, "/health") is not None,
         after=("postgres",),
         prepare=prepare,
@@ -264,7 +269,7 @@ def _airflow_variables(settings: Settings, secrets: Secrets, postgres: Postgres)
 
 def _gateway(settings: Settings, postgres: Postgres) -> Part:
     known = with_keys_url(settings)
-    embedded = known.keys_url.get_secret_value() == postgres.url(_KEYS_DATABASE)
+    embedded = not is_set(settings.keys_url) or settings.keys_url == SecretStr(postgres.url(_KEYS_DATABASE))
     needs = [name for name, here in (("mlflow", not settings.mlflow_uri), ("postgres", embedded)) if here]
     return Part(
         name="gateway",

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from millrace.releases.declare import declare_release
 from millrace.releases.embedding import release_lineage
 from millrace.releases.manifest import Manifest, describe_embedding
 from millrace.releases.package import read_release
+from millrace.releases.recipe import Recipe
 from millrace.releases.registry import fetch_release, read_split, register_once, training_tags
 from millrace.retrieval.embed import Embedder, Lineage, lineage_name, refresh_embeddings
 from millrace.retrieval.embedding_model import MODEL_FILES, WEIGHTS, forget_converted, model_folder, weights_sha256
@@ -120,12 +121,18 @@ def tune_embedding(
 
 
 def release_embedding(
-    settings: Settings, application: Application, *, tuned: dict[str, Any], run: str
+    settings: Settings,
+    application: Application,
+    *,
+    tuned: dict[str, Any],
+    run: str,
+    form: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Register the release that the embedding model was compared with, with that model and its lineage, as a candidate.
 
     Args:
         tuned: as `tune_embedding` returns it, where it is better.
+        form: what it was given beside the declaration; None: nothing.
 
     Returns:
         As `register_once`.
@@ -153,6 +160,7 @@ def release_embedding(
         tags=tags
         | {
             "millrace.origin": "embedding",
+            **Recipe.of(application, "finetune_embedding", form or {}).tags,
             "fingerprint": tuned["fingerprint"],
             "pairs": str(tuned["pairs"]),
             "simulated": str(simulated).lower(),

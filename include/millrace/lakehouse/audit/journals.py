@@ -1,4 +1,4 @@
-"""From the journals of an application to the audit trail: rollout decisions and verdicts of the gate.
+"""From the journals of an application to the audit trail: rollout decisions, verdicts of the gate, promotions.
 
 The journals are the truth and the trail follows them, level-triggered like the rollout: whoever wrote a journal calls
 `follow`, which appends whatever the trail lacks, once, by an id that the journal's row gives. Killed between the two
@@ -11,7 +11,7 @@ from typing import Any
 
 from millrace.lakehouse.audit.chain import Action, Event, record
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import OPS_DECISIONS, OPS_EVALUATIONS, Table
+from millrace.lakehouse.tables import OPS_DECISIONS, OPS_EVALUATIONS, OPS_PROMOTIONS, Table
 from millrace.settings import Settings
 
 _ACTIONS: dict[str, Action] = {
@@ -41,6 +41,8 @@ def journal_events(lake: Lake) -> list[Event]:
     decisions = lake.read(OPS_DECISIONS, _without(OPS_DECISIONS, "reason", "evidence")).sort_by("sequence").to_pylist()
     verdicts = lake.read(OPS_EVALUATIONS, _without(OPS_EVALUATIONS, "examples")).to_pylist()
     events = [_decision(lake, row) for row in decisions] + [_verdict(lake, row) for row in verdicts]
+    steps = lake.read(OPS_PROMOTIONS, _without(OPS_PROMOTIONS, "reason", "recipe")).to_pylist()
+    events += [_promotion(lake, row) for row in steps]
     return sorted(events, key=lambda event: event.occurred_at)
 
 
@@ -78,6 +80,25 @@ def _verdict(lake: Lake, row: dict[str, Any]) -> Event:
         release_id=row["candidate_release_id"],
         release_version=row["candidate"],
         details={name: row[name] for name in named} | {"failed": failed},
+    )
+
+
+def _promotion(lake: Lake, row: dict[str, Any]) -> Event:
+    resource = f"{OPS_PROMOTIONS.path}/{row['promotion_id']}/{row['step']}"
+    run = row["written_by"]
+    named = ("source", "source_version", "way", "commit")
+    return Event(
+        event_id=f"{lake.application}/{resource}",
+        occurred_at=row["at"],
+        actor=f"{PERSON if run.startswith(PERSON) else 'service/'}{row['actor']}",
+        action="approval" if row["step"] in ("approved", "rejected") else "promotion",
+        application=lake.application,
+        resource=resource,
+        outcome=row["step"],
+        run=run,
+        release_id=row["release_id"],
+        release_version=row["version"],
+        details={name: row[name] for name in named if row[name] is not None},
     )
 
 

@@ -55,8 +55,8 @@ class Places:
         """None: index builds are folders."""
         if not self.settings.qdrant_url:
             return None
-        key = self.settings.qdrant_api_key.get_secret_value()
-        return Collections(connect(self.settings.qdrant_url, key), key, self.settings.environment)
+        key = self.settings.qdrant_api_key
+        return Collections(connect(self.settings.qdrant_url, key), key.get_secret_value(), self.settings.environment)
 
     def database(self, name: str, postgres: Postgres | None) -> Database | None:
         """
