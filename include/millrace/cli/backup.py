@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from millrace.cli.common import console, one_sentence
+from millrace.cli.terminal import console, one_sentence
 from millrace.settings import read_settings
 
 

@@ -21,7 +21,7 @@ from millrace.applications import Application, load_application
 from millrace.environments.audit import verify
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import SILVER_EXCHANGES, SILVER_FEEDBACK
-from millrace.releases import registry
+from millrace.releases import published_split, registry
 from millrace.rollout.decisions import fold, read_journal
 from millrace.serving.key_store import KeyStore
 from millrace.settings import Settings
@@ -75,7 +75,7 @@ def test_a_stack_is_saved_while_it_works_destroyed_and_restored_and_goes_on(own:
         settings = stack.settings
         assert known_releases(settings, application, tmp_path / "after") == before
         lake = Lake.of(settings, "handbook")
-        assert registry.read_split(settings, "handbook") == fold(read_journal(lake)).split()
+        assert published_split.read_split(settings, "handbook") == fold(read_journal(lake)).split()
         assert verify(settings).entries > 0
         assert [key.name for key in KeyStore(with_keys_url(settings)).all()] == ["a key of before"]
         lines = read_events(settings.event_log("handbook"), *EVER)
@@ -159,7 +159,7 @@ def asked_all_the_time(settings: Settings) -> Iterator[None]:
 
 def known_releases(settings: Settings, application: Application, folder: Path) -> dict[str, Any]:
     """Versions with their tags and every byte of theirs, and aliases."""
-    found: dict[str, Any] = {"aliases": registry.read_aliases(settings, application.name), "versions": {}}
+    found: dict[str, Any] = {"aliases": published_split.read_aliases(settings, application.name), "versions": {}}
     for version, tags in registry.versions(settings, application).items():
         registry.fetch_model(settings, application, version, folder / version)
         hashes = {
