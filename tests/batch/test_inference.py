@@ -21,7 +21,7 @@ from millrace.errors import BatchError, LakehouseError, RetrievalError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import BRONZE_QUESTIONS, GOLD_ANSWERS, OPS_COSTS
 from millrace.releases.package import read_release, verify_release
-from millrace.releases.registry import publish_split
+from millrace.releases.published_split import publish_split
 from millrace.releases.split import Split
 from tests.batch.a_run import QUESTIONS
 from tests.batch.conftest import Served, Submit

@@ -16,7 +16,7 @@ from millrace.environments.difference import compare_environments
 from millrace.errors import ReleaseError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import OPS_EVALUATIONS, OPS_PROMOTIONS
-from millrace.releases import registry
+from millrace.releases import published_split, registry
 from millrace.releases.declare import declare_release
 from millrace.rollout import people
 from millrace.rollout.decisions import fold, read_journal
@@ -163,7 +163,7 @@ WAYS = {"declared": "models", "broken": "models", "finetuned": "code"}
 
 
 def champion(settings: Settings) -> str | None:
-    split = registry.read_split(settings, "qa")
+    split = published_split.read_split(settings, "qa")
     return split.champion if split else None
 
 

@@ -23,8 +23,9 @@ from millrace.releases.declare import declare_release
 from millrace.releases.lineages import build_indexes, embed_changes
 from millrace.releases.loader import ReleaseLoader
 from millrace.releases.package import LOAD_CONFIG
+from millrace.releases.published_split import publish_split
 from millrace.releases.pyfunc import open_pipeline
-from millrace.releases.registry import fetch_release, publish_split, release_manifest, versions
+from millrace.releases.registry import fetch_release, release_manifest, versions
 from millrace.releases.split import Split
 from millrace.retrieval.embed import Embedder, lineage_id
 from millrace.retrieval.embedding_model import WEIGHTS, model_folder

@@ -12,13 +12,13 @@ from millrace.cli.access import access_app
 from millrace.cli.audit import audit_app
 from millrace.cli.backup import backup_command, restore_command
 from millrace.cli.batch import batch_app
-from millrace.cli.common import ApplicationName, console, one_sentence
 from millrace.cli.cost import cost_app
 from millrace.cli.environments import env_app
 from millrace.cli.keys import key_app
 from millrace.cli.prompts import prompt_app
 from millrace.cli.releases import index_app, release_app, rollout_app
 from millrace.cli.secrets import secret_app
+from millrace.cli.terminal import ApplicationName, console, one_sentence
 from millrace.errors import StackError
 from millrace.settings import Settings, read_settings
 from millrace.stack import Stack, Status, airflow_of, down, status, up

@@ -21,7 +21,8 @@ from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import PLATFORM, TABLES, Table
 from millrace.releases.mlflow_server import mlflow_client
-from millrace.releases.registry import RELEASE_TAG, read_split, versions
+from millrace.releases.published_split import read_split
+from millrace.releases.registry import RELEASE_TAG, versions
 from millrace.settings import Settings
 
 Found = TypeVar("Found")
