@@ -24,10 +24,11 @@ from millrace.engines.base_model import base_model_path
 from millrace.engines.converted import hugging_face_folder
 from millrace.lakehouse import spark_server
 from millrace.lakehouse.lake import Lake
+from millrace.private_files import write_json, write_private
 from millrace.secret_sources import SecretFile
 from millrace.settings import Settings
 from millrace.stack import Stack
-from millrace.stack.home import prepare_home, write_json, write_private
+from millrace.stack.home import prepare_home
 from millrace.stack.postgres import Postgres
 from millrace.stack.versitygw import Versitygw
 from tests.canaries import Canaries, CommandLines

@@ -5,16 +5,20 @@ It knows where things are and who may be asked; it does not know what an applica
 """
 
 import ipaddress
+import json
 import os
+import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import quote
 
 from pydantic import Field, SecretStr, ValidationError, ValidatorFunctionWrapHandler, field_validator, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from millrace.errors import SettingsError
 from millrace.secret_sources import SecretFile, SecretSources, SecretVariable, variables_of
+
+_PERSON = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 PACKAGE = Path(__file__).parent
 PROJECT = PACKAGE.parents[1]
@@ -22,6 +26,13 @@ PROJECT = PACKAGE.parents[1]
 
 Launcher = Literal["local", "torchrun", "deepspeed", "spark"]
 """What starts the processes of a fine-tune."""
+AirflowRole = Literal["viewer", "operator", "admin"]
+AIRFLOW_SERVICE = "millrace"
+"""As whom the stack itself asks its Airflow."""
+AIRFLOW_ADMIN = "admin"
+"""The user of an Airflow that only this machine reaches."""
+NOBODY = frozenset({AIRFLOW_SERVICE, AIRFLOW_ADMIN, "anonymous"})
+"""Names that no person has: where others reach an Airflow, no decision of theirs counts."""
 
 
 class Settings(BaseSettings):
@@ -145,6 +156,13 @@ class Settings(BaseSettings):
     alert_repeat_hours: float = Field(6, gt=0)
     """An alert that goes on is sent again after this long; until then it is only counted."""
 
+    airflow_users: Annotated[dict[str, AirflowRole], NoDecode] = Field(default_factory=dict)
+    """Who logs in to Airflow, as a JSON object of names and roles: a `viewer` reads, an `operator` also triggers,
+    clears and approves, an `admin` may everything. Where only this machine reaches Airflow, in dev, there is `admin`
+    besides; elsewhere nobody but these and the stack itself."""
+    airflow_passwords: SecretStr = SecretStr("")
+    """Their passwords, as a JSON object, of at least 12 characters; who has none here gets one at the first start, in
+    `<home>/airflow/password.json`."""
     airflow_history_days: float = Field(90, gt=0)
     """Days after which runs, task instances and the audit log leave Airflow's database; a DAG's latest run stays."""
 
@@ -195,11 +213,32 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _only_this_machine_asks_without_a_key(self) -> Self:
-        if self.gateway_keys == "off" and self._reached_by_others:
+        if self.gateway_keys == "off" and self.reached_by_others:
             raise ValueError(
                 f"MILLRACE_GATEWAY_KEYS=off would let anybody ask: it is for dev on 127.0.0.1 only, and this is "
                 f"{self.environment} on {self.listens_on}; leave it empty, and make keys with `millrace key create`"
             )
+        return self
+
+    @field_validator("airflow_users", mode="before")
+    @classmethod
+    def _read_people(cls, written: Any) -> Any:
+        """A compose file gives an empty text for nobody, which is no JSON."""
+        if not isinstance(written, str):
+            return written
+        try:
+            return json.loads(written or "{}")
+        except ValueError:
+            raise ValueError('no JSON object such as {"ann": "operator"}') from None
+
+    @model_validator(mode="after")
+    def _people_have_names(self) -> Self:
+        for name in self.airflow_users:
+            if name.lower() in NOBODY or not _PERSON.fullmatch(name):
+                raise ValueError(
+                    f"MILLRACE_AIRFLOW_USERS: {name!r} names no person; use a name of letters, digits, . _ and -, "
+                    f"other than {', '.join(sorted(NOBODY))}"
+                )
         return self
 
     @model_validator(mode="after")
@@ -242,10 +281,11 @@ class Settings(BaseSettings):
     def keys_required(self) -> bool:
         """Whether the gateway answers only to an API key: in staging, in prod, where it listens beyond this machine,
         and wherever `gateway_keys` says so."""
-        return self.gateway_keys == "required" or self._reached_by_others
+        return self.gateway_keys == "required" or self.reached_by_others
 
     @property
-    def _reached_by_others(self) -> bool:
+    def reached_by_others(self) -> bool:
+        """Whether this is more than dev on this machine."""
         return self.environment != "dev" or not _is_loopback(self.listens_on)
 
     @property

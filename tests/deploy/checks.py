@@ -64,9 +64,10 @@ _NOT_NEEDED = {
     ("gateway", "backup_airflow_url"), ("gateway", "backup_mlflow_url"),
     ("airflow-scheduler", "backup_airflow_url"), ("airflow-scheduler", "backup_mlflow_url"),
     *((part, name) for part in ("airflow-scheduler", "gateway") for name in ("postgres_url", "access_secrets")),
+    ("airflow-scheduler", "airflow_passwords"), ("gateway", "airflow_passwords"),
 }  # fmt: skip
 """Serving never asks Spark, no task the gateway; a cluster knows one client, the Connect server; and neither makes
-backups or puts up walls."""
+backups, puts up walls or logs people in."""
 CELERY = frozenset({"AIRFLOW__CELERY__BROKER_URL", "AIRFLOW__CELERY__RESULT_BACKEND"})
 """Options of the provider, which isn't in the lock; tests/executors looks for them in it."""
 _ELSEWHERE = ("_uri", "_url", "_urls", "_remote")

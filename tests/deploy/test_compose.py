@@ -190,15 +190,17 @@ def test_the_first_start_makes_the_home_the_password_and_the_pool_and_a_later_on
         (programs / name).write_text(f"#!/bin/sh\n{program}\n")
         (programs / name).chmod(0o755)
     given = service.environment | {"MILLRACE_HOME": str(home), "PATH": f"{programs}:{os.environ['PATH']}"}
+    given |= {"MILLRACE_AIRFLOW_USERS": '{"ann": "operator"}', "AIRFLOW_PASSWORDS": '{"ann": "the password of ann"}'}
     script = FOLDER / "airflow-init.sh"
     for _ in range(2):
         subprocess.run(["sh", str(script)], env=given, check=True)
         assert json.loads((home / "format.json").read_text()) == {"format": millrace.FORMAT_VERSION}
         (home / "format.json").write_text('{"format": 1}')
         (tmp_path / "pool").touch()
-    assert json.loads((home / "airflow" / "password.json").read_text()) == {
-        "admin": service.environment["AIRFLOW_ADMIN_PASSWORD"]
-    }
+    passwords = json.loads((home / "airflow" / "password.json").read_text())
+    assert passwords.keys() == {"millrace", "ann"}
+    assert passwords["ann"] == "the password of ann"
+    assert "millrace:op,ann:user" in (home / "airflow" / "airflow.cfg").read_text()
     assert (home / "airflow" / "password.json").stat().st_mode & 0o077 == 0
     newer = '{"format": 1000}'
     (home / "format.json").write_text(newer)

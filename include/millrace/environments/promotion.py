@@ -86,8 +86,14 @@ def record_answer(
     """
     promotion = Promotion(**asked)
     _, tags = find_release(settings, application, promotion.source_version, source=promotion.source)
-    about = f"version {promotion.source_version} of {application.name} in {promotion.source}"
-    said = read_answer(answer, builder=tags.get(BUILDER_TAG), about=about)
+    said = read_answer(
+        settings,
+        application.name,
+        answer,
+        builder=tags.get(BUILDER_TAG),
+        resource=f"promotion/{promotion.promotion_id}",
+        about=f"version {promotion.source_version} of {promotion.source}",
+    )
     if not said.reason.strip():
         raise ApprovalError(f"{said.actor} gave no reason; clear the task `approve`, and answer with one")
     lake, run = Lake.of(settings, application.name), f"{PERSON}{said.actor}"

@@ -11,22 +11,21 @@ from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 
 from pydantic import SecretStr
 
+from millrace.environments import airflow_access
+from millrace.private_files import write_json
 from millrace.secret_sources import is_set
-from millrace.settings import PROJECT, Settings
+from millrace.settings import AIRFLOW_ADMIN, AIRFLOW_SERVICE, PROJECT, Settings
 from millrace.stack.environment import part_environment
-from millrace.stack.home import Secrets, registry_mark, write_json
+from millrace.stack.home import Secrets, registry_mark
 from millrace.stack.object_store import WALLED, object_store_parts
 from millrace.stack.part import Part, get, nothing
 from millrace.stack.postgres import Postgres
 from millrace.stack.spark_parts import spark_parts
 
 _KEYS_DATABASE = "gateway"
-ADMIN = "admin"
-"""Airflow's one user."""
 
 
 def all_parts(settings: Settings, secrets: Secrets) -> tuple[Part, ...]:
@@ -56,11 +55,6 @@ def with_keys_url(settings: Settings) -> Settings:
     if is_set(settings.keys_url):
         return settings
     return settings.model_copy(update={"keys_url": SecretStr(_postgres_of(settings).url(_KEYS_DATABASE))})
-
-
-def password_file(home: Path) -> Path:
-    """Where a person finds the password of Airflow's user."""
-    return home / "airflow" / "password.json"
 
 
 def _postgres_of(settings: Settings) -> Postgres:
@@ -124,7 +118,8 @@ def _airflow(settings: Settings, secrets: Secrets, postgres: Postgres) -> tuple[
 
     def prepare() -> None:
         home.mkdir(exist_ok=True, mode=0o700)
-        write_json(password_file(settings.home), {ADMIN: secrets.airflow_password})
+        own = {AIRFLOW_ADMIN: secrets.airflow_password, AIRFLOW_SERVICE: secrets.airflow_service_password}
+        airflow_access.tell(settings, airflow_access.apply(settings, own), actor="service/stack")
         postgres.create_database("airflow")
 
     def healthy(component: str) -> Callable[[float], bool]:
@@ -203,9 +198,8 @@ def _airflow_variables(settings: Settings, secrets: Secrets, postgres: Postgres)
             # Unpausing is a decision: a weekly fine-tune whose hour has passed is due at that moment.
             "dags_are_paused_at_creation": True,
             "fernet_key": secrets.airflow_fernet_key,
-            "simple_auth_manager_users": f"{ADMIN}:admin",
             "simple_auth_manager_all_admins": False,
-            "simple_auth_manager_passwords_file": password_file(settings.home),
+            "simple_auth_manager_passwords_file": airflow_access.password_file(settings.home),
             "execution_api_server_url": f"{settings.airflow_url}/execution/",
         },
         "database": {"sql_alchemy_conn": postgres.url("airflow")},
