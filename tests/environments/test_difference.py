@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from millrace.applications import load_application
 from millrace.cli import app
-from millrace.environments.description import describe, record_description, recorded_description
+from millrace.environments.description import record_description, recorded_description
 from millrace.environments.difference import Part, compare_environments
 from millrace.errors import LakehouseError, SettingsError
 from millrace.lakehouse.lake import Lake
@@ -177,5 +177,6 @@ def test_a_person_reads_the_difference_and_a_program_gets_it_as_json(
         part["name"]: part for part in json.loads(run.invoke(app, ["env", "diff", "dev", "staging", "--json"]).output)
     }
     assert {"name": "MILLRACE_ENVIRONMENT", "left": '"dev"', "right": '"staging"'} in parts["settings"]["differences"]
-    assert parts["models"]["unread"][0]["environment"] == "dev"
-    assert describe(alone).commit == COMMIT
+    dev, staging = parts["models"]["unread"]
+    assert (dev["environment"], staging["environment"]) == ("dev", "staging")
+    assert "has no workspaces (MILLRACE_MLFLOW_WORKSPACES), so what is in it is of dev alone" in staging["why"]
