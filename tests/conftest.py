@@ -24,10 +24,11 @@ from millrace.engines.base_model import base_model_path
 from millrace.engines.converted import hugging_face_folder
 from millrace.lakehouse import spark_server
 from millrace.lakehouse.lake import Lake
+from millrace.private_files import write_json, write_text
 from millrace.secret_sources import SecretFile
 from millrace.settings import Settings
 from millrace.stack import Stack
-from millrace.stack.home import prepare_home, write_json, write_private
+from millrace.stack.home import prepare_home
 from millrace.stack.postgres import Postgres
 from tests.canaries import Canaries, CommandLines
 
@@ -331,7 +332,7 @@ def running_stack(
     } | {name: canaries.secret(name) for name in ("spark_token", "qdrant_api_key", "upstream_api_key", "api_key")}
     # From files, so that what the processes inherit names no secret.
     for name, secret in planted.items():
-        write_private(settings.home.parent / name, secret)
+        write_text(settings.home.parent / name, secret)
     files = {name: SecretFile(settings.home.parent / name, name) for name in planted}
     with command_lines, Stack(settings.model_copy(update=files)) as stack:
         yield stack

@@ -12,7 +12,7 @@ import pytest
 from cryptography.fernet import Fernet
 from deltalake import write_deltalake
 
-from millrace.stack.home import write_private
+from millrace.private_files import write_text
 from tests.canaries import Canaries, CommandLines
 
 CANARIES = Canaries()
@@ -43,7 +43,7 @@ def test_every_place_of_a_home_is_looked_at(tmp_path: Path) -> None:
     (tmp_path / "a.gz").write_bytes(gzip.compress(SECRET.encode()))
     (tmp_path / "large.bin").write_bytes(b"x" * (32 * 2**20 - 9) + SECRET.encode())
     (tmp_path / "clean").write_text("a word about canaries")
-    write_private(tmp_path / "secrets.json", SECRET)
+    write_text(tmp_path / "secrets.json", SECRET)
 
     found = CANARIES.in_files(tmp_path)
 

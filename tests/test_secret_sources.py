@@ -124,6 +124,20 @@ def test_half_a_rotation_leaves_the_secret_what_it_was_and_is_said_once(
     assert secret.get_secret_value() == "a new one"
 
 
+def test_a_secret_that_kubernetes_exchanges_is_followed(tmp_path: Path) -> None:
+    """It writes a new folder beside the old one, and moves one link from one to the other."""
+    for number, text in enumerate(("old", "new")):
+        (tmp_path / f"..{number}").mkdir()
+        written(tmp_path / f"..{number}" / "key", text, 0o440)
+    (tmp_path / "..data").symlink_to("..0")
+    (tmp_path / "key").symlink_to("..data/key")
+    secret = SecretFile(tmp_path / "key", "MILLRACE_API_KEY")
+    assert secret.get_secret_value() == "old"
+    (tmp_path / "..next").symlink_to("..1")
+    (tmp_path / "..next").replace(tmp_path / "..data")
+    assert secret.get_secret_value() == "new"
+
+
 def test_what_a_server_says_back_is_hidden_and_nothing_else() -> None:
     said = "401: no such key 'sk-123456' in vault 1"
     assert hide(said, SecretStr("sk-123456"), SecretStr(""), SecretStr("1")) == "401: no such key '…' in vault 1"

@@ -8,8 +8,9 @@ import os
 import sys
 
 from millrace.errors import MillraceError
+from millrace.private_files import write_json
 from millrace.settings import read_settings
-from millrace.stack.home import HomeLock, bring_up_to_date, prepare_home, write_json
+from millrace.stack.home import HomeLock, bring_up_to_date, prepare_home
 from millrace.stack.parts import ADMIN, password_file
 
 try:

@@ -13,12 +13,12 @@ import pytest
 from pydantic import SecretStr
 
 from millrace.errors import ApiKeyError, KeysAway, SettingsError
+from millrace.private_files import write_text
 from millrace.secret_sources import SecretFile
 from millrace.serving.api_keys import ApiKey, digest, new_key, read_key
 from millrace.serving.key_store import KeyStore, RateExceeded
 from millrace.settings import Settings
 from millrace.sources.event_log import now
-from millrace.stack.home import write_private
 from tests.serving.databases import Database, connected
 
 pytestmark = pytest.mark.slow
@@ -233,10 +233,10 @@ def test_the_next_connection_logs_in_as_a_rotated_address_says(
     key, _ = make()
     role = f"r_{database.name}"
     database.run(f"create role {role} superuser login")
-    write_private(tmp_path / "url", database.url)
+    write_text(tmp_path / "url", database.url)
     store = KeyStore(keyed.model_copy(update={"keys_url": SecretFile(tmp_path / "url", "MILLRACE_KEYS_URL")}))
     assert store.find(key.id) == key
-    write_private(tmp_path / "url", database.url.replace("postgres@", f"{role}:another@"))
+    write_text(tmp_path / "url", database.url.replace("postgres@", f"{role}:another@"))
     assert store.find(key.id) == key
     asked = f"select count(*) from pg_stat_activity where usename = '{role}'"
     assert database.run(asked) == [(0,)], "a connection that stands goes on"

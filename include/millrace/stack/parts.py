@@ -16,10 +16,11 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from millrace.lakehouse import spark_server
+from millrace.private_files import write_json
 from millrace.secret_sources import is_set
 from millrace.settings import PROJECT, Settings
 from millrace.stack.environment import part_environment
-from millrace.stack.home import Secrets, registry_mark, write_json
+from millrace.stack.home import Secrets, registry_mark
 from millrace.stack.postgres import Postgres
 
 _KEYS_DATABASE = "gateway"

@@ -18,6 +18,7 @@ from typing import Literal, Self
 
 from millrace.airflow_api import Airflow
 from millrace.errors import StackError
+from millrace.private_files import write_json
 from millrace.settings import PROJECT, Settings
 from millrace.stack import processes
 from millrace.stack.home import (
@@ -27,7 +28,6 @@ from millrace.stack.home import (
     obtain_secrets,
     prepare_home,
     with_secrets,
-    write_json,
 )
 from millrace.stack.interrupts import Interrupts
 from millrace.stack.parts import ADMIN, Part, all_parts, with_keys_url
