@@ -143,6 +143,14 @@ def test_what_a_server_says_back_is_hidden_and_nothing_else() -> None:
     assert hide(said, SecretStr("sk-123456"), SecretStr(""), SecretStr("1")) == "401: no such key '…' in vault 1"
 
 
+def test_a_key_is_hidden_after_its_rotation_too(file: Path) -> None:
+    secret = SecretFile(file, "MILLRACE_API_KEY")
+    for new in ("another secret", "a third secret"):
+        written(file, new)
+        assert secret.get_secret_value() == new
+    assert hide(f"no such key: {SECRET}, another secret, a third secret", secret) == "no such key: …, …, …"
+
+
 def test_a_variable_of_airflow_is_not_asked_for_until_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MILLRACE_QDRANT_API_KEY_VARIABLE", "qdrant")
     monkeypatch.setattr(SecretVariable, "_looked_up", lambda self: pytest.fail("a vault was asked"))
