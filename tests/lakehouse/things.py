@@ -171,6 +171,10 @@ def merge_often(
     return [f"{writer}-{i}" for i in range(times)]
 
 
+def count_things(root: str, store: ObjectStore) -> int:
+    return Lake(root, "dev", "qa", store=store).read(THINGS, ["key"]).num_rows
+
+
 def merge_same(root: str, writer: int, start: float) -> tuple[int, int]:
     """Everybody the same new rows: (inserted, updated) of this writer."""
     _wait_until(start)

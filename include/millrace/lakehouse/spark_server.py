@@ -120,7 +120,7 @@ def _configuration(settings: Settings, work: Path, ivy: Path) -> dict[str, str]:
 def _in_object_store(store: ObjectStore) -> dict[str, str]:
     return {
         "spark.jars.excludes": ",".join(_S3A_WITHOUT),
-        # Delta's own guard of commits holds within one server (`lease`); S3A's conditional put, between any two.
+        # Its guard of commits holds within one server. Hence the lease.
         "spark.delta.logStore.s3.impl": "io.delta.storage.S3SingleDriverLogStore",
         **{f"spark.hadoop.{name}": value for name, value in store.hadoop().items()},
     }

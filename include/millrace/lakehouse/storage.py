@@ -92,8 +92,6 @@ class ObjectStore:
         options = {
             "fs.s3.impl": "org.apache.hadoop.fs.s3a.S3AFileSystem",
             "fs.s3a.endpoint.region": self.region,
-            # New files come by conditional PUT. Without this flag S3A looks first, then replaces what came meanwhile.
-            "fs.s3a.performance.flags": "create",
         }
         if self.endpoint:
             options |= {
