@@ -143,7 +143,7 @@ def places(settings: Settings) -> str:
     return (
         f"Airflow   {settings.airflow_url}   {who}; passwords in {password_file(settings.home)}\n"
         f"MLflow    {settings.mlflow_url}\n"
-        f"Gateway   {settings.gateway_url}/v1\n"
+        f"Gateway   {', '.join(f'{url}/v1' for url in settings.gateway_urls)}\n"
         f"Logs      {settings.home / 'logs'}"
     )
 
