@@ -19,6 +19,8 @@ from millrace.settings import Settings
 from tests.conftest import TEMPLATE, answers, free_port, running
 from tests.environments.conftest import PASSWORDS, As
 
+pytestmark = pytest.mark.long  # three environments
+
 
 def register(settings: Settings, application: Application, folder: Path, content: str = "weights") -> str:
     weights = folder / "model.gguf"
@@ -104,7 +106,6 @@ def test_who_is_not_known_is_told_so(ask_as: As, application: Application, monke
         registry.versions(nobody, application)
 
 
-@pytest.mark.long  # It starts two servers.
 def test_what_a_server_had_before_it_had_environments_is_moved_into_one_of_them(
     settings: Settings, ask_as: As, application: Application, tmp_path: Path
 ) -> None:

@@ -109,6 +109,7 @@ def test_a_fine_tune_learns_what_it_is_told_is_repeatable_and_stops_at_nonsense(
         tune(model_folder(PACKAGE), triples, configuration.model_copy(update={"learning_rate": 1e30}), judge, threads=2)
 
 
+@pytest.mark.long
 @pytest.mark.model
 @pytest.mark.timeout(900)
 def test_a_fine_tuned_model_is_a_candidate_with_an_index_beside_the_old_one_which_goes_after_the_rollout(
