@@ -42,7 +42,7 @@ def maintain_lakehouse(application: Application) -> DAG:
         start_date=START,
     ) as dag:
 
-        @task(pool=HEAVY)
+        @task(pool=HEAVY, queue=HEAVY)
         def tidy() -> dict:
             from millrace.upkeep import tidy_tables
 

@@ -56,7 +56,7 @@ def promote(application: Application) -> DAG:
             from millrace.environments.promotion import bring
 
             brought = bring(read_settings(), application, asked["promotion"], run=run_name())
-            if brought["changed"]:
+            if brought["version"]:  # Also if it was here: a run that was killed may have told nobody.
                 outlet_events[releases].add(asset(application.name, "releases"), extra=brought)
             return brought["rebuild"]
 

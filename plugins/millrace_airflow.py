@@ -16,7 +16,8 @@ from millrace.settings import read_settings
 START = datetime(2026, 1, 1, tzinfo=UTC)
 """Of schedules: no interval before it is run, and none is caught up."""
 HEAVY = "heavy"
-"""One-slot pool of the tasks that fill the machine: embedding, training, evaluation."""
+"""One-slot pool of the tasks that fill the machine: embedding, training, evaluation. Their queue is called so too: an
+executor with queues (Celery's) gives them to workers on machines of their own, others pass over it."""
 
 
 def asset(application: str, path: str) -> Asset:

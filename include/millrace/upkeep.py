@@ -31,7 +31,8 @@ from millrace.releases.generator import adapter_name, upstream_of
 from millrace.releases.lineages import searched_lineages
 from millrace.releases.manifest import Manifest, ServedModel
 from millrace.releases.package import read_release
-from millrace.releases.registry import RELEASE_TAG, local_releases, read_aliases, release_manifest, versions
+from millrace.releases.published_split import read_aliases
+from millrace.releases.registry import RELEASE_TAG, local_releases, release_manifest, versions
 from millrace.releases.retention import delete_traces, remove_files
 from millrace.retrieval.embed import forget_lineage
 from millrace.retrieval.index import builds_of, kept_lineages

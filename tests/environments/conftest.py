@@ -25,7 +25,7 @@ from tests.conftest import answers, free_port, running
 from tests.scram import scram_server
 
 ADMINISTRATOR = Login("admin", "the administrator's password")
-PASSWORDS = {identity: f"the password of {identity}" for identity in READS}
+PASSWORDS = {identity: f"what {identity} logs in with" for identity in READS}
 DATABASE_PASSWORDS = {identity: f"the database password of {identity}" for identity in (*READS, *SERVERS)}
 
 

@@ -72,7 +72,7 @@ def test_where_there_are_no_servers_each_wall_says_that_it_is_only_code(alone: C
     assert {name: len(some) for name, some in tries.items()} == {
         "lake": 9 * 7 + 3,
         "mlflow": 135,
-        "postgres": 4 * (48 + 9 + 6),
+        "postgres": 4 * (48 + 2 + 9 + 6),
         "qdrant": 72,
         "gateway": 35,
         "airflow": 48,
@@ -103,6 +103,13 @@ def test_what_is_wrong_with_what_was_given_is_one_sentence(alone: Callable[..., 
     )
     assert away.exit_code == 1
     assert "postgres: PostgreSQL of MILLRACE_POSTGRES_URL doesn't answer" in away.stderr
+    checked = alone(
+        "access check",
+        MILLRACE_POSTGRES_URL="postgresql://postgres@127.0.0.1:1/postgres",
+        MILLRACE_ACCESS_SECRETS=secrets,
+    )
+    assert (checked.exit_code, "0 denied by servers" in checked.stdout) == (1, True)
+    assert "postgres: to try what dev, mlflow, prod, staging may do on PostgreSQL needs its password" in checked.stderr
     none = alone("access token dev")
     assert (none.exit_code, "which no token opens" in none.stderr) == (1, True)
 
@@ -127,7 +134,7 @@ def test_both_walls_are_planned_put_up_told_to_the_audit_trail_and_checked(
     done = walled("access check")
     assert done.exit_code == 0, done.output
     last = done.stdout.splitlines()[-1]
-    allowed, denied = 45 + 4 * 4 + 48, 4 * 11 + 2 * 15 + 4 * (36 + 9 + 6)
+    allowed, denied = 45 + 4 * 4 + 48, 4 * 11 + 2 * 15 + 4 * (36 + 2 + 9 + 6)
     assert denied >= 60
     assert last == f"{allowed} allowed, {denied} denied by servers, 173 not observed, 0 not as declared"
 

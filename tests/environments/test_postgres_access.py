@@ -56,9 +56,11 @@ def test_the_server_lets_each_identity_into_its_own_databases_and_refuses_everyt
         (one.identity, one.environment, one.resource, one.action, one.declared) for one in declared()
     ]
     into_databases = Counter((one.identity, one.allowed) for one in observed if one.resource.startswith("database"))
-    assert into_databases == {(identity, own): 12 if own else 36 for identity in identities() for own in (True, False)}
+    assert into_databases == {
+        (identity, own): 12 if own else 36 + 2 for identity in identities() for own in (True, False)
+    }
     refused = [one for one in observed if one.allowed is False]
-    assert len(refused) == 4 * (36 + 3 * 3 + 6)
+    assert len(refused) == 4 * (36 + 2 + 3 * 3 + 6)
     assert {one.environment for one in refused if one.identity == "dev"} == {"staging", "prod", SHARED}
     assert plan(url, "", DATABASE_PASSWORDS) == []
 
@@ -110,6 +112,7 @@ def test_the_check_sees_a_hole_that_somebody_made(url: str) -> None:
     assert wrong == [
         "dev: connect database prod_airflow in prod: allowed, which is not as declared",
         "dev: read database prod_airflow in prod: allowed, which is not as declared",
+        "dev: read password hashes of server in shared: allowed, which is not as declared",
     ]
     assert [str(one) for one in check(url, DATABASE_PASSWORDS) if one.wrong] == []
 
@@ -164,6 +167,8 @@ def test_nobody_but_the_owner_drops_a_database(url: str) -> None:
 
 def test_keys_of_another_environment_are_refused_by_who_asks_and_where(url: str, settings: Settings) -> None:
     dev = f"dev:{quote(DATABASE_PASSWORDS['dev'])}"
+    own = url.replace("postgres@/postgres", f"{dev}@/dev_gateway")
+    assert KeyStore(settings.model_copy(update={"keys_url": SecretStr(own)})).all() == []  # it makes its table
     for login, said in ((dev, "permission denied for database"), ("dev:guessed", "password authentication failed")):
         address = url.replace("postgres@/postgres", f"{login}@/prod_gateway")
         store = KeyStore(settings.model_copy(update={"keys_url": SecretStr(address)}))

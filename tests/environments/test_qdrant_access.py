@@ -1,6 +1,7 @@
 """Tokens, and the collections that they open. Whether a real server keeps their rules is tried where one is named;
 elsewhere the tries are run against a stand-in that reads tokens as Qdrant's documentation says it does."""
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -11,7 +12,10 @@ from pathlib import Path
 import jwt
 import pytest
 from pydantic import SecretStr
+from typer.testing import CliRunner
 
+from millrace.cli import app
+from millrace.environments import audit
 from millrace.environments.matrix import READS
 from millrace.environments.qdrant_access import apply, declared_collections, known_collections, plan, token
 from millrace.environments.qdrant_check import check, declared
@@ -19,6 +23,7 @@ from millrace.errors import AccessError, RetrievalError
 from millrace.retrieval.server import Server, connect
 from millrace.retrieval.service import ServiceBuilds, collection_name
 from millrace.settings import Settings
+from millrace.stack.environment import settings_variables
 from tests.conftest import copy_declarations
 from tests.retrieval.stand_in import StandIn
 
@@ -87,7 +92,7 @@ def test_what_is_missing_is_created_once_and_then_a_builder_needs_no_more_than_i
     assert planned == [f"create collection {name}" for name in declared_collections(shared)]
     dev = token("dev", declared_collections(shared), API_KEY, now=datetime.now(UTC), valid=timedelta(hours=1))
     own = next(name for name, environment in declared_collections(shared).items() if environment == "dev")
-    with pytest.raises(RetrievalError, match=f"it may not create collection {own}"):
+    with pytest.raises(RetrievalError, match=f"refuses the token of dev .*: it may not create collection {own}"):
         ServiceBuilds(asking(stand_in.url, dev), own).prepare()
     assert [str(change) for change in apply(shared, administrator)] == planned
     assert plan(shared, administrator) == []
@@ -95,6 +100,25 @@ def test_what_is_missing_is_created_once_and_then_a_builder_needs_no_more_than_i
     tuned = collection_name("prod", "qa", "a-lineage-that-a-candidate-brought")
     ServiceBuilds(administrator, tuned).prepare()
     assert known_collections(shared, administrator) == declared_collections(shared) | {tuned: "prod"}
+
+
+def test_the_command_prints_a_token_alone_and_tells_the_audit_trail(shared: Settings) -> None:
+    environment = settings_variables(shared, keys=True)
+    secrets = {"MILLRACE_ACCESS_SECRETS": json.dumps({"qdrant": {"admin": API_KEY}})}
+    plain = CliRunner().invoke(app, ["access", "plan", "--wall", "qdrant"], env=environment | secrets)
+    assert plain.stdout.startswith("qdrant: 6 changes\n  create collection millrace-dev-")
+    done = CliRunner().invoke(app, ["access", "token", "dev", "--days", "7"], env=environment | secrets)
+    assert done.exit_code == 0, done.output
+    said = jwt.decode(done.stdout.strip(), API_KEY, algorithms=["HS256"])
+    assert said["subject"] == "dev"
+    assert timedelta(days=6) < datetime.fromtimestamp(said["exp"], UTC) - datetime.now(UTC) <= timedelta(days=7)
+    assert done.stderr.startswith("A token of dev until ")
+    assert API_KEY not in done.output
+    (entry,) = audit.search(shared, action="permission")
+    assert entry["details"]["change"].startswith("token of dev until ")
+    assert done.stdout.strip() not in json.dumps(entry, default=str)
+    nobody = CliRunner().invoke(app, ["access", "token", "dev"], env=environment)
+    assert (nobody.exit_code, "MILLRACE_ACCESS_SECRETS has no 'admin' for qdrant" in nobody.stderr) == (1, True)
 
 
 @pytest.mark.slow

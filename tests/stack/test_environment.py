@@ -8,7 +8,8 @@ from pydantic import SecretStr
 from millrace.settings import Settings
 from millrace.stack.environment import part_environment, settings_variables
 from millrace.stack.home import obtain_secrets, prepare_home
-from millrace.stack.parts import Part, all_parts, with_keys_url
+from millrace.stack.part import Part
+from millrace.stack.parts import all_parts, with_keys_url
 from millrace.stack.postgres import Postgres
 
 ADMINISTRATORS = {"access_secrets", "airflow_passwords", "backup_airflow_url", "backup_mlflow_url"}

@@ -12,7 +12,6 @@ from millrace.cli.access import access_app
 from millrace.cli.audit import audit_app
 from millrace.cli.backup import backup_command, restore_command
 from millrace.cli.batch import batch_app
-from millrace.cli.common import ApplicationName, console, one_sentence
 from millrace.cli.cost import cost_app
 from millrace.cli.environments import env_app
 from millrace.cli.erase import erase_command
@@ -20,6 +19,7 @@ from millrace.cli.keys import key_app
 from millrace.cli.prompts import prompt_app
 from millrace.cli.releases import index_app, release_app, rollout_app
 from millrace.cli.secrets import secret_app
+from millrace.cli.terminal import ApplicationName, console, one_sentence
 from millrace.environments.airflow_access import declared_logins, password_file
 from millrace.errors import StackError
 from millrace.settings import AIRFLOW_SERVICE, Settings, read_settings
@@ -143,7 +143,7 @@ def places(settings: Settings) -> str:
     return (
         f"Airflow   {settings.airflow_url}   {who}; passwords in {password_file(settings.home)}\n"
         f"MLflow    {settings.mlflow_url}\n"
-        f"Gateway   {settings.gateway_url}/v1\n"
+        f"Gateway   {', '.join(f'{url}/v1' for url in settings.gateway_urls)}\n"
         f"Logs      {settings.home / 'logs'}"
     )
 

@@ -10,10 +10,11 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from pydantic import SecretStr
 from rich.console import Console
 from rich.table import Table
 
-from millrace.cli.common import console, group, one_sentence
+from millrace.cli.terminal import console, group, one_sentence
 from millrace.errors import MillraceError
 from millrace.settings import Settings, read_settings
 from millrace.stack import with_keys_url
@@ -37,7 +38,8 @@ def access_plan(wall: Chosen = None) -> None:
         _tell(one.name, [str(change) for change in one.plan()], "nothing to change")
 
     with one_sentence():
-        _each(_deployment(), wall, planned)
+        if not _each(_deployment(), wall, planned):
+            raise typer.Exit(1)
 
 
 @access_app.command("apply")
@@ -52,7 +54,8 @@ def access_apply(wall: Chosen = None) -> None:
             done = put_up(deployment.settings, one, actor=f"person/{getpass.getuser()}")
             _tell(one.name, done, "nothing to change")
 
-        _each(deployment, wall, applied)
+        if not _each(deployment, wall, applied):
+            raise typer.Exit(1)
 
 
 @access_app.command("check")
@@ -71,16 +74,12 @@ def access_check(
             _show(one.name, found[one.name])
 
     with one_sentence():
-        try:
-            _each(_deployment(), wall, checked, absent=checked)
-        finally:
-            if as_json:
-                print(json.dumps({name: [asdict(one) for one in tries] for name, tries in found.items()}, indent=1))
-        tries = [one for some in found.values() for one in some]
-        wrong = [one for one in tries if one.wrong]
-        if not as_json:
-            _count(tries)
-        if wrong:
+        whole = _each(_deployment(), wall, checked, absent=checked)
+        if as_json:
+            print(json.dumps({name: [asdict(one) for one in tries] for name, tries in found.items()}, indent=1))
+        else:
+            _count([one for tries in found.values() for one in tries])
+        if not whole or any(one.wrong for tries in found.values() for one in tries):
             raise typer.Exit(1)
 
 
@@ -104,7 +103,7 @@ def access_token(
         if not settings.qdrant_url:
             raise AccessError("MILLRACE_QDRANT_URL is empty: index builds are folders here, which no token opens")
         api_key = deployment.secret("qdrant", ADMIN)
-        collections = known_collections(settings, connect(settings.qdrant_url, api_key))
+        collections = known_collections(settings, connect(settings.qdrant_url, SecretStr(api_key)))
         until = now + timedelta(days=days)
         made = token(identity, collections, api_key, now=now, valid=timedelta(days=days))
         told = f"token of {identity} until {until:%Y-%m-%d %H:%M} UTC"
@@ -155,11 +154,10 @@ def _each(
     chosen: list[str] | None,
     do: "Callable[[Wall], None]",
     absent: "Callable[[Wall], None]" = lambda one: None,
-) -> None:
-    """`do` for each wall; one that fails says so and keeps no other from its turn.
+) -> bool:
+    """`do` for each wall; one that fails says so and keeps no other from its turn. Whether none failed.
 
     Raises:
-        Exit: at the end, one failed.
         AccessError: a chosen wall doesn't exist.
     """
     from millrace.environments.walls import WALLS
@@ -169,7 +167,7 @@ def _each(
     names = [wall.name for wall in walls]
     if unknown := sorted(set(chosen or ()) - set(names)):
         raise AccessError(f"there is no wall {', '.join(unknown)}; there are {', '.join(names)}")
-    failed = False
+    whole = True
     for wall in walls:
         if chosen and wall.name not in chosen:
             continue
@@ -180,10 +178,9 @@ def _each(
         try:
             do(wall)
         except MillraceError as error:
-            failed = True
+            whole = False
             _note(f"{wall.name}: {error}")
-    if failed:
-        raise typer.Exit(1)
+    return whole
 
 
 def _tell(wall: str, lines: list[str], none: str) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from millrace.applications import load_application, load_applications
-from millrace.cli.common import console, one_sentence
+from millrace.cli.terminal import console, one_sentence
 from millrace.errors import ErasureError
 from millrace.settings import Settings, read_settings
 from millrace.sources.pseudonym import noted_in, pseudonym, require_same_key

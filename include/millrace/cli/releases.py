@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from millrace.cli.common import ApplicationName, Reason, console, declaration, group, one_sentence
+from millrace.cli.terminal import ApplicationName, Reason, console, declaration, group, one_sentence
 from millrace.settings import read_settings
 from millrace.stack import airflow_of
 

@@ -73,7 +73,8 @@ def check(settings: Settings, keys: Mapping[str, str]) -> list[Observed]:
         AccessError: the gateway doesn't answer.
     """
     found = []
-    with httpx.Client(base_url=settings.gateway_url, timeout=SECONDS) as client:
+    # On this machine or near: no proxy from the environment applies.
+    with httpx.Client(base_url=settings.gateway_url, timeout=SECONDS, trust_env=False) as client:
         for holder, scopes in (HOLDERS | dict.fromkeys((NO_KEY, FOREIGN), frozenset[str]())).items():
             headers = {"authorization": f"Bearer {keys[holder]}"} if holder != NO_KEY else {}
             for one in _TRIES:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 PUBLIC = "PUBLIC"
 """Everybody, as PostgreSQL says it."""
+CLOSED = ("postgres", "template1")
+"""Databases of every server that no identity enters: whoever does may leave large objects there, which others see, and
+which new databases begin with."""
 _NOTHING_MORE = "login nosuperuser nocreatedb nocreaterole noreplication nobypassrls"
 
 
@@ -168,7 +171,7 @@ def _databases(connection: "Connection") -> Iterator[Change]:
         "select datname, case grantee when 0 then %s else pg_get_userbyid(grantee) end, privilege_type"
         " from pg_database, aclexplode(coalesce(datacl, acldefault('d', datdba)))"
         " where datname = any(%s) and grantee <> datdba order by 1, 2, 3",
-        (PUBLIC, list(declared)),
+        (PUBLIC, [*declared, *CLOSED]),
     )
     for database, owner in declared.items():
         if database not in owners:
@@ -182,6 +185,9 @@ def _databases(connection: "Connection") -> Iterator[Change]:
             # The new owner's own grant is the owner's right as soon as it is one.
             if grantee != owner:
                 yield Change("take", grantee, database, privilege)
+    for database, grantee, privilege in granted:
+        if database in CLOSED and grantee in (PUBLIC, *identities()):
+            yield Change("take", grantee, database, privilege)
 
 
 def _inside(connection: "Connection") -> Iterator[Change]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from psycopg2 import sql
 
 from millrace.environments.matrix import READS, SHARED, Observed
-from millrace.environments.postgres_access import declared_databases, identities
+from millrace.environments.postgres_access import CLOSED, declared_databases, identities
 from millrace.environments.postgres_calls import Refused, connected, rows
 from millrace.errors import AccessError
 
@@ -104,6 +104,8 @@ def _promises(identity: str) -> Iterator[tuple[str, str, str, bool]]:
         environment = owner if owner in READS else SHARED
         for action in _IN_DATABASE:
             yield environment, f"database {database}", action, owner == identity
+    for database in CLOSED:
+        yield SHARED, f"database {database}", "connect", False
     for other in identities():
         if other != identity:
             for action in _AS_ROLE:

@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 
 from millrace.applications import Application
 from millrace.releases.mlflow_server import mlflow_client
-from millrace.releases.registry import FILES_TAG, answering_now, read_aliases, versions
+from millrace.releases.published_split import answering_now, read_aliases
+from millrace.releases.registry import FILES_TAG, versions
 from millrace.settings import Settings
 
 TOGETHER = 100

@@ -30,6 +30,7 @@ class Secrets:
     airflow_fernet_key: str
     airflow_jwt_secret: str
     airflow_secret_key: str
+    spark_secret: str
 
 
 RESTORING = "restoring.json"

@@ -30,7 +30,8 @@ from millrace.stack.home import (
     with_secrets,
 )
 from millrace.stack.interrupts import Interrupts
-from millrace.stack.parts import Part, all_parts, with_keys_url
+from millrace.stack.part import Part
+from millrace.stack.parts import all_parts, with_keys_url
 from millrace.stack.preflight import check_machine
 from millrace.stack.runner import Runner
 

@@ -26,8 +26,9 @@ from millrace.releases.declare import declare_release
 from millrace.releases.embedding import release_lineage
 from millrace.releases.manifest import Manifest, describe_embedding
 from millrace.releases.package import read_release
+from millrace.releases.published_split import read_split
 from millrace.releases.recipe import Recipe
-from millrace.releases.registry import fetch_release, read_split, register_once, training_tags
+from millrace.releases.registry import fetch_release, register_once, training_tags
 from millrace.retrieval.embed import Embedder, Lineage, lineage_name, refresh_embeddings
 from millrace.retrieval.embedding_model import MODEL_FILES, WEIGHTS, forget_converted, model_folder, weights_sha256
 from millrace.retrieval.index import build_index, builds_of, published_build
