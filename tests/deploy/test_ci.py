@@ -50,7 +50,7 @@ def test_promoting_takes_its_release_as_it_is_said_and_nothing_else() -> None:
         return subprocess.run(
             ["make", "-o", ".venv/.installed", "promote", "BIN=tests/deploy/said"],
             cwd=PROJECT,
-            env=os.environ | given,
+            env={name: value for name, value in os.environ.items() if not name.startswith("MAKE")} | given,
             capture_output=True,
             text=True,
         )
