@@ -27,7 +27,6 @@ from millrace.lakehouse.tables import (
     SILVER_EXCHANGES,
     SILVER_FEEDBACK,
 )
-from millrace.releases.registry import BUILDER_TAG, tag_release
 from millrace.retrieval.builds import current
 from millrace.retrieval.index import declared_builds
 from millrace.rollout.decisions import fold, read_journal
@@ -114,9 +113,9 @@ def test_what_users_of_staging_say_joins_the_sample(
 
 
 def test_a_candidate_meets_the_gate_then_a_person_then_users(
-    run_dag: RunDag, stack: Stack, airflow: Airflow, application: Application, staging: Lake
+    run_dag: RunDag, stack: Stack, airflow: Airflow, person: Airflow, application: Application, staging: Lake
 ) -> None:
-    for stage in ("evaluate_candidate", "promote"):
+    for stage in ("evaluate_candidate", "approve"):
         airflow.unpause(f"{application.name}.{stage}")
     began = datetime.now(UTC)
     variant = "same" if "same" in application.prompt.variants else min(application.prompt.variants)
@@ -129,14 +128,15 @@ def test_a_candidate_meets_the_gate_then_a_person_then_users(
         assert variant != "same", verdict["criteria"]
         assert fold(read_journal(staging)).waiting == ()
         return
-    promoting = airflow.wait_for_asset_run(f"{application.name}.promote", since=began, timeout=180)
-    until(lambda: state(airflow, promoting.dag_id, promoting.run_id, "approve") == "awaiting_input", 180)
+    asked = airflow.wait_for_asset_run(f"{application.name}.approve", since=began, timeout=180)
+    until(lambda: state(airflow, asked.dag_id, asked.run_id, "approve") == "awaiting_input", 180)
     assert fold(read_journal(staging)).waiting == ()
-    # As if ann had built it: the one user of this Airflow did, and who builds doesn't approve.
-    tag_release(stack.settings, application, candidate, {BUILDER_TAG: "ann"})
     time.sleep(5)  # Airflow fails a task that is answered before its worker has left; no person is that quick.
-    airflow.answer(promoting.dag_id, promoting.run_id, "approve", "Approve", reason="good in staging")
-    assert airflow.wait_for_run(promoting.dag_id, promoting.run_id, timeout=300).state == "success"
+    person.answer(asked.dag_id, asked.run_id, "approve", "Approve", reason="good in staging")
+    assert airflow.wait_for_run(asked.dag_id, asked.run_id, timeout=300).state == "success"
+    [admitted] = [one for one in read_journal(staging) if one.kind == "admit" and one.challenger == candidate]
+    assert admitted.actor in stack.settings.airflow_users
+    assert admitted.reason == "good in staging"
     run_dag("rollout")
     assert fold(read_journal(staging)).challenger == candidate
 
