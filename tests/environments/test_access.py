@@ -67,6 +67,9 @@ def test_where_there_are_no_servers_each_wall_says_that_it_is_only_code(alone: C
         assert [line.split(":")[0] for line in told] == ["lake", "mlflow", "postgres", "qdrant", "gateway"]
         assert all("only code here, no server refuses" in line for line in told)
     assert "0 allowed, 0 denied by servers" in done.stdout
+    for wall in ("lake", "mlflow", "postgres", "qdrant", "gateway"):
+        assert f"{wall}, as declared: not observed" in done.stdout
+    assert "(all)" in done.stdout
     assert "0 not as declared" in done.stdout
     tries = json.loads(alone("access check --json").stdout)
     assert {name: len(some) for name, some in tries.items()} == {
