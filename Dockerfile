@@ -21,6 +21,11 @@ WORKDIR /opt/millrace
 COPY requirements.txt ./
 RUN pip install uv==0.13.9 && uv pip install --system --compile-bytecode --no-deps -r requirements.txt
 
+# Airflow's Celery and Kubernetes executors, for whoever builds with EXECUTORS=1.
+ARG EXECUTORS=
+COPY deploy/executors.txt ./deploy/executors.txt
+RUN test -z "$EXECUTORS" || uv pip install --system --compile-bytecode --no-deps -r deploy/executors.txt
+
 COPY pyproject.toml README.md LICENSE ./
 COPY include ./include
 COPY dags ./dags

@@ -8,16 +8,16 @@ from airflow.sdk.exceptions import AirflowSkipException
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import START, AlertNotifier, asset, stage
+from millrace_airflow import START, AlertNotifier, approvers, asset, stage
 
 ASKS = "{{ ti.xcom_pull(task_ids='choose')['asks'] }}"
 TOLD = "{{ ti.xcom_pull(task_ids='choose')['told'] }}"
 
 RUNBOOK = """
 ### What it does
-Started by a passed evaluation. Where `[promotion] approval_in` of the declaration names this environment, it asks a
-person (*Required Actions*): **Approve** or **Reject**, with a reason. Who built the release can't answer. The answer
-is a decision in the journal; an approval admits the release to the rollout. Elsewhere the gate's word is enough.
+Started by a passed evaluation. Where `[promotion] approval_in` of the declaration names this environment, it asks an
+operator or admin who didn't build it (*Required Actions*): **Approve** or **Reject**, with a reason. The answer is a
+decision in the journal; an approval admits the release to the rollout. Elsewhere the gate's word is enough.
 
 ### Healthy
 Green, or waiting in *approve* (an alert says so, and reminds). Skipped: nothing waits for an answer.
@@ -57,6 +57,7 @@ def approve(application: Application) -> DAG:
                 subject=ASKS,
                 body=TOLD,
                 options=["Approve", "Reject"],
+                assigned_users=approvers(),
                 params={"reason": Param("", type="string", description="Why; kept in the journal")},
                 response_timeout=timedelta(hours=policy.timeout_hours),
                 notifiers=[AlertNotifier(f"{dag.dag_id} waits: {ASKS}", TOLD)],

@@ -56,13 +56,13 @@ def finetune(application: Application) -> DAG:
                 raise AirflowSkipException(built["why"])
             return built
 
-        @task(pool=HEAVY)
+        @task(pool=HEAVY, queue=HEAVY)
         def train(built: dict) -> dict:
             from millrace.training.finetune import finetune
 
             return finetune(read_settings(), application, run=run_name(), **built["learns"])
 
-        @task(pool=HEAVY, outlets=[releases])
+        @task(pool=HEAVY, queue=HEAVY, outlets=[releases])
         def release(trained: dict, *, params: dict, outlet_events) -> dict:
             from millrace.training.candidate import release_candidate
 

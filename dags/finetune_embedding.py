@@ -39,7 +39,7 @@ def finetune_embedding(application: Application) -> DAG:
         },
     ) as dag:
 
-        @task(pool=HEAVY)
+        @task(pool=HEAVY, queue=HEAVY)
         def tune(*, params: dict) -> dict:
             from millrace.training.embedding import tune_embedding
 

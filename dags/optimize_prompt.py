@@ -49,7 +49,7 @@ def optimize_prompt(application: Application) -> DAG:
         },
     ) as dag:
 
-        @task(pool=HEAVY)
+        @task(pool=HEAVY, queue=HEAVY)
         def study(*, params: dict) -> dict:
             from millrace.prompts.optimize import optimize_prompt as optimize
 

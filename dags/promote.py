@@ -9,7 +9,7 @@ from airflow.sdk.exceptions import AirflowSkipException
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import AlertNotifier, asset, run_name, stage
+from millrace_airflow import AlertNotifier, approvers, asset, run_name, stage
 
 ASKS, TOLD = ("{{ ti.xcom_pull(task_ids='ask_for')['" + name + "'] }}" for name in ("asks", "told"))
 RUNBOOK = """
@@ -56,7 +56,7 @@ def promote(application: Application) -> DAG:
             from millrace.environments.promotion import bring
 
             brought = bring(read_settings(), application, asked["promotion"], run=run_name())
-            if brought["changed"]:
+            if brought["version"]:  # Also if it was here: a run that was killed may have told nobody.
                 outlet_events[releases].add(asset(application.name, "releases"), extra=brought)
             return brought["rebuild"]
 
@@ -66,6 +66,7 @@ def promote(application: Application) -> DAG:
             alert = AlertNotifier(f"{dag.dag_id} waits: {ASKS}", TOLD)
             form = {"reason": Param("", type="string", description="Why; kept in the journal")}
             shown = {"subject": ASKS, "body": TOLD, "options": ["Approve", "Reject"], "params": form}
+            shown |= {"assigned_users": approvers()}
             answer = HITLOperator(task_id="approve", **shown, response_timeout=hours, notifiers=[alert], retries=0)
             asked >> answer
             record(asked, answer.output) >> brought

@@ -13,21 +13,24 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from pydantic import SecretStr
 
 from millrace.applications import Application
 from millrace.engines.base_model import base_model_path
 from millrace.engines.converted import hugging_face_folder
 from millrace.lakehouse import spark_server
 from millrace.lakehouse.lake import Lake
+from millrace.private_files import write_json, write_private
 from millrace.secret_sources import SecretFile
 from millrace.settings import Settings
 from millrace.stack import Stack
-from millrace.stack.home import prepare_home, write_json, write_private
+from millrace.stack.home import Secrets, prepare_home
 from millrace.stack.postgres import Postgres
 from millrace.stack.versitygw import Versitygw
 from tests.canaries import Canaries, CommandLines
@@ -224,6 +227,16 @@ def free_port() -> int:
         return listening.getsockname()[1]
 
 
+def free_ports_in_a_row(count: int) -> range:
+    """For settings that mean a port and the ones after it."""
+    while True:
+        with ExitStack() as held, suppress(OSError, OverflowError):
+            first = free_port()
+            for port in range(first, first + count):
+                held.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return range(first, first + count)
+
+
 def choose_free_ports() -> dict[str, int]:
     """Settings of a stack beside whatever else runs on this machine."""
     names = ("airflow_port", "mlflow_port", "gateway_port", "spark_port")
@@ -339,13 +352,15 @@ def running_stack(
     prepare_home(settings)
     write_json(settings.home / "secrets.json", canaries.generated())
     database = Postgres(settings.home / "postgres").url("postgres").replace("@", f":{canaries.plain('keys')}@", 1)
-    planted = {
+    generated = [field.name for field in fields(Secrets)]
+    secret = [name for name, field in Settings.model_fields.items() if field.annotation is SecretStr]
+    planted = {name: canaries.secret(name) for name in secret if name not in generated} | {
         "alert_urls": webhook.url.replace("://", f"://alerts:{canaries.plain('alerts')}@"),
         "keys_url": database,
-    } | {name: canaries.secret(name) for name in ("spark_token", "qdrant_api_key", "upstream_api_key", "api_key")}
+    }
     # From files, so that what the processes inherit names no secret.
-    for name, secret in planted.items():
-        write_private(settings.home.parent / name, secret)
+    for name, value in planted.items():
+        write_private(settings.home.parent / name, value)
     files = {name: SecretFile(settings.home.parent / name, name) for name in planted}
     with command_lines, Stack(settings.model_copy(update=files)) as stack:
         yield stack

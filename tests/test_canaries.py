@@ -13,7 +13,7 @@ import pytest
 from cryptography.fernet import Fernet
 from deltalake import write_deltalake
 
-from millrace.stack.home import write_private
+from millrace.private_files import write_private
 from tests.canaries import Canaries, CommandLines
 
 CANARIES = Canaries()

@@ -128,9 +128,31 @@ def test_half_a_rotation_leaves_the_secret_what_it_was_and_is_said_once(
     assert secret.get_secret_value() == "a new one"
 
 
+def test_a_secret_that_kubernetes_exchanges_is_followed(tmp_path: Path) -> None:
+    """It writes a new folder beside the old one, and moves one link from one to the other."""
+    for number, text in enumerate(("old", "new")):
+        (tmp_path / f"..{number}").mkdir()
+        written(tmp_path / f"..{number}" / "key", text, 0o440)
+    (tmp_path / "..data").symlink_to("..0")
+    (tmp_path / "key").symlink_to("..data/key")
+    secret = SecretFile(tmp_path / "key", "MILLRACE_API_KEY")
+    assert secret.get_secret_value() == "old"
+    (tmp_path / "..next").symlink_to("..1")
+    (tmp_path / "..next").replace(tmp_path / "..data")
+    assert secret.get_secret_value() == "new"
+
+
 def test_what_a_server_says_back_is_hidden_and_nothing_else() -> None:
     said = "401: no such key 'sk-123456' in vault 1"
     assert hide(said, SecretStr("sk-123456"), SecretStr(""), SecretStr("1")) == "401: no such key '…' in vault 1"
+
+
+def test_a_key_is_hidden_after_its_rotation_too(file: Path) -> None:
+    secret = SecretFile(file, "MILLRACE_API_KEY")
+    for new in ("another secret", "a third secret"):
+        written(file, new)
+        assert secret.get_secret_value() == new
+    assert hide(f"no such key: {SECRET}, another secret, a third secret", secret) == "no such key: …, …, …"
 
 
 def test_a_variable_of_airflow_is_not_asked_for_until_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ MillraceError
 ├── GateRefusal            a candidate did not pass; the message names the criterion
 ├── AccessError            who may do what can't be read, changed or tried
 ├── ApprovalError          who answered may not decide this
+├── ErasureError           what is known of a user can't be erased yet
 └── AuditError             the audit trail is not whole, or an entry can't go into it
 """
 
@@ -122,6 +123,10 @@ class AccessError(MillraceError):
 
 class ApprovalError(MillraceError):
     """Who answered may not decide this."""
+
+
+class ErasureError(MillraceError):
+    """What is known of a user can't be erased yet."""
 
 
 class AuditError(MillraceError):

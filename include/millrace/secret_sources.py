@@ -43,6 +43,8 @@ class SecretFile(SecretStr):
             SettingsError: the file is not there, empty, no text, or everybody on this machine may read it.
         """
         self.path = path
+        self.earlier: frozenset[str] = frozenset()
+        """What this object has held before: it was in requests, and answers to them may still say it."""
         self._name = name
         self._seen = _stamp(path)
         super().__init__(_read(path, name))
@@ -52,9 +54,12 @@ class SecretFile(SecretStr):
         stamp = _stamp(self.path)
         if stamp != self._seen:
             try:
-                self._secret_value = _read(self.path, self._name)
+                new = _read(self.path, self._name)
             except SettingsError as error:
                 log.error("%s; what it held before goes on", error)
+            else:
+                self.earlier |= {self._secret_value}
+                self._secret_value = new
             self._seen = stamp
         return self._secret_value
 
@@ -151,8 +156,10 @@ def hide(text: str, *secrets: SecretStr) -> str:
 
 def values_of(secret: SecretStr) -> list[str]:
     """What must not be seen of it: each of its lines, since some secrets are several. Asks no vault."""
-    held = "" if isinstance(secret, SecretVariable) else secret.get_secret_value()
-    return [line for line in held.splitlines() if len(line) >= _SHORTEST]
+    held = {secret.get_secret_value()} if not isinstance(secret, SecretVariable) else set()
+    if isinstance(secret, SecretFile):
+        held |= secret.earlier
+    return [line for text in held for line in text.splitlines() if len(line) >= _SHORTEST]
 
 
 class WithoutSecrets(logging.Formatter):

@@ -25,6 +25,7 @@ print(json.dumps({
             "late": bool(dag.deadline),
             "timetable": type(dag.timetable).__name__,
             "tasks": {task.task_id: [task.retries, len(task.on_failure_callback or ())] for task in dag.tasks},
+            "places": {task.task_id: [task.pool, task.queue] for task in dag.tasks},
             "params": {
                 name: {"description": dag.params.get_param(name).description} | dag.params.get_param(name).schema
                 for name in dag.params
@@ -66,6 +67,11 @@ def test_every_stage_has_a_runbook_a_deadline_and_an_alert(read: dict) -> None:
             assert "### Backfill" in dag["doc"], name
         assert dag["late"], name
         assert all(alerts for _, alerts in dag["tasks"].values()), name
+
+
+def test_tasks_that_fill_a_machine_wait_for_one_another_and_go_to_workers_of_their_own(read: dict) -> None:
+    places = {tuple(place) for dag in read["dags"].values() for place in dag["places"].values()}
+    assert places == {("heavy", "heavy"), ("default_pool", "default")}
 
 
 def test_what_a_person_can_fill_in_is_typed_described_and_has_a_default(read: dict) -> None:

@@ -22,12 +22,13 @@ import pytest
 
 from millrace.environments import mlflow_access
 from millrace.environments.mlflow_calls import Login
+from millrace.private_files import write_json, write_private
 from millrace.secret_sources import SecretFile, SecretVariable
 from millrace.settings import PROJECT, Settings
 from millrace.sources.completion_id import read_keys, verify
 from millrace.stack import Stack
 from millrace.stack.environment import settings_variables
-from millrace.stack.home import prepare_home, write_json, write_private
+from millrace.stack.home import prepare_home
 from millrace.stack.postgres import Postgres
 from tests.canaries import KEPT, Canaries, CommandLines
 from tests.conftest import Webhook, answers, free_port, running, stack_settings

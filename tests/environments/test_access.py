@@ -64,7 +64,7 @@ def test_where_there_are_no_servers_each_wall_says_that_it_is_only_code(alone: C
         done = alone(f"access {command}")
         assert done.exit_code == 0
         told = done.stderr.splitlines()
-        assert [line.split(":")[0] for line in told] == ["lake", "mlflow", "postgres", "qdrant", "gateway"]
+        assert [line.split(":")[0] for line in told] == ["lake", "mlflow", "postgres", "qdrant", "gateway", "airflow"]
         assert all("only code here, no server refuses" in line for line in told)
     assert "0 allowed, 0 denied by servers" in done.stdout
     for wall in ("lake", "mlflow", "postgres", "qdrant", "gateway"):
@@ -78,6 +78,7 @@ def test_where_there_are_no_servers_each_wall_says_that_it_is_only_code(alone: C
         "postgres": 4 * (48 + 2 + 9 + 6),
         "qdrant": 72,
         "gateway": 35,
+        "airflow": 48,
     }
     assert {one["allowed"] for some in tries.values() for one in some} == {None}
 
@@ -91,7 +92,7 @@ def test_what_is_wrong_with_what_was_given_is_one_sentence(alone: Callable[..., 
     unknown = alone("access check --wall moat")
     assert (unknown.exit_code, unknown.stderr) == (
         1,
-        "there is no wall moat; there are lake, mlflow, postgres, qdrant, gateway\n",
+        "there is no wall moat; there are lake, mlflow, postgres, qdrant, gateway, airflow\n",
     )
     with_password = alone("access plan", MILLRACE_POSTGRES_URL="postgresql://postgres:hush@host/postgres")
     assert with_password.exit_code == 1

@@ -9,12 +9,12 @@ from typer.testing import CliRunner
 
 from millrace.applications import load_application
 from millrace.cli import app
-from millrace.environments.description import describe, record_description, recorded_description
+from millrace.environments.description import record_description, recorded_description
 from millrace.environments.difference import Part, compare_environments
 from millrace.errors import LakehouseError, SettingsError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import OPS_CURSORS, OPS_ENVIRONMENT, PLATFORM
-from millrace.releases import registry
+from millrace.releases import prompt_registry, published_split, registry
 from millrace.releases.split import Split
 from millrace.settings import Settings
 from tests.conftest import COMMIT, TEMPLATE, copy_declarations
@@ -128,9 +128,9 @@ def test_models_prompts_and_permissions_are_read_with_the_callers_credential_and
         register(ask_as(identity), handbook, tmp_path, content)
     registered = registry.versions(ask_as("staging"), handbook)
     (first, one), (_, two) = [(version, tags[registry.RELEASE_TAG]) for version, tags in registered.items()][-2:]
-    registry.publish_split(ask_as("staging"), "handbook", Split(sequence=1, champion=first))
-    registry.publish_split(ask_as("prod"), "handbook", Split(sequence=1, champion="1"))
-    registry.register_prompt(ask_as("staging"), handbook, TEMPLATE, run="test")
+    published_split.publish_split(ask_as("staging"), "handbook", Split(sequence=1, champion=first))
+    published_split.publish_split(ask_as("prod"), "handbook", Split(sequence=1, champion="1"))
+    prompt_registry.register_prompt(ask_as("staging"), handbook, TEMPLATE, run="test")
 
     found = asked_by("prod", "prod")  # prod reads staging
     models = values(found["models"])
@@ -177,5 +177,6 @@ def test_a_person_reads_the_difference_and_a_program_gets_it_as_json(
         part["name"]: part for part in json.loads(run.invoke(app, ["env", "diff", "dev", "staging", "--json"]).output)
     }
     assert {"name": "MILLRACE_ENVIRONMENT", "left": '"dev"', "right": '"staging"'} in parts["settings"]["differences"]
-    assert parts["models"]["unread"][0]["environment"] == "dev"
-    assert describe(alone).commit == COMMIT
+    dev, staging = parts["models"]["unread"]
+    assert (dev["environment"], staging["environment"]) == ("dev", "staging")
+    assert "has no workspaces (MILLRACE_MLFLOW_WORKSPACES), so what is in it is of dev alone" in staging["why"]

@@ -70,8 +70,10 @@ def test_a_release_is_asked_about_approved_copied_and_written_into_the_audit_tra
         record_answer(staging, application, promotion, answer("Approve", "eve", " "))
     assert registry.versions(staging, application) == {}
 
-    for said in (answer("Approve", "eve"), answer("Reject", "bob")):  # a cleared task asks again: the first one stays
+    for said in (answer("Approve", "eve"), answer("Approve", "bob")):  # a cleared task asks again: the first one stays
         record_answer(staging, application, promotion, said)
+    with pytest.raises(ApprovalError, match=r"eve answered otherwise about promotion \w+ before; start another"):
+        record_answer(staging, application, promotion, answer("Reject", "bob"))
     for changed in (True, False):
         brought = bring(staging, application, promotion, run="promote/r1/bring")
         assert (brought["changed"], brought["version"], brought["rebuild"]) == (changed, "1", [])

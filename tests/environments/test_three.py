@@ -3,6 +3,7 @@ Airflow, each with its own credential on one MLflow server. A promotion of each 
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from millrace.environments.difference import compare_environments
 from millrace.errors import ReleaseError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import OPS_EVALUATIONS, OPS_PROMOTIONS
-from millrace.releases import registry
+from millrace.releases import published_split, registry
 from millrace.releases.declare import declare_release
 from millrace.rollout import people
 from millrace.rollout.decisions import fold, read_journal
@@ -33,7 +34,7 @@ from tests.training.conftest import index
 pytestmark = [pytest.mark.long, pytest.mark.stack, pytest.mark.timeout(3000)]
 
 EVE = {"actor": "eve", "reason": "users complained"}
-FORM = {"max_examples": 24, "method": None, "start": "base", "teacher": None, "remove_blocks": 0}
+FORM = {"max_examples": 12, "method": None, "start": "base", "teacher": None, "remove_blocks": 0}
 
 
 def log_in(identity: str) -> None:
@@ -49,7 +50,9 @@ def prod(open_folder: Path, walled_uri: str, monkeypatch: pytest.MonkeyPatch) ->
     shared = {"mlflow_uri": walled_uri, "mlflow_workspaces": True, "commit": COMMIT}
     settings = stack_settings(Path(tempfile.mkdtemp(dir=open_folder)), environment="prod", **shared)
     declaration = settings.applications / "qa.toml"
-    declaration.write_text(f'{declaration.read_text()}\n[promotion.prod]\nfinetune = "code"\n')
+    # Twice on two cores: what is learnt is nothing here.
+    short = declaration.read_text().replace("\nepochs = 2\n", "\nepochs = 1\nlora_layers = 4\n")
+    declaration.write_text(f'{short}\n[promotion.prod]\nfinetune = "code"\n')
     with WorkspaceContext(None), Stack(settings) as stack:
         yield stack
 
@@ -65,18 +68,16 @@ def in_dev(settings: Settings, application: Application) -> dict[str, str]:
     return made | {"finetuned": tuned["version"]}
 
 
-def promote(airflow: Airflow, version: str, option: str = "Approve") -> str:
-    """The id of a promotion that the one user of prod's Airflow answered, and that succeeded."""
+def promote(airflow: Airflow, version: str) -> str:
+    """The id of a promotion that the one user of prod's Airflow approved of, and that succeeded."""
     run = airflow.trigger("qa.promote", {"version": version}).run_id
-    return answered(airflow, run, option)
 
-
-def answered(airflow: Airflow, run: str, option: str = "Approve") -> str:
     def states() -> dict[str, str | None]:
         return {task.task_id: task.state for task in airflow.tasks("qa.promote", run)}
 
     until(lambda: states()["approve"] == "awaiting_input" or states()["ask_for"] == "failed", 120)
-    airflow.answer("qa.promote", run, "approve", option, reason="asked and answered")
+    time.sleep(15)  # Airflow fails a task that is answered before its worker has left; no person is that quick.
+    airflow.answer("qa.promote", run, "approve", "Approve", reason="asked and answered")
     ends(airflow, "qa.promote", run, "success")
     return run
 
@@ -163,7 +164,7 @@ WAYS = {"declared": "models", "broken": "models", "finetuned": "code"}
 
 
 def champion(settings: Settings) -> str | None:
-    split = registry.read_split(settings, "qa")
+    split = published_split.read_split(settings, "qa")
     return split.champion if split else None
 
 

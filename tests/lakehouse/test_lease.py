@@ -22,7 +22,7 @@ from tests.lakehouse.conftest import KEEPER, kept_spark
 from tests.lakehouse.things import THINGS, hashes, things
 
 pytestmark = pytest.mark.long
-TERM = 1.5
+TERM = 6.0
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_who_can_not_renew_in_time_has_lost_it_before_anybody_may_take_it(first:
     began = time.monotonic()
     with pytest.raises(LakehouseError, match=r"is lost: the object store did not answer in time"):
         renew_on()
-    assert TERM / 2 < time.monotonic() - began < TERM
+    assert TERM / 2 < time.monotonic() - began < TERM * 5 / 6
 
 
 def test_an_answer_that_got_lost_loses_no_lease(first: Lease) -> None:

@@ -26,6 +26,7 @@ from millrace.lakehouse.tables import (
     text,
 )
 from millrace.lakehouse.tables import time as time_column
+from millrace.retrieval.chunk import chunk_documents
 from millrace.settings import Settings
 
 THINGS = Table(
@@ -139,6 +140,22 @@ def sleeping(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         yield batch
 
 
+def witnessed(
+    batches: Iterator[pa.RecordBatch], chunking: Chunking, log: Path, pause: float = 0.0
+) -> Iterator[pa.RecordBatch]:
+    """Chunks of documents. Each task first says on which worker of a Spark cluster it runs; `pause` is in seconds."""
+    folders = Path.cwd().parts  # …/worker-1/applications/app-…/0
+    with log.open("a") as file:
+        file.write(f"{next((one for one in folders if one.startswith('worker-')), 'no-worker')}\n")
+    time.sleep(pause)
+    yield from chunk_documents(batches, chunking)
+
+
+def sentences(number: int) -> str:
+    """A hundred words of their own."""
+    return " ".join(f"word{number}x{n}" for n in range(100))
+
+
 # What the processes of the concurrency tests run: begin at the same moment, say what happened.
 
 
@@ -152,6 +169,10 @@ def merge_often(
     for i in range(times):
         lake.merge(THINGS, things({f"{writer}-{i}": "x", "shared": f"{writer}-{i}"}), run=f"writer {writer}")
     return [f"{writer}-{i}" for i in range(times)]
+
+
+def count_things(root: str, store: ObjectStore) -> int:
+    return Lake(root, "dev", "qa", store=store).read(THINGS, ["key"]).num_rows
 
 
 def merge_same(root: str, writer: int, start: float) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import pytest
 from millrace.applications import Application
 from millrace.errors import MillraceError
 from millrace.lakehouse.lake import Lake
-from millrace.releases import registry
+from millrace.releases import published_split
 from millrace.rollout import people
 from millrace.rollout.controller import tick
 from millrace.rollout.decisions import read_journal
@@ -40,14 +40,14 @@ def test_each_act_is_a_decision_with_name_and_reason(
     assert [(d.champion, d.challenger, d.share) for d in journal[-2:]] == [("2", "2", 1.0), ("1", "2", 0.0)]
     assert journal[1].simulated
     assert journal[2].simulated
-    split = registry.read_split(tracked, application.name)
+    split = published_split.read_split(tracked, application.name)
     assert split is not None
     assert (split.sequence, split.champion, split.challenger) == (6, "1", None)
 
 
 def test_a_rollback_by_hand_acts_at_once(started: Lake, tracked: Settings, application: Application) -> None:
     people.roll_back(tracked, application, **ANN)
-    split = registry.read_split(tracked, application.name)
+    split = published_split.read_split(tracked, application.name)
     assert split is not None
     assert (split.champion, split.challenger, split.share) == ("1", None, 0.0)
     assert tick(tracked, application, run="test")["decision"] is None
@@ -89,7 +89,7 @@ def test_a_withdrawn_release_is_given_to_nobody_whatever_it_was(
         return [(d.kind, d.champion) for d in people.withdraw(tracked, application, version, **ANN)]
 
     def published() -> tuple[str | None, str | None]:
-        split = registry.read_split(tracked, application.name)
+        split = published_split.read_split(tracked, application.name)
         assert split is not None
         return split.champion, split.challenger
 

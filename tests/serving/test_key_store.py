@@ -13,12 +13,12 @@ import pytest
 from pydantic import SecretStr
 
 from millrace.errors import ApiKeyError, KeysAway, SettingsError
+from millrace.private_files import write_private
 from millrace.secret_sources import SecretFile
 from millrace.serving.api_keys import ApiKey, digest, new_key, read_key
 from millrace.serving.key_store import KeyStore, RateExceeded
 from millrace.settings import Settings
 from millrace.sources.event_log import now
-from millrace.stack.home import write_private
 from tests.serving.databases import Database, connected
 
 pytestmark = pytest.mark.slow

@@ -8,10 +8,11 @@ from pydantic import SecretStr
 from millrace.settings import Settings
 from millrace.stack.environment import part_environment, settings_variables
 from millrace.stack.home import obtain_secrets, prepare_home
-from millrace.stack.parts import Part, all_parts, with_keys_url
+from millrace.stack.part import Part
+from millrace.stack.parts import all_parts, with_keys_url
 from millrace.stack.postgres import Postgres
 
-ADMINISTRATORS = {"access_secrets", "backup_airflow_url", "backup_mlflow_url"}
+ADMINISTRATORS = {"access_secrets", "airflow_passwords", "backup_airflow_url", "backup_mlflow_url"}
 
 READ_BACK = """
 from millrace.settings import read_settings
@@ -49,7 +50,8 @@ def test_parts_that_need_no_keys_get_none(settings: Settings) -> None:
 
 
 def test_no_part_knows_what_administers_the_walls(settings: Settings) -> None:
-    assert {name for name in Settings.model_fields if name.startswith(("access_", "backup_"))} >= ADMINISTRATORS
+    others = {name for name in Settings.model_fields if name.startswith(("access_", "backup_"))}
+    assert others | {"airflow_passwords"} >= ADMINISTRATORS
     given = settings.model_copy(update=dict.fromkeys(ADMINISTRATORS, SecretStr("of the administrator")))
     for keys in (True, False):
         environment = part_environment(given, threads=1, keys=keys)

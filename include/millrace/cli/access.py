@@ -14,7 +14,7 @@ from pydantic import SecretStr
 from rich.console import Console
 from rich.table import Table
 
-from millrace.cli.common import console, group, one_sentence
+from millrace.cli.terminal import console, group, one_sentence
 from millrace.errors import MillraceError
 from millrace.settings import Settings, read_settings
 from millrace.stack import with_keys_url

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from millrace.cli.common import console, one_sentence
+from millrace.cli.terminal import console, one_sentence
 from millrace.settings import read_settings
 
 
@@ -58,7 +58,7 @@ def restore_command(
     if not restored.secrets:
         told.append(
             "The backup is without keys. Unless your environment sets them, put the old secrets.json into "
-            f"{settings.home} first: with new keys known users are strangers, and what Airflow encrypted is lost."
+            f"{settings.home} first: what is stored, and what Airflow encrypted, can't be used with other keys."
         )
     console.print("\n".join(told), markup=False, soft_wrap=True)
 

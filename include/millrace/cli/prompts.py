@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from millrace.cli.common import ApplicationName, console, declaration, group, one_sentence
+from millrace.cli.terminal import ApplicationName, console, declaration, group, one_sentence
 
 prompt_app = group("Prompts: versions, what changed, try one, look for a better one.")
 

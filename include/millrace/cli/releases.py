@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from millrace.cli.common import ApplicationName, Reason, console, declaration, group, one_sentence
+from millrace.cli.terminal import ApplicationName, Reason, console, declaration, group, one_sentence
 from millrace.settings import read_settings
 from millrace.stack import airflow_of
 
@@ -199,7 +199,7 @@ def index_back(application: ApplicationName = "qa", lineage: LineageName = None)
 
     with one_sentence():
         settings, declared = declaration(application)
-        moved = publish_previous(settings, declared, lineage)
+        moved = publish_previous(settings, declared, lineage, actor=getpass.getuser())
         console.print(f"Published {moved.build} of {application}; before it was {moved.previous}.", markup=False)
 
 

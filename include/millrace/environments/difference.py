@@ -6,6 +6,7 @@ read is named, never taken for equal.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import pyarrow as pa
@@ -21,7 +22,8 @@ from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import PLATFORM, TABLES, Table
 from millrace.releases.mlflow_server import mlflow_client
-from millrace.releases.registry import RELEASE_TAG, read_split, versions
+from millrace.releases.published_split import read_split
+from millrace.releases.registry import RELEASE_TAG, versions
 from millrace.settings import Settings
 
 Found = TypeVar("Found")
@@ -78,13 +80,20 @@ def compare_environments(settings: Settings, left: str, right: str) -> list[Part
         _compared(name, *(one if isinstance(one, Unread) else one[name] for one in said))
         for name in ("code", "settings", "secrets", "declarations")
     ]
-    read_by: dict[str, Callable[[Settings], Values]] = {
-        "tables": _tables,
-        "models": _models,
-        "prompts": _prompts,
-        "permissions": _permissions,
-    }
-    return parts + [_compared(name, *(_read(read, side) for side in sides)) for name, read in read_by.items()]
+    parts.append(_compared("tables", *(_read(_tables, side) for side in sides)))
+
+    def of_mlflow(read: Callable[[Settings], Values], side: Settings) -> Values:
+        if not settings.mlflow_workspaces and side.environment != settings.environment:
+            raise ReleaseError(
+                f"MLflow at {settings.mlflow_url} has no workspaces (MILLRACE_MLFLOW_WORKSPACES), so what is in it is "
+                f"of {settings.environment} alone"
+            )
+        return read(side)
+
+    in_mlflow = {"models": _models, "prompts": _prompts, "permissions": _permissions}
+    return parts + [
+        _compared(name, *(_read(partial(of_mlflow, read), side) for side in sides)) for name, read in in_mlflow.items()
+    ]
 
 
 def _compared(name: str, left: Values | Unread, right: Values | Unread) -> Part:
@@ -185,8 +194,8 @@ def _permissions(side: Settings) -> Values:
     known = read_mlflow_creds()
     if not side.mlflow_workspaces or not known.username:
         raise ReleaseError(
-            f"MLflow at {side.mlflow_url} keeps no environments apart (MILLRACE_MLFLOW_WORKSPACES), or nobody logs in "
-            "(MLFLOW_TRACKING_USERNAME), so there are no permissions to compare"
+            f"nobody logs in to MLflow at {side.mlflow_url} (MLFLOW_TRACKING_USERNAME), or it has no workspaces: "
+            "whoever reaches it may do anything, or nothing is known of who may"
         )
     with Caller(side, Login(known.username, known.password or "")) as ask:
         mine = ask("GET", "3.0/mlflow/users/current/permissions")

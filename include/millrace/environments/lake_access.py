@@ -42,15 +42,15 @@ class Statement:
 
     @classmethod
     def read(cls, told: Mapping[str, Any]) -> "Statement":
-        """From a policy's JSON; of what is not said in the way of ours, the JSON itself is what is named."""
-        principal = told.get("Principal", {"AWS": []})
+        """From a policy's JSON. What ours never have, `NotAction` or another kind of principal, is kept as it is said,
+        so that it is seen and taken away."""
+        principal: Any = told.get("Principal")
+        by_name = isinstance(principal, dict) and principal.keys() == {"AWS"}
         return cls(
             effect=str(told["Effect"]),
-            principals=_sorted(principal.get("AWS", []) if set(principal) == {"AWS"} else json.dumps(principal))
-            if isinstance(principal, Mapping)
-            else _sorted(principal),
-            actions=_sorted(told.get("Action", f"all but {told.get('NotAction')}")),
-            resources=_sorted(told.get("Resource", f"all but {told.get('NotResource')}")),
+            principals=_sorted(principal["AWS"] if by_name else _canonical(principal)),
+            actions=_sorted(told.get("Action") or f"NotAction {told.get('NotAction')}"),
+            resources=_sorted(told.get("Resource") or f"NotResource {told.get('NotResource')}"),
             condition=_canonical(told["Condition"]) if told.get("Condition") else "",
         )
 

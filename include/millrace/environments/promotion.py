@@ -75,25 +75,36 @@ def request(settings: Settings, application: Application, version: str, *, run_i
 def record_answer(
     settings: Settings, application: Application, asked: Mapping[str, Any], answer: Mapping[str, Any]
 ) -> None:
-    """Write a person's answer into the journal; what it has of this promotion, stays.
+    """Write a person's answer into the journal, unless it has the same.
 
     Args:
         asked: the `promotion` that `request` returned.
         answer: as `read_answer` takes it.
 
     Raises:
-        ApprovalError: nobody is named, no reason is given, or who answered built the release.
+        ApprovalError: nobody is named, no reason is given, who answered built the release, or somebody answered
+            otherwise before.
     """
     promotion = Promotion(**asked)
     _, tags = find_release(settings, application, promotion.source_version, source=promotion.source)
-    about = f"version {promotion.source_version} of {application.name} in {promotion.source}"
-    said = read_answer(answer, builder=tags.get(BUILDER_TAG), about=about)
+    said = read_answer(
+        settings,
+        application.name,
+        answer,
+        builder=tags.get(BUILDER_TAG),
+        resource=f"promotion/{promotion.promotion_id}",
+        about=f"version {promotion.source_version} of {promotion.source}",
+    )
     if not said.reason.strip():
         raise ApprovalError(f"{said.actor} gave no reason; clear the task `approve`, and answer with one")
     lake, run = Lake.of(settings, application.name), f"{PERSON}{said.actor}"
-    if not read_steps(lake, promotion.promotion_id):
-        step: Step = "approved" if said.approved else "rejected"
-        note_step(lake, promotion, step, actor=said.actor, reason=said.reason, run=run)
+    step: Step = "approved" if said.approved else "rejected"
+    steps = read_steps(lake, promotion.promotion_id)
+    other = steps.get("rejected" if said.approved else "approved")
+    if other is not None:
+        told = f"{other['actor']} answered otherwise about promotion {promotion.promotion_id} before"
+        raise ApprovalError(f"{told}; start another promotion")
+    note_step(lake, promotion, step, actor=said.actor, reason=said.reason, run=run)
     follow(settings, application.name, run=run)
 
 

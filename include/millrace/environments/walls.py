@@ -15,6 +15,8 @@ import httpx
 from pydantic import SecretStr, TypeAdapter, ValidationError
 
 from millrace.environments import (
+    airflow_access,
+    airflow_check,
     gateway_check,
     lake_access,
     lake_check,
@@ -185,7 +187,29 @@ def _gateway(of: Deployment) -> Wall:
     )
 
 
-WALLS: tuple[Callable[[Deployment], Wall], ...] = (_lake, _mlflow, _postgres, _qdrant, _gateway)
+def _airflow(of: Deployment) -> Wall:
+    settings, passwords = of.settings, of.passwords("airflow")
+
+    def absent() -> str:
+        if not airflow_access.password_file(settings.home).exists():
+            return f"no Airflow was started in {settings.home}: one elsewhere has a login of its own"
+        try:
+            httpx.get(f"{settings.airflow_url}/api/v2/monitor/health", timeout=gateway_check.SECONDS, trust_env=False)
+        except httpx.HTTPError:
+            return f"no Airflow answers at {settings.airflow_url}"
+        return ""
+
+    return Wall(
+        "airflow",
+        absent(),
+        partial(airflow_check.declared, settings),
+        lambda: airflow_access.plan(settings, passwords),
+        lambda: airflow_access.apply(settings, passwords),
+        partial(airflow_check.check, settings),
+    )
+
+
+WALLS: tuple[Callable[[Deployment], Wall], ...] = (_lake, _mlflow, _postgres, _qdrant, _gateway, _airflow)
 
 
 def _silence(server: str, url: str) -> str:

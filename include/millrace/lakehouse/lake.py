@@ -4,7 +4,7 @@ Any engine reads any table; only one commits to it, because Spark and delta-rs d
 locks. Which one is a setting (`Settings.spark_tables`). Every write here is safe to repeat.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import pyarrow as pa
@@ -163,6 +163,20 @@ class Lake:
             LakehouseError: a row breaks the table's schema or constraints; nothing is written.
         """
         return self.engine(table).merge(self.own_uri(table), table, rows, run=run, delete_unmatched=delete_unmatched)
+
+    def delete(self, table: Table, column: str, values: Iterable[str]) -> int:
+        """Delete the rows whose `column` is one of `values`, all in one commit; how many those were.
+
+        Raises:
+            ConflictError: concurrent commits won, again and again.
+            LakehouseError: the table can't be read or written, or only ever grows.
+        """
+        if table.append_only:
+            raise LakehouseError(f"{table.path}: nothing can be deleted from it, it is declared append-only")
+        quoted = ", ".join("'" + value.replace("'", "''") + "'" for value in sorted(values))
+        if not quoted or not self.exists(table):
+            return 0
+        return self.engine(table).delete(self.own_uri(table), table, f"`{column}` IN ({quoted})")
 
     def transform(
         self, source: Table, function: BatchFunction, table: Table, *, run: str, origin: "Lake | None" = None

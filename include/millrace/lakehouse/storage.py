@@ -5,12 +5,14 @@ rest on conditional writes, `If-None-Match` and `If-Match`: a store without them
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pyarrow.fs as pafs
 from deltalake.fs import DeltaStorageHandler
 
+from millrace.errors import LakehouseError
 from millrace.settings import Settings
 
 if TYPE_CHECKING:
@@ -90,8 +92,6 @@ class ObjectStore:
         options = {
             "fs.s3.impl": "org.apache.hadoop.fs.s3a.S3AFileSystem",
             "fs.s3a.endpoint.region": self.region,
-            # New files come by conditional PUT. Without this flag S3A looks first, then replaces what came meanwhile.
-            "fs.s3a.performance.flags": "create",
         }
         if self.endpoint:
             options |= {
@@ -125,10 +125,37 @@ class Location(str):
         return made
 
 
+def own_store(settings: Settings) -> Path:
+    """Folder of the object store that the stack keeps itself."""
+    return settings.home / "object-store"
+
+
+def own_key(settings: Settings, identity: str) -> Key:
+    """The credential of an environment in the store that the stack keeps itself.
+
+    Raises:
+        LakehouseError: that store was never started.
+    """
+    path = own_store(settings) / "keys" / identity
+    try:
+        return Key(identity, path.read_text())
+    except OSError as error:
+        raise LakehouseError(
+            f"{path}, {identity}'s credential for the lake, can't be read ({error.strerror}); `millrace up` makes it"
+        ) from None
+
+
 def store_of(settings: Settings) -> ObjectStore | None:
-    """The object store of the deployment's lake; None: the lake is a folder."""
+    """The object store of the deployment's lake; None: the lake is a folder.
+
+    Raises:
+        LakehouseError: it is one that the stack keeps itself, and it was never started.
+    """
     if not settings.lake_uri:
         return None
+    if settings.object_store_port:
+        url = f"http://{settings.host}:{settings.object_store_port}"
+        return ObjectStore(url, REGION, own_key(settings, settings.environment))
     access_key = settings.lake_access_key.get_secret_value()
     key = Key(access_key, settings.lake_secret_key.get_secret_value()) if access_key else None
     return ObjectStore(settings.lake_endpoint, settings.lake_region, key)

@@ -27,16 +27,10 @@ from millrace.prompts.trials import Part, keep_trial, read_template, read_trials
 from millrace.releases.loader import ReleaseLoader
 from millrace.releases.package import read_release
 from millrace.releases.pipeline import AnswerPipeline
+from millrace.releases.prompt_registry import register_prompt
+from millrace.releases.published_split import read_split
 from millrace.releases.recipe import Recipe
-from millrace.releases.registry import (
-    fetch_release,
-    read_split,
-    register_once,
-    register_prompt,
-    release_manifest,
-    training_tags,
-    versions,
-)
+from millrace.releases.registry import fetch_release, register_once, release_manifest, training_tags, versions
 from millrace.retrieval.index import published_build
 from millrace.settings import Settings
 from millrace.sources.questions import derive_questions

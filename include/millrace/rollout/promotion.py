@@ -76,11 +76,14 @@ def record_approval(
         answer: as `read_answer` takes it.
 
     Raises:
-        ApprovalError: nobody is named, or who answered built the release.
+        ApprovalError: nobody is named, who is named is no person where others reach Airflow, or who answered built the
+            release.
         MillraceError: the reason is missing, or the release is not registered.
     """
     builder = registry.versions(settings, application).get(version, {}).get(registry.BUILDER_TAG)
-    said = read_answer(answer, builder=builder, about=f"version {version} of {application.name}")
+    said = read_answer(
+        settings, application.name, answer, builder=builder, resource=f"release/{version}", about=f"version {version}"
+    )
     state = fold(read_journal(Lake.of(settings, application.name)))
     if version in state.decided or version in {admission.version for admission in state.waiting}:
         return None

@@ -22,7 +22,7 @@ _FOREIGN = (
 _THREADS = (
     "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_MAX_THREADS", "RAYON_NUM_THREADS",
 )  # fmt: skip
-OF_ADMINISTRATORS = frozenset({"access_secrets", "backup_airflow_url", "backup_mlflow_url"})
+OF_ADMINISTRATORS = frozenset({"access_secrets", "airflow_passwords", "backup_airflow_url", "backup_mlflow_url"})
 """Secrets that no part may know, whatever else it knows: they open every wall, and every database."""
 _QUIET = {
     "DO_NOT_TRACK": "1",
@@ -81,6 +81,8 @@ def settings_variables(settings: Settings, *, keys: bool) -> dict[str, str]:
             variable, text = variable_for(variable, value)
         elif isinstance(value, (frozenset, set, tuple, list)):
             text = json.dumps(sorted(value))
+        elif isinstance(value, dict):
+            text = json.dumps(value)
         else:
             text = str(value)
         variables[variable] = text

@@ -10,10 +10,10 @@ import os
 import secrets
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from millrace import FORMAT_VERSION
 from millrace.errors import StackError
+from millrace.private_files import write_json, write_private
 from millrace.secret_sources import SecretFile, is_set
 from millrace.settings import Settings
 from millrace.stack.migration import migrate
@@ -26,9 +26,11 @@ class Secrets:
     completion_key: str
     pseudonym_key: str
     airflow_password: str
+    airflow_service_password: str
     airflow_fernet_key: str
     airflow_jwt_secret: str
     airflow_secret_key: str
+    spark_secret: str
 
 
 RESTORING = "restoring.json"
@@ -148,22 +150,6 @@ def keep_secret(home: Path, name: str, value: str) -> Path:
     write_json(path, json.loads(path.read_text()) | {name: value})
     hand_out(home, name, value)
     return path
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """`value` as `write_private` writes."""
-    write_private(path, json.dumps(value, indent=1))
-
-
-def write_private(path: Path, text: str) -> None:
-    """Replace `path` in one step; nobody but its owner may read it. A power cut leaves the old or the new one."""
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
 
 
 class HomeLock:

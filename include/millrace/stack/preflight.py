@@ -12,7 +12,7 @@ import psutil
 
 from millrace.alerts import check_addresses
 from millrace.errors import LakehouseError, SettingsError, StackError
-from millrace.lakehouse import spark_server
+from millrace.lakehouse.spark_process import find_java
 from millrace.lakehouse.storage import store_of
 from millrace.lakehouse.tables import PLATFORM
 from millrace.settings import Settings
@@ -52,12 +52,26 @@ def needed_ports(settings: Settings) -> dict[str, tuple[str, int]]:
         del ports["MILLRACE_MLFLOW_PORT"]
     if settings.spark_remote:
         del ports["MILLRACE_SPARK_PORT"]
+    if settings.object_store_port:
+        ports["MILLRACE_OBJECT_STORE_PORT"] = ("the object store", settings.object_store_port)
+    if settings.spark_workers:
+        ports["MILLRACE_SPARK_MASTER_PORT"] = ("Spark's master", settings.spark_master_port)
+        ports["MILLRACE_SPARK_UI_PORT"] = ("the page of Spark's master", settings.spark_ui_port)
     return ports
+
+
+def _further_ports(settings: Settings) -> Iterator[tuple[str, str, int]]:
+    """Setting, who needs a port after the setting's own, and the port."""
+    for number, port in enumerate(settings.gateway_ports[1:], 2):
+        yield "MILLRACE_GATEWAY_PORT", f"gateway {number}", port
+    for number in range(1, settings.spark_workers + 1):
+        yield "MILLRACE_SPARK_UI_PORT", f"the page of Spark's worker {number}", settings.spark_ui_port + number
 
 
 def _ports(settings: Settings) -> Iterator[str]:
     wanted = defaultdict(list)
-    for variable, (who, port) in needed_ports(settings).items():
+    own = [(variable, who, port) for variable, (who, port) in needed_ports(settings).items()]
+    for variable, who, port in (*own, *_further_ports(settings)):
         wanted[port].append(variable)
         if not _is_free(settings.host, port):
             yield f"port {port} on {settings.host} is in use and {who} needs it: free it, or set {variable} to another"
@@ -100,12 +114,14 @@ def _java(settings: Settings) -> Iterator[str]:
     if settings.spark_remote:
         return
     try:
-        spark_server.command(settings)
+        find_java()
     except LakehouseError as error:
         yield str(error)
 
 
 def _lake(settings: Settings) -> Iterator[str]:
+    if settings.object_store_port:  # it starts with the stack
+        return
     store = store_of(settings)
     if store is None:
         return

@@ -14,10 +14,11 @@ from pydantic import SecretStr
 from millrace.errors import SettingsError
 from millrace.lakehouse.audit.chain import Event, record
 from millrace.lakehouse.tables import PLATFORM
+from millrace.private_files import write_private
 from millrace.secret_sources import SecretFile, SecretVariable, is_set
 from millrace.settings import Settings
 from millrace.sources.completion_id import CompletionKey, read_keys, write_keys
-from millrace.stack.home import Secrets, keep_secret, obtain_secrets, write_private
+from millrace.stack.home import Secrets, keep_secret, obtain_secrets
 
 COMPLETION_KEY = "completion_key"
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import groupby
 from pathlib import Path
 
 import pyarrow as pa
@@ -62,6 +63,15 @@ def test_a_home_that_was_destroyed_is_restored_table_by_table(whole: Settings, t
     lake.merge(SILVER_CHUNKS, rows, run="test", delete_unmatched="true")
     assert lake.version(SILVER_CHUNKS) == version + 1
     assert lake.changes(SILVER_CHUNKS, version)["change"].to_pylist() == ["delete"] * 9
+
+
+def test_no_table_is_read_after_one_that_its_rows_are_made_from(kept: Settings, tmp_path: Path) -> None:
+    for path in ("_platform/ops/audit", "qa/gold/metrics"):
+        write_deltalake(str(kept.home / "lake" / "dev" / path), pa.table({"n": [0]}))
+    paths = list(save(kept, tmp_path / "backups").manifest.tables)
+    assert paths[0] == "dev/_platform/ops/audit"
+    layers = [path.split("/")[2] for path in paths]
+    assert [layer for layer, _ in groupby(layers)] == ["ops", "gold", "quarantine", "silver", "bronze"]
 
 
 def test_nobody_but_its_owner_reads_a_backup_and_without_being_asked_it_has_no_keys(

@@ -21,15 +21,18 @@ from millrace.applications import Application, load_application
 from millrace.environments.audit import verify
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import SILVER_EXCHANGES, SILVER_FEEDBACK
-from millrace.releases import registry
+from millrace.releases import published_split, registry
 from millrace.rollout.decisions import fold, read_journal
 from millrace.serving.key_store import KeyStore
 from millrace.settings import Settings
-from millrace.sources.event_log import now, read_events
+from millrace.sources.event_log import read_events
+from millrace.sources.feedback import land_events, refine_feedback
 from millrace.stack import Stack, down, with_keys_url
 from millrace.stack.backup import restore, save
 from tests.conftest import stack_settings
 from tests.stack.backup.reading import databases, delta_tables, files
+
+EVER = (datetime(2020, 1, 1, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC))
 
 pytestmark = [pytest.mark.long, pytest.mark.stack, pytest.mark.timeout(1800)]
 
@@ -72,17 +75,18 @@ def test_a_stack_is_saved_while_it_works_destroyed_and_restored_and_goes_on(own:
         settings = stack.settings
         assert known_releases(settings, application, tmp_path / "after") == before
         lake = Lake.of(settings, "handbook")
-        assert registry.read_split(settings, "handbook") == fold(read_journal(lake)).split()
+        assert published_split.read_split(settings, "handbook") == fold(read_journal(lake)).split()
         assert verify(settings).entries > 0
         assert [key.name for key in KeyStore(with_keys_url(settings)).all()] == ["a key of before"]
-        lines = read_events(settings.event_log("handbook"), datetime(2020, 1, 1, tzinfo=UTC), now())
+        lines = read_events(settings.event_log("handbook"), *EVER)
         assert set(acknowledged) <= {line.event.completion_id for line in lines if line.event}
 
         until_ready(settings)
         rated = ask(settings, "a user of after")
         rate(settings, rated)
         rate(settings, acknowledged[0])  # with the same keys, an answer of before is known
-        succeed(airflow, "handbook.ingest_feedback")
+        land_events(settings, application, *EVER, run="test")
+        refine_feedback(settings, application, *EVER, run="test")
         asked = pc.field("completion_id").isin([rated, *acknowledged])
         assert lake.read(SILVER_EXCHANGES, where=asked).num_rows == 4
         assert lake.read(SILVER_FEEDBACK, where=asked).num_rows == 2
@@ -91,7 +95,7 @@ def test_a_stack_is_saved_while_it_works_destroyed_and_restored_and_goes_on(own:
 
 
 def first_champion(airflow: Airflow, settings: Settings) -> None:
-    for stage in ("refresh_embeddings", "ingest_documents", "declare_release", "rollout", "ingest_feedback"):
+    for stage in ("refresh_embeddings", "ingest_documents", "declare_release", "rollout"):
         airflow.wait_for_dag(f"handbook.{stage}")
     airflow.unpause("handbook.refresh_embeddings")
     succeed(airflow, "handbook.ingest_documents")
@@ -155,7 +159,7 @@ def asked_all_the_time(settings: Settings) -> Iterator[None]:
 
 def known_releases(settings: Settings, application: Application, folder: Path) -> dict[str, Any]:
     """Versions with their tags and every byte of theirs, and aliases."""
-    found: dict[str, Any] = {"aliases": registry.read_aliases(settings, application.name), "versions": {}}
+    found: dict[str, Any] = {"aliases": published_split.read_aliases(settings, application.name), "versions": {}}
     for version, tags in registry.versions(settings, application).items():
         registry.fetch_model(settings, application, version, folder / version)
         hashes = {

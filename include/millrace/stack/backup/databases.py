@@ -8,7 +8,6 @@ who declares them.
 import os
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import IO
@@ -19,14 +18,11 @@ from sqlalchemy.exc import ArgumentError
 
 from millrace.errors import BackupError
 from millrace.settings import PROJECT, Settings
-from millrace.stack import processes
 from millrace.stack.backup.store import CHUNK
 from millrace.stack.parts import postgres_part
 from millrace.stack.postgres import Postgres, program
-from millrace.stack.runner import Runner
+from millrace.stack.runner import running_alone
 
-_END_SECONDS = 20.0
-_POLL_SECONDS = 0.1
 _RELATIONS = """
 select count(*) from pg_class join pg_namespace on pg_namespace.oid = relnamespace
 where relkind in ('r', 'p', 'v', 'm', 'S', 'f') and nspname !~ '^pg_' and nspname <> 'information_schema'
@@ -150,17 +146,8 @@ def running_postgres(settings: Settings) -> Iterator[Postgres]:
     if postgres.answers():
         yield postgres
         return
-    part = postgres_part(settings)
-    runner = Runner(part, settings.home, PROJECT)
-    try:
-        runner.launch()
-        while runner.state != "ready":
-            runner.check()
-            time.sleep(_POLL_SECONDS)
+    with running_alone(postgres_part(settings), settings.home, PROJECT):
         yield postgres
-    finally:
-        processes.end(settings.home, [part.name], seconds=_END_SECONDS)
-        runner.reap()
 
 
 def _last_line(said: IO[bytes]) -> str:

@@ -12,6 +12,7 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
 from millrace.errors import BackupError
+from millrace.lakehouse.storage import Location, delta_options
 from millrace.stack.backup.store import Found, Store
 
 LOG = "_delta_log"
@@ -21,24 +22,26 @@ _VERSIONS = re.compile(r"\d{20}")
 
 
 class Tables:
-    """The Delta tables below `uri`, whose files are those of `store`."""
+    """The Delta tables below `root`, whose files are those of `files`."""
 
-    def __init__(self, store: Store, uri: str) -> None:
-        self.store = store
-        self._uri = uri
+    def __init__(self, files: Store, root: Location) -> None:
+        self.store = files
+        self._root = root
 
-    def versions(self, environment: str = "") -> dict[str, int]:
-        """Path → version, of every table of an environment, or of all of them.
+    def paths(self, environment: str = "") -> list[str]:
+        """Of every table of an environment, or of all of them."""
+        paths = [environment] if environment else self.store.folders()
+        for _ in range(_DEPTH - 1):
+            paths = [below for path in paths for below in self.store.folders(path)]
+        # A table begins with its first commit; a folder without one is a killed attempt at it.
+        return [path for path in paths if next(self.store.files(f"{path}/{LOG}"), None)]
 
-        Raises:
-            BackupError: a table can't be read.
+    def version(self, path: str) -> int:
         """
-        found = {}
-        for path in self._paths(environment):
-            # A table begins with its first commit; a folder without one is a killed attempt at it.
-            if next(self.store.files(f"{path}/{LOG}"), None):
-                found[path] = self._open(path).version()
-        return found
+        Raises:
+            BackupError: the table can't be read.
+        """
+        return self._open(path).version()
 
     def files(self, path: str, version: int) -> Iterator[Found]:
         """What the table needs at `version`, and what its past holds still; the log last, oldest commit first.
@@ -71,18 +74,12 @@ class Tables:
         Raises:
             BackupError: the table is not at this version.
         """
-        found = self._open(path).version()
+        found = self.version(path)
         if found != version:
             raise BackupError(f"table {path} is at version {found} and was saved at {version}; restore it again")
 
-    def _paths(self, environment: str) -> list[str]:
-        paths = [environment] if environment else self.store.folders()
-        for _ in range(_DEPTH - 1):
-            paths = [below for path in paths for below in self.store.folders(path)]
-        return paths
-
     def _open(self, path: str, version: int | None = None) -> DeltaTable:
         try:
-            return DeltaTable(f"{self._uri}/{path}", version=version)
+            return DeltaTable(f"{self._root}/{path}", version=version, storage_options=delta_options(self._root))
         except (DeltaError, OSError, ValueError) as error:
-            raise BackupError(f"table {path} in {self._uri} can't be read: {' '.join(str(error).split())}") from error
+            raise BackupError(f"table {path} in {self._root} can't be read: {' '.join(str(error).split())}") from error

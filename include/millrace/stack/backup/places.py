@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import PLATFORM
+from millrace.lakehouse.storage import Location, bucket_and_prefix, store_of
 from millrace.retrieval.server import connect
 from millrace.settings import Settings
 from millrace.stack.backup.collections import Collections
@@ -39,13 +38,17 @@ class Places:
 
     @property
     def tables(self) -> Tables:
-        root = Lake.of(self.settings, PLATFORM).root
-        return Tables(Store.at(root if "://" in root else Path(root)), root)
+        store, root = store_of(self.settings), self.settings.lake
+        if store:
+            files = Store(store.arrow(), "/".join(bucket_and_prefix(root)), store.identity)
+        else:
+            files = Store.at(Path(root))
+        return Tables(files, Location(root, store))
 
     @property
     def shared_lake(self) -> bool:
-        """Whether other environments' tables are beside ours, which their own backups hold."""
-        return not Path(Lake.of(self.settings, PLATFORM).root).is_relative_to(self.home)
+        """Whether other environments' tables may be beside ours, which their own backups hold."""
+        return bool(self.settings.lake_uri)
 
     @property
     def collections(self) -> Collections | None:

@@ -12,13 +12,14 @@ from pathlib import Path
 
 from millrace import FORMAT_VERSION
 from millrace.errors import BackupError
+from millrace.private_files import write_json
 from millrace.settings import Settings
 from millrace.stack.backup.databases import running_postgres
 from millrace.stack.backup.places import NAMED_BY, Places, places_of
 from millrace.stack.backup.repository import Files, Manifest, Repository
 from millrace.stack.backup.saving import locked
 from millrace.stack.backup.store import Store, only_for_its_owner
-from millrace.stack.home import RESTORING, write_json
+from millrace.stack.home import RESTORING
 
 
 @dataclass(frozen=True)

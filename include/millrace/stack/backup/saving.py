@@ -6,8 +6,9 @@ Each store is read so that nothing which names something is newer than what it n
    came and one that went meanwhile, both are there.)
 2. The databases of Airflow and the gateway. A run that Airflow remembers as done has its rows in the tables that
    follow; one that it doesn't is done again, which changes nothing.
-3. The version of every Delta table, then the registry's database: each release that a row names is registered. If
-   a decision was taken between the two, both again: the split in the registry is that of the journal.
+3. The version of every Delta table, the audit trail's and the cursors' first, sources last: a cursor that is ahead of
+   its table would pass over what is written to it next. Then the registry's database: each release that a row names is
+   registered. If a decision was taken between the two, both again: the split in the registry is that of the journal.
 4. The tables' files at those versions, and the gateway's event segments, which have every event that the tables have
    not.
 
@@ -24,7 +25,7 @@ from pathlib import Path
 
 from millrace import FORMAT_VERSION
 from millrace.errors import BackupError
-from millrace.lakehouse.tables import OPS_DECISIONS
+from millrace.lakehouse.tables import OPS_DECISIONS, PLATFORM
 from millrace.retrieval.library import LibraryBuilds
 from millrace.settings import Settings
 from millrace.stack.backup.databases import running_postgres
@@ -46,6 +47,7 @@ _SAVED = frozenset(
     {"audit", "events", "format.json", "indexes", "lake", "mlflow", "mlflow/artifacts", "mlflow/environment.json",
      "secrets.json"}
 )  # fmt: skip
+LAYERS = ("ops", "gold", "quarantine", "silver", "bronze")
 CUTS = 5
 """How often databases and tables are read for a moment without a decision between them."""
 _PAUSE_SECONDS = 2.0
@@ -156,9 +158,9 @@ class _Saving:
         tables = self._places.tables
         environment = self._places.settings.environment if self._places.shared_lake else ""
         for _ in range(CUTS):
-            versions = tables.versions(environment)
+            versions = {path: tables.version(path) for path in sorted(tables.paths(environment), key=_reading_order)}
             self._database("mlflow")
-            if _journals(tables.versions(environment)) == _journals(versions):
+            if all(tables.version(path) == at for path, at in versions.items() if _is_journal(path)):
                 return versions
             time.sleep(_PAUSE_SECONDS)
         raise BackupError(
@@ -226,8 +228,14 @@ class _Saving:
             self.missing.append(f"{', '.join(sorted(unknown))} in {home}, which Millrace doesn't know")
 
 
-def _journals(versions: dict[str, int]) -> dict[str, int]:
-    return {path: at for path, at in versions.items() if path.endswith(f"/{OPS_DECISIONS.path}")}
+def _is_journal(path: str) -> bool:
+    return path.endswith(f"/{OPS_DECISIONS.path}")
+
+
+def _reading_order(path: str) -> tuple[bool, int, str]:
+    """The audit trail, then each layer before those that it is made from or points into."""
+    _, application, layer, _ = path.split("/")
+    return application != PLATFORM, LAYERS.index(layer) if layer in LAYERS else len(LAYERS), path
 
 
 def _check_home(home: Path) -> None:

@@ -9,12 +9,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
+from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem
 
-from millrace.errors import BackupError
+from millrace.errors import AccessRefused, BackupError
 
 CHUNK = 1 << 20
 """Bytes that are in memory at once."""
+
+
+_REFUSALS = ("ACCESS_DENIED", "SIGNATURE_DOES_NOT_MATCH", "INVALID_ACCESS_KEY_ID", "INVALID_CLIENT_TOKEN_ID")
+"""In what Arrow says, where a store doesn't let somebody do something or doesn't know them."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +31,16 @@ class Found:
 
 
 class Store:
-    """Files below `root`, a path of `filesystem` (for a bucket: its name and a prefix)."""
+    """Files below `root`, a path of `filesystem` (for a bucket: its name and a prefix).
 
-    def __init__(self, filesystem: FileSystem, root: str) -> None:
+    Args:
+        identity: who asks, as an object store knows them.
+    """
+
+    def __init__(self, filesystem: FileSystem, root: str, identity: str = "this machine") -> None:
         self._filesystem = filesystem
         self._root = root.rstrip("/")
+        self._identity = identity
 
     @classmethod
     def at(cls, place: Path | str) -> "Store":
@@ -51,16 +60,19 @@ class Store:
             ) from None
 
     def files(self, under: str = "") -> Iterator[Found]:
-        """Every file below folder `under`, in order of its path; none where there is no such folder."""
-        listed = self._filesystem.get_file_info(FileSelector(self._at(under), allow_not_found=True, recursive=True))
-        for one in sorted(listed, key=lambda info: info.path):
+        """Every file below folder `under`, in order of its path; none where there is no such folder.
+
+        Raises:
+            AccessRefused: an object store doesn't let this identity; as all that follows.
+        """
+        for one in self._listed(under, recursive=True):
             if one.type == FileType.File:
                 yield Found(one.path.removeprefix(f"{self._root}/"), one.size, one.mtime_ns or 0)
 
     def folders(self, under: str = "") -> list[str]:
         """Paths of the folders in folder `under`."""
-        listed = self._filesystem.get_file_info(FileSelector(self._at(under), allow_not_found=True))
-        return sorted(one.path.removeprefix(f"{self._root}/") for one in listed if one.type == FileType.Directory)
+        listed = self._listed(under, recursive=False)
+        return [one.path.removeprefix(f"{self._root}/") for one in listed if one.type == FileType.Directory]
 
     def read(self, path: str) -> Iterator[bytes]:
         """The file's bytes.
@@ -68,7 +80,7 @@ class Store:
         Raises:
             FileNotFoundError: it went meanwhile.
         """
-        with self._filesystem.open_input_stream(self._at(path)) as file:
+        with self._let("read", path), self._filesystem.open_input_stream(self._at(path)) as file:
             while chunk := file.read(CHUNK):
                 yield chunk
 
@@ -76,9 +88,25 @@ class Store:
         """Make or replace a file."""
         if isinstance(self._filesystem, LocalFileSystem):
             Path(self._at(path)).parent.mkdir(parents=True, exist_ok=True)
-        with self._filesystem.open_output_stream(self._at(path)) as file:
+        with self._let("write", path), self._filesystem.open_output_stream(self._at(path)) as file:
             for chunk in chunks:
                 file.write(chunk)
+
+    def _listed(self, under: str, *, recursive: bool) -> list[FileInfo]:
+        selector = FileSelector(self._at(under), allow_not_found=True, recursive=recursive)
+        with self._let("list", under):
+            return sorted(self._filesystem.get_file_info(selector), key=lambda info: info.path)
+
+    @contextmanager
+    def _let(self, action: str, path: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not any(sign in str(error) for sign in _REFUSALS):
+                raise
+            raise AccessRefused(
+                f"the object store does not let {self._identity} {action} {self._at(path)}; use a credential that may"
+            ) from error
 
     def _at(self, path: str) -> str:
         return f"{self._root}/{path}" if path else self._root
