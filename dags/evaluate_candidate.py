@@ -43,7 +43,7 @@ def evaluate_candidate(application: Application) -> DAG:
 
             return freeze_evaluation_set(read_settings(), application, run=run_name())
 
-        @task(pool=HEAVY)
+        @task(pool=HEAVY, queue=HEAVY)
         def evaluate(evaluation_set: str, *, params: dict) -> dict:
             from millrace.evaluation.gate import evaluate_candidate as evaluate
 

@@ -56,17 +56,17 @@ def finetune(application: Application) -> DAG:
                 raise AirflowSkipException(built["why"])
             return built
 
-        @task(pool=HEAVY)
+        @task(pool=HEAVY, queue=HEAVY)
         def train(built: dict) -> dict:
             from millrace.training.finetune import finetune
 
             return finetune(read_settings(), application, run=run_name(), **built["learns"])
 
-        @task(pool=HEAVY, outlets=[releases])
-        def release(trained: dict, *, outlet_events) -> dict:
+        @task(pool=HEAVY, queue=HEAVY, outlets=[releases])
+        def release(trained: dict, *, params: dict, outlet_events) -> dict:
             from millrace.training.candidate import release_candidate
 
-            released = release_candidate(read_settings(), application, trained=trained, run=run_name())
+            released = release_candidate(read_settings(), application, trained=trained, run=run_name(), form=params)
             if released["changed"]:
                 outlet_events[releases].add(asset(application.name, "releases"), extra=released)
             return released

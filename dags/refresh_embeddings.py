@@ -41,7 +41,7 @@ def refresh_embeddings(application: Application) -> DAG:
         params={"distrust": Param(False, type="boolean", description="Compare all that was embedded with the chunks")},
     ) as dag:
 
-        @task(pool=HEAVY)
+        @task(pool=HEAVY, queue=HEAVY)
         def embed(*, params: dict, triggering_asset_events) -> list[dict]:
             from millrace.releases.lineages import embed_changes
 

@@ -11,11 +11,13 @@ from airflow.sdk import DAG, Asset, BaseNotifier, DeadlineAlert, DeadlineReferen
 from airflow.sdk.exceptions import AirflowFailException
 
 from millrace.applications import Application
+from millrace.settings import read_settings
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 """Of schedules: no interval before it is run, and none is caught up."""
 HEAVY = "heavy"
-"""One-slot pool of the tasks that fill the machine: embedding, training, evaluation."""
+"""One-slot pool of the tasks that fill the machine: embedding, training, evaluation. Their queue is called so too: an
+executor with queues (Celery's) gives them to workers on machines of their own, others pass over it."""
 
 
 def asset(application: str, path: str) -> Asset:
@@ -60,12 +62,19 @@ class AlertNotifier(BaseNotifier):
         _alert(self.title, what, context["dag"].dag_id, context["run_id"])
 
 
+def approvers() -> list[dict[str, str]] | None:
+    """Whom Airflow lets answer what waits for a person; None: whoever may act on DAGs."""
+    settings = read_settings()
+    if not settings.reached_by_others:
+        return None
+    return [{"id": name, "name": name} for name, role in settings.airflow_users.items() if role != "viewer"] or None
+
+
 def hide_secrets(context: Any) -> None:
     """Airflow calls this before a task: whatever that logs or fails with, its log has stars in a secret's place."""
     from airflow.sdk.log import mask_secret
 
     from millrace.secret_sources import secrets_of, values_of
-    from millrace.settings import read_settings
 
     for secret in secrets_of(read_settings()):
         for value in values_of(secret):
@@ -91,7 +100,6 @@ def say_late(minutes: float, context: dict[str, Any]) -> None:
 
 def _alert(title: str, what: str, dag_id: str, run_id: str) -> None:
     from millrace.alerts import Alert, send
-    from millrace.settings import read_settings
 
     settings = read_settings()
     send(Alert(title, what, f"{dag_id}/{run_id}", f"{settings.airflow_url}/dags/{dag_id}"), settings)

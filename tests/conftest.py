@@ -26,12 +26,13 @@ from millrace.engines.base_model import base_model_path
 from millrace.engines.converted import hugging_face_folder
 from millrace.lakehouse import spark_server
 from millrace.lakehouse.lake import Lake
-from millrace.private_files import write_json, write_text
+from millrace.private_files import write_json, write_private
 from millrace.secret_sources import SecretFile
 from millrace.settings import Settings
 from millrace.stack import Stack
 from millrace.stack.home import Secrets, prepare_home
 from millrace.stack.postgres import Postgres
+from millrace.stack.versitygw import Versitygw
 from tests.canaries import Canaries, CommandLines
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ for _name in ("URL", "API_KEY"):
 DECLARATIONS = Path(__file__).parent / "applications"
 SERVERS = {"spark_url": "spark", "mlflow_uri": "mlflow", "walled_uri": "mlflow"}
 """Fixture → the mark of the tests that use it."""
+COMMIT = "c0de" * 10
+"""Of the code, as tests say: a checkout says another one after every commit."""
 TEMPLATE = "{% for chunk in chunks %}{{ chunk.text }}\n{% endfor %}Question: {{ question }}\nAnswer:"
 
 
@@ -54,6 +57,7 @@ def settings(tmp_path: Path) -> Settings:
         home=tmp_path / "home",
         pace="demo",
         spark_tables=frozenset(),
+        commit=COMMIT,
         completion_key="test completion key",
         pseudonym_key="test pseudonym key",
         threads=2,
@@ -115,6 +119,16 @@ def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with running(arguments, environment, folder / "server.log", lambda: answers(f"{uri}/health")):
         yield uri
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Versitygw]:
+    """One S3 server for the whole session, on a free port. Tests share it: name buckets of your own."""
+    server = Versitygw(tmp_path_factory.mktemp("versitygw"), free_port())
+    server.prepare()
+    environment = os.environ | server.environment()
+    with running(server.command(Settings().cache), environment, server.folder / "server.log", server.answers):
+        yield server
 
 
 @contextmanager
@@ -211,6 +225,16 @@ def free_port() -> int:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         return listening.getsockname()[1]
+
+
+def free_ports_in_a_row(count: int) -> range:
+    """For settings that mean a port and the ones after it."""
+    while True:
+        with ExitStack() as held, suppress(OSError, OverflowError):
+            first = free_port()
+            for port in range(first, first + count):
+                held.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return range(first, first + count)
 
 
 def choose_free_ports() -> dict[str, int]:
@@ -328,7 +352,8 @@ def running_stack(
     prepare_home(settings)
     write_json(settings.home / "secrets.json", canaries.generated())
     database = Postgres(settings.home / "postgres").url("postgres").replace("@", f":{canaries.plain('keys')}@", 1)
-    generated = [field.name for field in fields(Secrets)]
+    # People's passwords are for those who are declared, whom this stack has none of; its own users' are generated.
+    generated = [*(field.name for field in fields(Secrets)), "airflow_passwords"]
     secret = [name for name, field in Settings.model_fields.items() if field.annotation is SecretStr]
     planted = {name: canaries.secret(name) for name in secret if name not in generated} | {
         "alert_urls": webhook.url.replace("://", f"://alerts:{canaries.plain('alerts')}@"),
@@ -336,7 +361,7 @@ def running_stack(
     }
     # From files, so that what the processes inherit names no secret.
     for name, value in planted.items():
-        write_text(settings.home.parent / name, value)
+        write_private(settings.home.parent / name, value)
     files = {name: SecretFile(settings.home.parent / name, name) for name in planted}
     with command_lines, Stack(settings.model_copy(update=files)) as stack:
         yield stack

@@ -2,6 +2,7 @@
 
 import logging
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -92,7 +93,7 @@ def test_without_an_address_alerts_are_in_the_log_and_in_the_lake(
 
 
 def test_an_alert_that_cannot_be_written_down_is_sent_all_the_same(settings: Settings, receiver: Webhook) -> None:
-    table = settings.lake / settings.environment / PLATFORM / "ops" / "alerts"
+    table = Path(settings.lake) / settings.environment / PLATFORM / "ops" / "alerts"
     table.parent.mkdir(parents=True)
     table.write_text("not a table")
 

@@ -2,6 +2,7 @@
 
 import base64
 import gzip
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from cryptography.fernet import Fernet
 from deltalake import write_deltalake
 
-from millrace.private_files import write_text
+from millrace.private_files import write_private
 from tests.canaries import Canaries, CommandLines
 
 CANARIES = Canaries()
@@ -29,6 +30,7 @@ SECRET = CANARIES.secret("a_setting")
         *(base64.b64encode(f"{'u' * before}:{SECRET}".encode()).decode() for before in range(3)),
         *(base64.urlsafe_b64encode(f"{'u' * before}{SECRET}".encode()).decode() for before in range(3)),
     ],
+    ids=itertools.count(),  # the canary in them is another in each of pytest's processes
 )
 def test_every_spelling_is_found(written: str) -> None:
     assert CANARIES.are_in(f"before {written} after")
@@ -43,7 +45,7 @@ def test_every_place_of_a_home_is_looked_at(tmp_path: Path) -> None:
     (tmp_path / "a.gz").write_bytes(gzip.compress(SECRET.encode()))
     (tmp_path / "large.bin").write_bytes(b"x" * (32 * 2**20 - 9) + SECRET.encode())
     (tmp_path / "clean").write_text("a word about canaries")
-    write_text(tmp_path / "secrets.json", SECRET)
+    write_private(tmp_path / "secrets.json", SECRET)
 
     found = CANARIES.in_files(tmp_path)
 

@@ -25,6 +25,7 @@ print(json.dumps({
             "late": bool(dag.deadline),
             "timetable": type(dag.timetable).__name__,
             "tasks": {task.task_id: [task.retries, len(task.on_failure_callback or ())] for task in dag.tasks},
+            "places": {task.task_id: [task.pool, task.queue] for task in dag.tasks},
             "params": {
                 name: {"description": dag.params.get_param(name).description} | dag.params.get_param(name).schema
                 for name in dag.params
@@ -44,6 +45,7 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> dict:
         "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home}/airflow.db",
         "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
         "PYTHONPATH": str(PROJECT / "plugins"),
+        "MILLRACE_ENVIRONMENT": "staging",  # where all of them are
     }
     ran = subprocess.run(
         [sys.executable, "-c", READ], cwd=PROJECT, env=environment, capture_output=True, text=True, check=True
@@ -67,6 +69,11 @@ def test_every_stage_has_a_runbook_a_deadline_and_an_alert(read: dict) -> None:
         assert all(alerts for _, alerts in dag["tasks"].values()), name
 
 
+def test_tasks_that_fill_a_machine_wait_for_one_another_and_go_to_workers_of_their_own(read: dict) -> None:
+    places = {tuple(place) for dag in read["dags"].values() for place in dag["places"].values()}
+    assert places == {("heavy", "heavy"), ("default_pool", "default")}
+
+
 def test_what_a_person_can_fill_in_is_typed_described_and_has_a_default(read: dict) -> None:
     forms = {name: dag["params"] for name, dag in read["dags"].items() if dag["params"]}
     filled = ("finetune", "finetune_embedding", "compress", "optimize_prompt", "batch_inference", "evaluate_candidate")
@@ -75,6 +82,24 @@ def test_what_a_person_can_fill_in_is_typed_described_and_has_a_default(read: di
         for field, schema in fields.items():
             assert schema.get("description"), (name, field)
             assert schema.keys() & {"type", "enum"}, (name, field)
+
+
+def test_only_staging_has_a_stage_that_takes_a_sample_of_prod(tmp_path: Path) -> None:
+    for environment in ("staging", "prod", "dev"):
+        ran = subprocess.run(
+            [sys.executable, "-c", "import runpy; print(sorted(runpy.run_path('dags/sample.py')))"],
+            cwd=PROJECT,
+            env=os.environ
+            | {
+                "AIRFLOW_HOME": str(tmp_path),
+                "PYTHONPATH": str(PROJECT / "plugins"),
+                "MILLRACE_ENVIRONMENT": environment,
+            },
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert ("'qa_sample'" in ran.stdout) == (environment == "staging")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -20,7 +20,8 @@ from pydantic import SecretStr
 from millrace.errors import SettingsError
 from millrace.settings import Settings, read_settings
 from millrace.stack.home import obtain_secrets
-from millrace.stack.parts import Part, all_parts
+from millrace.stack.part import Part
+from millrace.stack.parts import all_parts
 from tests.deploy.reading import IMAGE, Compose, Service
 
 BINARIES = Path(sys.executable).parent
@@ -35,6 +36,13 @@ EMBEDDED = {
     "gateway": "gateway",
 }
 """Part of the embedded stack → the service of ours that stands for it."""
+KEEPERS = frozenset(
+    {
+        "airflow-scheduler", "airflow-worker", "airflow-worker-heavy", "gateway", "gateway-2", "spark", "spark-master",
+        "spark-worker-1", "spark-worker-2",
+    }
+)  # fmt: skip
+"""Services that write to the home, or look for the lake there."""
 OF_THE_PLACE = frozenset(
     {
         "PATH", "VIRTUAL_ENV", "NO_PROXY", "no_proxy", "MLFLOW_TRACKING_URI", "SPARK_HOME", "SPARK_LOCAL_IP",
@@ -46,12 +54,24 @@ OF_THE_PLACE = frozenset(
     }
 )  # fmt: skip
 """Variables whose values are addresses, folders and secrets, which differ between a process and a container."""
+_BESIDE_CORE = frozenset({"spark-cluster", "celery", "gateways"})
+"""Profiles that are started with core, and nothing without it."""
 _NOTHING_TO_ASK = frozenset({"otel-collector", "airflow-history"})
 """One has no program that could ask it, the other serves nobody: it ends when it fails, and is started again."""
-_NOT_NEEDED = {("gateway", "spark_token"), ("airflow-scheduler", "keys_url"), ("airflow-scheduler", "api_key")}
-"""Serving never asks Spark, and no task the gateway."""
+_NOT_NEEDED = {
+    ("gateway", "spark_token"), ("gateway", "spark_secret"), ("airflow-scheduler", "spark_secret"),
+    ("airflow-scheduler", "keys_url"), ("airflow-scheduler", "api_key"),
+    ("gateway", "backup_airflow_url"), ("gateway", "backup_mlflow_url"),
+    ("airflow-scheduler", "backup_airflow_url"), ("airflow-scheduler", "backup_mlflow_url"),
+    *((part, name) for part in ("airflow-scheduler", "gateway") for name in ("postgres_url", "access_secrets")),
+    ("airflow-scheduler", "airflow_passwords"), ("gateway", "airflow_passwords"),
+}  # fmt: skip
+"""Serving never asks Spark, no task the gateway; a cluster knows one client, the Connect server; and neither makes
+backups, puts up walls or logs people in."""
+CELERY = frozenset({"AIRFLOW__CELERY__BROKER_URL", "AIRFLOW__CELERY__RESULT_BACKEND"})
+"""Options of the provider, which isn't in the lock; tests/executors looks for them in it."""
 _ELSEWHERE = ("_uri", "_url", "_urls", "_remote")
-_SECRET = re.compile(r"(PASSWORD|SECRET|TOKEN|KEY|CONN|BACKEND_STORE_URI|KEYS_URL)$")
+_SECRET = re.compile(r"(PASSWORD|SECRET|TOKEN|KEY|CONN|BACKEND_STORE_URI|KEYS_URL|BACKUP_\w+_URL)$")
 _NOT_SECRET = {"AWS_ACCESS_KEY_ID", "ROOT_ACCESS_KEY"}
 _FROM_OUTSIDE = re.compile(r"\$\{\w+(:\?[^}]*|:-)\}")
 """A variable that must have a value, or may be empty: not one with a value in the file."""
@@ -86,7 +106,7 @@ def settings(compose: Compose) -> Iterator[str]:
             yield f"{service.name}: {error}"
             return
         for name in ("mlflow_uri", "spark_remote", "qdrant_url"):
-            if not getattr(read, name):
+            if not getattr(read, name) and not (name == "spark_remote" and service.name.startswith("spark")):
                 yield f"{service.name} would look for an embedded part: it has no MILLRACE_{name.upper()}"
     for name, field in Settings.model_fields.items():
         if field.annotation is SecretStr or name.endswith(_ELSEWHERE):
@@ -95,7 +115,7 @@ def settings(compose: Compose) -> Iterator[str]:
                 given = compose.services[service].environment
                 if not {variable, f"{variable}_FILE"} & given.keys() and (service, name) not in _NOT_NEEDED:
                     yield f"{service} has no {variable}"
-    for server in ("gateway", "spark"):
+    for server in ("gateway", "gateway-2", "spark"):
         if settings_of(compose.services[server]).listens_on != "0.0.0.0":
             yield f"{server} listens where no other container reaches it"
 
@@ -129,7 +149,9 @@ def as_embedded(compose: Compose) -> Iterator[str]:
                 yield f"{name} has {variable}={service.environment.get(variable)}, the embedded stack {value}"
         allowed = {variable for variable, value in part.environment.items() if value.startswith("secret ")}
         if "SPARK_CONNECT_AUTHENTICATE_TOKEN" in allowed:
-            allowed.add("MILLRACE_SPARK_TOKEN")
+            # Where the lake is a folder, as it is in that stack, the embedded one gets no credential for another.
+            allowed |= {"MILLRACE_SPARK_TOKEN", "MILLRACE_SPARK_SECRET"}
+            allowed |= {"MILLRACE_LAKE_ACCESS_KEY", "MILLRACE_LAKE_SECRET_KEY"}
         secret = {
             f"MILLRACE_{n.upper()}" for n, field in Settings.model_fields.items() if field.annotation is SecretStr
         }
@@ -151,7 +173,7 @@ def airflow_options(compose: Compose) -> Iterator[str]:
     known = known_airflow_options()
     for service in compose.services.values():
         for variable in service.environment:
-            if variable.startswith("AIRFLOW__") and variable not in known:
+            if variable.startswith("AIRFLOW__") and variable not in known | CELERY:
                 yield f"{service.name}: Airflow has no option {variable}"
 
 
@@ -178,8 +200,10 @@ def commands(compose: Compose) -> Iterator[str]:
     for service in compose.ours:
         for command in filter(None, (service.command, service.probe)):
             calls = airflow_calls(service, command)
+            if command[0] == "celery" or (calls and calls[0][0] == "celery"):
+                continue  # the provider's own; tests/executors runs it
             airflow |= dict.fromkeys(calls, service.name)
-            if not calls and (problem := _refused(command)):
+            if not calls and (problem := refused(command)):
                 yield f"{service.name}: {problem}"
     for call, problem in refused_by_airflow(frozenset(airflow)).items():
         yield f"{airflow[call]}: airflow {' '.join(call)}: {problem}"
@@ -187,7 +211,7 @@ def commands(compose: Compose) -> Iterator[str]:
         yield f"mlflow: {problem}"
 
 
-def _refused(command: list[str]) -> str | None:
+def refused(command: list[str]) -> str | None:
     match command:
         case ["python", "-m", module, *_]:
             return None if _runs(module) else f"python -m {module} runs nothing"
@@ -285,10 +309,16 @@ def addresses(compose: Compose) -> Iterator[str]:
         "otel-collector": "4318",
         "prometheus": "9090",
         "grafana": "3000",
+        "gateway-2": str(settings_of(compose.services["gateway-2"]).gateway_port),
+        "spark-master": str(settings_of(compose.services["spark-master"]).spark_master_port),
+        "redis": "6379",
+        "gateways": "8080",
     }
     for service in compose.services.values():
         for variable, value in service.environment.items():
             address = urlsplit(value)
+            if endpoint := re.search(r"endpoint_override=([\w.:-]+)", address.query):
+                address = urlsplit(f"//{endpoint[1]}")
             if "://" not in value or address.hostname in ("127.0.0.1", None):
                 continue
             expected = ports.get(str(address.hostname))
@@ -305,10 +335,21 @@ def addresses(compose: Compose) -> Iterator[str]:
     for one, other in (
         (("gateway", "MILLRACE_QDRANT_API_KEY"), ("qdrant", "QDRANT__SERVICE__API_KEY")),
         (("airflow-scheduler", "MILLRACE_SPARK_TOKEN"), ("spark", "MILLRACE_SPARK_TOKEN")),
+        (("airflow-worker", "MILLRACE_SPARK_TOKEN"), ("spark", "MILLRACE_SPARK_TOKEN")),
+        (("airflow-worker-heavy", "MILLRACE_PSEUDONYM_KEY"), ("gateway", "MILLRACE_PSEUDONYM_KEY")),
+        (("gateway-2", "MILLRACE_PSEUDONYM_KEY"), ("gateway", "MILLRACE_PSEUDONYM_KEY")),
+        (("gateway-2", "MILLRACE_COMPLETION_KEY"), ("gateway", "MILLRACE_COMPLETION_KEY")),
+        (("gateway-2", "MILLRACE_KEYS_URL"), ("gateway", "MILLRACE_KEYS_URL")),
+        (("spark-master", "MILLRACE_SPARK_SECRET"), ("spark", "MILLRACE_SPARK_SECRET")),
+        (("spark-worker-2", "MILLRACE_SPARK_SECRET"), ("spark", "MILLRACE_SPARK_SECRET")),
         (("airflow-scheduler", "MILLRACE_PSEUDONYM_KEY"), ("gateway", "MILLRACE_PSEUDONYM_KEY")),
         (("airflow-scheduler", "MILLRACE_COMPLETION_KEY"), ("gateway", "MILLRACE_COMPLETION_KEY")),
         (("mlflow", "AWS_SECRET_ACCESS_KEY"), ("object-store", "ROOT_SECRET_KEY")),
         (("mlflow", "AWS_ACCESS_KEY_ID"), ("object-store", "ROOT_ACCESS_KEY")),
+        (("backup", "AWS_SECRET_ACCESS_KEY"), ("object-store", "ROOT_SECRET_KEY")),
+        (("backup", "MILLRACE_BACKUP_MLFLOW_URL"), ("mlflow", "MLFLOW_BACKEND_STORE_URI")),
+        (("backup", "MILLRACE_BACKUP_AIRFLOW_URL"), ("airflow-init", "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN")),
+        (("backup", "MILLRACE_KEYS_URL"), ("gateway", "MILLRACE_KEYS_URL")),
     ):
         if len({compose.services[service].told(variable) for service, variable in (one, other)}) != 1:
             yield f"{one} and {other} differ"
@@ -351,7 +392,9 @@ def lifecycle(compose: Compose) -> Iterator[str]:
             other = compose.services.get(needed)
             if other is None:
                 yield f"{service.name} waits for {needed}, which is no service"
-            elif not other.profiles >= service.profiles:
+            elif not other.profiles >= service.profiles and not (
+                service.profiles <= _BESIDE_CORE and "core" in other.profiles
+            ):
                 yield f"{service.name} waits for {needed}, which its profile doesn't start"
             elif condition != ("service_completed_successfully" if other.once else "service_healthy"):
                 yield f"{service.name} waits for {needed} to be {condition}"
@@ -379,7 +422,7 @@ def files(compose: Compose) -> Iterator[str]:
                 yield f"{service.name} looks for {variable} in {folder}, the image has it under {IMAGE}"
         read = settings_of(service)
         for variable, folder in (("home", read.home), ("cache", read.cache)):
-            if service.name in ("airflow-scheduler", "gateway", "spark") and str(folder) not in service.volumes:
+            if service.name in KEEPERS and str(folder) not in service.volumes:
                 yield f"{service.name} would lose its {variable} {folder} with the container"
 
 

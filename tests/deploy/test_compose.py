@@ -79,7 +79,7 @@ def test_the_file_and_the_code_agree(check, compose: Compose) -> None:
         (checks.settings, "THREADS: ${THREADS:-2}", "THREADS: ${THREADS:-two}", "MILLRACE_THREADS"),
         (checks.settings, "MILLRACE_SPARK_REMOTE: sc://spark:15002", "X: y", "embedded part"),
         (checks.settings, "  MILLRACE_ALERT_URLS: ${ALERT_URLS:-}\n", "", "MILLRACE_ALERT_URLS"),
-        (checks.settings, "    secrets: *key-files\n", "", "_KEY_FILE: /run/secrets/"),
+        (checks.settings, "1gb\n    secrets: *key-files\n", "1gb\n", "_KEY_FILE: /run/secrets/"),
         (checks.settings, "pseudonym_key, uid: \"10001\", gid: \"10001\", mode: 0400", "pseudonym_key", "may read"),
         (checks.as_embedded, '"triggerer", "--skip-', '"triggerer"]\n    secrets: *key-files\n    x: ["', "isn't told"),
         (checks.settings, "MILLRACE_BIND: 0.0.0.0", "MILLRACE_BIND: 127.0.0.1", "listens where no other"),
@@ -99,6 +99,7 @@ def test_the_file_and_the_code_agree(check, compose: Compose) -> None:
         (checks.addresses, "sc://spark:15002", "sc://spark:15003", "asks spark at 15003"),
         (checks.addresses, "@postgres/mlflow", "@database/mlflow", "database, which is no service"),
         (checks.addresses, "SERVICE__API_KEY: ${QDRANT", "SERVICE__API_KEY: ${VLLM", "differ"),
+        (checks.addresses, "override=object-store:7070", "override=objects:7070", "objects, which is no service"),
         (checks.addresses, "127.0.0.1:8000/healthz", "127.0.0.1:8080/healthz", "gateway: its health check asks"),
         (checks.exposure, "127.0.0.1:${GATEWAY_P", "${GATEWAY_P", "gateway publishes"),
         (checks.exposure, "qdrant/qdrant:v1.20.0", "qdrant/qdrant:latest", "names no version"),
@@ -130,6 +131,10 @@ def test_each_profile_starts_what_it_says(compose: Compose) -> None:
     assert compose.started() == set()
     assert compose.started("core") == core
     assert compose.started("gpu") == {"vllm"}
+    assert compose.started("backup") == {"backup"}
+    assert compose.started("spark-cluster") == {"spark-master", "spark-worker-1", "spark-worker-2"}
+    assert compose.started("celery") == {"redis", "airflow-worker", "airflow-worker-heavy"}
+    assert compose.started("gateways") == {"gateway-2", "gateways"}
     assert compose.started("observability") == {"prometheus", "grafana", "otel-collector"}
     reserved = compose.services["vllm"].definition["deploy"]["resources"]["reservations"]["devices"]
     assert [(device["driver"], device["capabilities"]) for device in reserved] == [("nvidia", ["gpu"])]
@@ -185,15 +190,17 @@ def test_the_first_start_makes_the_home_the_password_and_the_pool_and_a_later_on
         (programs / name).write_text(f"#!/bin/sh\n{program}\n")
         (programs / name).chmod(0o755)
     given = service.environment | {"MILLRACE_HOME": str(home), "PATH": f"{programs}:{os.environ['PATH']}"}
+    given |= {"MILLRACE_AIRFLOW_USERS": '{"ann": "operator"}', "AIRFLOW_PASSWORDS": '{"ann": "the password of ann"}'}
     script = FOLDER / "airflow-init.sh"
     for _ in range(2):
         subprocess.run(["sh", str(script)], env=given, check=True)
         assert json.loads((home / "format.json").read_text()) == {"format": millrace.FORMAT_VERSION}
         (home / "format.json").write_text('{"format": 1}')
         (tmp_path / "pool").touch()
-    assert json.loads((home / "airflow" / "password.json").read_text()) == {
-        "admin": service.environment["AIRFLOW_ADMIN_PASSWORD"]
-    }
+    passwords = json.loads((home / "airflow" / "password.json").read_text())
+    assert passwords.keys() == {"millrace", "ann"}
+    assert passwords["ann"] == "the password of ann"
+    assert "millrace:op,ann:user" in (home / "airflow" / "airflow.cfg").read_text()
     assert (home / "airflow" / "password.json").stat().st_mode & 0o077 == 0
     newer = '{"format": 1000}'
     (home / "format.json").write_text(newer)
@@ -216,7 +223,7 @@ def test_a_health_check_tells_a_server_that_works_from_one_that_does_not(compose
     probes = {name: one.probe for name, one in compose.services.items() if one.probe[:1] == ["python"]}
     programs = {name: probe for name, probe in probes.items() if probe[1] == "-c"}
     assert {probe[3] for probe in programs.values() if len(probe) > 3} == beats
-    assert len(programs) == 6
+    assert len(programs) == 7
     with Answering() as server:
         for service, (_, flag, program, *arguments) in programs.items():
             here = re.sub(r"http://[\w.-]+:\d+", f"http://127.0.0.1:{server.server_port}", program)
@@ -303,9 +310,12 @@ def test_the_image_is_made_of_what_is_there_and_runs_as_a_user_without_rights() 
     assert re.fullmatch(r"python:3\.11-slim-bookworm@sha256:[0-9a-f]{64}", dict(steps)["FROM"])
     assert [rest for step, rest in steps if step == "USER"] == ["10001:10001"]
     assert steps.index(["USER", "10001:10001"]) > max(n for n, (step, _) in enumerate(steps) if step in ("RUN", "COPY"))
-    # As the Makefile installs, so that the same environment results.
+    # As the Makefile installs, so that the same environment results; what only some deployments need, they ask for.
     installs = [
-        command for step, rest in steps if step == "RUN" for command in re.findall(r"uv pip install[^&]*", rest)
+        command
+        for step, rest in steps
+        if step == "RUN" and not rest.startswith('test -z "$EXECUTORS" ||')
+        for command in re.findall(r"uv pip install[^&]*", rest)
     ]
     made = re.findall(r"uv pip install --python \$\(BIN\)[^\n]*", (PROJECT / "Makefile").read_text())
     assert [without_place(command) for command in installs] == [without_place(command) for command in made]

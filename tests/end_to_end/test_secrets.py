@@ -22,7 +22,7 @@ import pytest
 
 from millrace.environments import mlflow_access
 from millrace.environments.mlflow_calls import Login
-from millrace.private_files import write_json, write_text
+from millrace.private_files import write_json, write_private
 from millrace.secret_sources import SecretFile, SecretVariable
 from millrace.settings import PROJECT, Settings
 from millrace.sources.completion_id import read_keys, verify
@@ -86,12 +86,12 @@ def deployment(
         planted = {name: canaries.plain(name) for name in IN_FILES}
         planted["keys_url"] = url(postgres, "gateway", passwords["gateway"])
         for name, secret in planted.items():
-            write_text(folder / name, secret)
+            write_private(folder / name, secret)
         upstream = there.enter_context(KeyedUpstream(planted["upstream_api_key"]))
         qdrant = StandIn({planted["qdrant_api_key"]: "m"})
         there.callback(qdrant.stop)
         alerts = webhook.url.replace("://", f"://alerts:{canaries.plain('alerts')}@")
-        write_text(folder / VAULT, json.dumps({"millrace_alerts": alerts}))
+        write_private(folder / VAULT, json.dumps({"millrace_alerts": alerts}))
         changes: dict[str, Any] = {name: SecretFile(folder / name, name) for name in planted}
         changes |= {"upstream_url": upstream.url, "qdrant_url": qdrant.url}
         changes["alert_urls"] = SecretVariable("millrace_alerts", "MILLRACE_ALERT_URLS")

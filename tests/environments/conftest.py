@@ -5,23 +5,38 @@ import shutil
 import sys
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol
 
 import pytest
+from pydantic import SecretStr
 
 from millrace.applications import Application
-from millrace.environments.mlflow_access import READS, apply
+from millrace.environments import postgres_access
+from millrace.environments.lake_access import apply as apply_lake_access
+from millrace.environments.matrix import READS, SERVERS
+from millrace.environments.mlflow_access import apply
 from millrace.environments.mlflow_calls import Login
+from millrace.lakehouse.storage import Key
 from millrace.settings import PROJECT, Settings
+from millrace.stack.postgres import Postgres
+from millrace.stack.versitygw import Versitygw
 from tests.conftest import answers, free_port, running
+from tests.scram import scram_server
 
 ADMINISTRATOR = Login("admin", "the administrator's password")
-PASSWORDS = {identity: f"the password of {identity}" for identity in READS}
+PASSWORDS = {identity: f"what {identity} logs in with" for identity in READS}
+DATABASE_PASSWORDS = {identity: f"the database password of {identity}" for identity in (*READS, *SERVERS)}
+
+
+LAKE_KEYS = {identity: Key(f"lake-{identity}", f"the secret of {identity}") for identity in READS}
+LAKE_PRINCIPALS = {identity: key.access_key for identity, key in LAKE_KEYS.items()}
 
 
 class As(Protocol):
     def __call__(self, identity: str, environment: str | None = None) -> Settings:
-        """From now on this process asks MLflow as `identity`. The settings of that environment; None: of its own."""
+        """The settings of that environment, asked as `identity`; None: of its own. Of MLflow: from now on this process
+        asks so."""
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +78,44 @@ def ask_as(shared: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[As]:
         yield ask_as
 
 
+@pytest.fixture(scope="session")
+def walled_lake(object_store: Versitygw) -> Settings:
+    """Settings of dev on a lake that the environments share, with a user for each, walled as declared."""
+    for key in LAKE_KEYS.values():
+        object_store.create_user(key)
+    settings = Settings(lake_uri="s3://walled/lake", lake_endpoint=object_store.url)
+    apply_lake_access(settings, object_store.root, LAKE_PRINCIPALS)
+    return settings
+
+
+@pytest.fixture
+def lake_as(settings: Settings, walled_lake: Settings) -> As:
+    def lake_as(identity: str, environment: str | None = None) -> Settings:
+        key = LAKE_KEYS[identity]
+        changes = {
+            "environment": environment or identity,
+            "lake_uri": walled_lake.lake_uri,
+            "lake_endpoint": walled_lake.lake_endpoint,
+            "lake_access_key": SecretStr(key.access_key),
+            "lake_secret_key": SecretStr(key.secret_key),
+        }
+        return settings.model_copy(update=changes)
+
+    return lake_as
+
+
 @pytest.fixture
 def application(qa: Application) -> Application:
     return qa.model_copy(update={"name": f"walled_{uuid.uuid4().hex[:8]}"})
+
+
+@pytest.fixture(scope="session")
+def walled_postgres(open_folder: Path) -> Iterator[str]:
+    """Address of one PostgreSQL that asks for passwords, walled as declared. Tests leave it so."""
+    with scram_server(open_folder) as server:
+        postgres_access.apply(superuser_url(server), "", DATABASE_PASSWORDS)
+        yield superuser_url(server)
+
+
+def superuser_url(server: Postgres) -> str:
+    return server.url("postgres").replace("+psycopg2", "")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from millrace.applications import Chunking
 from millrace.errors import LakehouseError
 from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.storage import delta_options
 from millrace.lakehouse.tables import SILVER_FEEDBACK, Table
 from tests.lakehouse.things import (
     COUNTED,
@@ -169,7 +170,8 @@ def test_a_transformation_without_its_source_is_refused_and_deletes_nothing(lake
 
 def test_a_table_has_its_declared_properties_and_no_other_features(lake: Lake) -> None:
     lake.merge(SILVER_FEEDBACK, SILVER_FEEDBACK.rows_schema.empty_table(), run="r")
-    opened = DeltaTable(lake.uri(SILVER_FEEDBACK))
+    uri = lake.uri(SILVER_FEEDBACK)
+    opened = DeltaTable(uri, storage_options=delta_options(uri))
     configuration = opened.metadata().configuration
     assert configuration["delta.enableChangeDataFeed"] == "true"
     assert configuration["delta.logRetentionDuration"] == "interval 30 days"

@@ -15,6 +15,7 @@ from millrace.lakehouse.audit.chain import Event, record
 from millrace.lakehouse.cursors import move_cursor
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.local import LocalEngine
+from millrace.lakehouse.storage import ObjectStore
 from millrace.lakehouse.tables import (
     OPS_DECISIONS,
     VECTOR,
@@ -25,6 +26,7 @@ from millrace.lakehouse.tables import (
     text,
 )
 from millrace.lakehouse.tables import time as time_column
+from millrace.retrieval.chunk import chunk_documents
 from millrace.settings import Settings
 
 THINGS = Table(
@@ -138,16 +140,39 @@ def sleeping(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         yield batch
 
 
+def witnessed(
+    batches: Iterator[pa.RecordBatch], chunking: Chunking, log: Path, pause: float = 0.0
+) -> Iterator[pa.RecordBatch]:
+    """Chunks of documents. Each task first says on which worker of a Spark cluster it runs; `pause` is in seconds."""
+    folders = Path.cwd().parts  # …/worker-1/applications/app-…/0
+    with log.open("a") as file:
+        file.write(f"{next((one for one in folders if one.startswith('worker-')), 'no-worker')}\n")
+    time.sleep(pause)
+    yield from chunk_documents(batches, chunking)
+
+
+def sentences(number: int) -> str:
+    """A hundred words of their own."""
+    return " ".join(f"word{number}x{n}" for n in range(100))
+
+
 # What the processes of the concurrency tests run: begin at the same moment, say what happened.
 
 
-def merge_often(root: str, writer: int, times: int, start: float, spark_url: str = "") -> list[str]:
+def merge_often(
+    root: str, writer: int, times: int, start: float, spark_url: str = "", store: ObjectStore | None = None
+) -> list[str]:
     """Each time insert a key of its own and rewrite a key that all writers share."""
-    lake = Lake(root, "dev", "qa", spark_url=spark_url, spark_tables=frozenset({THINGS.path} if spark_url else ()))
+    spark_tables = frozenset({THINGS.path} if spark_url else ())
+    lake = Lake(root, "dev", "qa", store=store, spark_url=spark_url, spark_tables=spark_tables)
     _wait_until(start)
     for i in range(times):
         lake.merge(THINGS, things({f"{writer}-{i}": "x", "shared": f"{writer}-{i}"}), run=f"writer {writer}")
     return [f"{writer}-{i}" for i in range(times)]
+
+
+def count_things(root: str, store: ObjectStore) -> int:
+    return Lake(root, "dev", "qa", store=store).read(THINGS, ["key"]).num_rows
 
 
 def merge_same(root: str, writer: int, start: float) -> tuple[int, int]:

@@ -146,7 +146,7 @@ def test_simulated_users_have_a_key_of_their_own_as_long_as_they_come(guarded: G
     question = Question("q", "why is that?", "because", "d", None, "live")
     with _keyed(guarded.settings, "qa") as keyed:
         users = SimulatedUsers(
-            guarded.url, "qa", [question], qa.demo, crowd="c", corrections=False,
+            [guarded.url], "qa", [question], qa.demo, crowd="c", corrections=False,
             api_key=keyed.api_key.get_secret_value(),
         )  # fmt: skip
         assert [visit.release_version for visit in users.visits(3)] == ["1"] * 3

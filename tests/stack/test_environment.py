@@ -8,8 +8,11 @@ from pydantic import SecretStr
 from millrace.settings import Settings
 from millrace.stack.environment import part_environment, settings_variables
 from millrace.stack.home import obtain_secrets, prepare_home
-from millrace.stack.parts import Part, all_parts, with_keys_url
+from millrace.stack.part import Part
+from millrace.stack.parts import all_parts, with_keys_url
 from millrace.stack.postgres import Postgres
+
+ADMINISTRATORS = {"access_secrets", "airflow_passwords", "backup_airflow_url", "backup_mlflow_url"}
 
 READ_BACK = """
 from millrace.settings import read_settings
@@ -43,7 +46,17 @@ def test_parts_that_need_no_keys_get_none(settings: Settings) -> None:
     secret = {name for name, field in Settings.model_fields.items() if field.annotation is SecretStr}
     assert {"completion_key", "pseudonym_key", "alert_urls", "spark_token"} <= secret
     withheld = set(settings_variables(settings, keys=True)) - set(settings_variables(settings, keys=False))
-    assert withheld == {f"MILLRACE_{name}".upper() for name in secret}
+    assert withheld == {f"MILLRACE_{name}".upper() for name in secret - ADMINISTRATORS}
+
+
+def test_no_part_knows_what_administers_the_walls(settings: Settings) -> None:
+    others = {name for name in Settings.model_fields if name.startswith(("access_", "backup_"))}
+    assert others | {"airflow_passwords"} >= ADMINISTRATORS
+    given = settings.model_copy(update=dict.fromkeys(ADMINISTRATORS, SecretStr("of the administrator")))
+    for keys in (True, False):
+        environment = part_environment(given, threads=1, keys=keys)
+        assert "of the administrator" not in environment.values()
+        assert not {f"MILLRACE_{name.upper()}" for name in ADMINISTRATORS} & environment.keys()
 
 
 def test_the_callers_other_tools_do_not_reach_a_part(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,3 +125,30 @@ def test_the_gateway_finds_its_api_keys_in_the_embedded_database_unless_another_
     assert with_keys_url(named) is named
     assert gateway(named).environment["MILLRACE_KEYS_URL"] == "postgresql://keys.example/gateway"
     assert gateway(named).after == ("mlflow",)
+
+
+def test_spark_alone_gets_the_lakes_credential_and_a_keeper_where_the_lake_is_in_an_object_store(
+    settings: Settings,
+) -> None:
+    prepare_home(settings)
+    given = settings.model_copy(
+        update={
+            "lake_uri": "s3://lakehouse/lake",
+            "lake_endpoint": "http://127.0.0.1:9000",
+            "lake_access_key": SecretStr("dev"),
+            "lake_secret_key": SecretStr("the lake's secret"),
+            "spark_token": SecretStr("a token"),
+        }
+    )
+    parts = {part.name: part for part in all_parts(given, obtain_secrets(settings.home))}
+    spark = parts["spark"]
+    assert spark.command == (sys.executable, "-m", "millrace.lakehouse.spark_server")
+    assert spark.environment["MILLRACE_LAKE_SECRET_KEY"] == "the lake's secret"
+    assert spark.environment["SPARK_CONNECT_AUTHENTICATE_TOKEN"] == "a token"
+    assert "MILLRACE_PSEUDONYM_KEY" not in spark.environment
+    knowing = {name for name, part in parts.items() if "the lake's secret" in part.environment.values()}
+    assert knowing == {"spark", "airflow-scheduler", "gateway"}
+    assert not [part for part in parts.values() if "the lake's secret" in " ".join(part.command)]
+    in_a_folder = {part.name: part for part in all_parts(settings, obtain_secrets(settings.home))}
+    assert "org.apache.spark.deploy.SparkSubmit" in in_a_folder["spark"].command
+    assert "hadoop-aws" not in " ".join(in_a_folder["spark"].command)

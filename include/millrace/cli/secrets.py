@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from pydantic import SecretStr
 
-from millrace.cli.common import console, group, one_sentence
+from millrace.cli.terminal import console, group, one_sentence
 from millrace.settings import Settings, read_settings
 from millrace.sources.event_log import now
 

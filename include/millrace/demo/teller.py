@@ -22,7 +22,7 @@ from millrace.demo.users import SimulatedUsers, Traffic
 from millrace.errors import MillraceError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import OPS_EVALUATIONS, SILVER_DOCUMENTS, SILVER_EXCHANGES
-from millrace.releases.registry import read_split
+from millrace.releases.published_split import read_split
 from millrace.releases.split import Split
 from millrace.retrieval.builds import current
 from millrace.retrieval.index import declared_builds
@@ -142,7 +142,7 @@ class Teller:
 
     def users(self, split: str, crowd: str, *, corrections: bool) -> SimulatedUsers:
         return SimulatedUsers(
-            self.settings.gateway_url,
+            self.settings.gateway_urls,
             self.application.name,
             self.questions(split),
             self.application.demo,
@@ -158,12 +158,12 @@ class Teller:
         return found
 
     def ready(self) -> bool:
-        """Whether the gateway has this application's champion; others may not have begun."""
+        """Whether every gateway has this application's champion; others may not have begun."""
         try:
-            answer = httpx.get(f"{self.settings.gateway_url}/readyz", timeout=5, trust_env=False).json()
+            told = [httpx.get(f"{url}/readyz", timeout=5, trust_env=False).json() for url in self.settings.gateway_urls]
         except httpx.HTTPError:
             return False
-        return bool(answer["applications"].get(self.application.name) == "ready")
+        return all(one["applications"].get(self.application.name) == "ready" for one in told)
 
     def stage_called(self, name: str) -> Stage:
         return next(stage for stage in self.progress.stages if stage.name == name)

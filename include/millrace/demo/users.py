@@ -1,7 +1,7 @@
 """Simulated users: they ask through the gateway by HTTP and rate what they get against the known answer, with noise.
 
 No person is behind any of it, and every request says so (`X-Millrace-Simulated`), so that every table and page can.
-They know the gateway's address and their questions; releases and splits they can't see, only what an answer says.
+They know the gateways' addresses and their questions; releases and splits they can't see, only what an answer says.
 """
 
 import random
@@ -40,12 +40,12 @@ class SimulatedUsers:
 
     With `corrections`, who rates a poor answer also writes a better one. Crowds that measure a rollout write
     none: the next fine-tune would train on the questions that the next rollout is measured with. `api_key` is what they
-    show a gateway that requires one.
+    show a gateway that requires one. Of several gateways each user asks one and rates at the next.
     """
 
     def __init__(
         self,
-        gateway_url: str,
+        gateway_urls: Sequence[str],
         application: str,
         questions: Sequence[Question],
         demo: Demo,
@@ -55,7 +55,7 @@ class SimulatedUsers:
         api_key: str = "",
     ) -> None:
         shown = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._client = httpx.Client(base_url=gateway_url, headers=SIMULATED | shown, timeout=120)
+        self._gateways = [httpx.Client(base_url=url, headers=SIMULATED | shown, timeout=120) for url in gateway_urls]
         self._application = application
         self._questions = questions
         self._demo = demo
@@ -71,7 +71,8 @@ class SimulatedUsers:
         user = f"simulated-{self._crowd}-{number}"
         chance = random.Random(user)
         question = chance.choice(self._questions)
-        answered = self._client.post(
+        asked, rated = (self._gateways[turn % len(self._gateways)] for turn in (number, number + 1))
+        answered = asked.post(
             "/v1/chat/completions",
             json={
                 "model": self._application,
@@ -81,7 +82,7 @@ class SimulatedUsers:
         )
         answered.raise_for_status()
         body = answered.json()
-        rating = self._rate(body["id"], body["choices"][0]["message"]["content"], question, chance)
+        rating = self._rate(body["id"], body["choices"][0]["message"]["content"], question, chance, rated)
         return Visit(user, body["id"], body["millrace"]["release_version"], rating)
 
     def visits(self, count: int, first: int = 0) -> list[Visit]:
@@ -89,7 +90,9 @@ class SimulatedUsers:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return list(pool.map(self.visit, range(first, first + count)))
 
-    def _rate(self, completion_id: str, answer: str, question: Question, chance: random.Random) -> float | None:
+    def _rate(
+        self, completion_id: str, answer: str, question: Question, chance: random.Random, gateway: httpx.Client
+    ) -> float | None:
         if chance.random() >= self._demo.answer_rate:
             return None
         score = token_f1(answer, question.answer)
@@ -97,7 +100,7 @@ class SimulatedUsers:
         feedback: dict[str, object] = {"completion_id": completion_id, "rating": rating}
         if self._corrections and score < POOR:
             feedback["correction"] = question.answer
-        self._client.post("/v1/feedback", json=feedback).raise_for_status()
+        gateway.post("/v1/feedback", json=feedback).raise_for_status()
         return rating
 
 

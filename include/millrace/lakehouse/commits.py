@@ -3,20 +3,21 @@ trying again after a conflict, and saying in one sentence why storage refused.
 """
 
 import random
+import re
 import shutil
 import time as clock
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import pyarrow.dataset as ds
 from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
-from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 from millrace import FORMAT_VERSION
-from millrace.errors import ConflictError, LakehouseError
+from millrace.errors import AccessRefused, ConflictError, LakehouseError
 from millrace.lakehouse.rows import FORMAT_PROPERTY
+from millrace.lakehouse.storage import delta_options, files_for_arrow, store_at
 from millrace.lakehouse.tables import Table
 
 T = TypeVar("T")
@@ -44,14 +45,14 @@ def open_table(uri: str, table: Table, version: int | None = None) -> DeltaTable
             that it doesn't declare: delta-rs would read some of those silently wrong.
     """
     try:
-        opened = DeltaTable(uri, version=version)
+        opened = DeltaTable(uri, version=version, storage_options=delta_options(uri))
     except TableNotFoundError:
         at = "" if version is None else f" at version {version}"
         raise LakehouseError(
             f"{table.path}: there is no Delta table{at} in {uri}; run the stage that writes it"
         ) from None
     except (DeltaError, OSError, ValueError) as error:
-        raise refusal(table, uri, error) from error
+        raise refusal(table, uri, error, "read") from error
     written = opened.metadata().configuration.get(FORMAT_PROPERTY, "1")
     if int(written) > FORMAT_VERSION:
         raise LakehouseError(
@@ -68,10 +69,8 @@ def open_table(uri: str, table: Table, version: int | None = None) -> DeltaTable
 
 
 def dataset_of(opened: DeltaTable, uri: str) -> ds.Dataset:
-    """The table's files as an Arrow dataset. On a local disk they are read by Arrow itself: through delta-rs's file
-    system, written in Python, Arrow's reading threads abort a process that ends soon after (seen in one of eight)."""
-    local = None if "://" in uri else SubTreeFileSystem(uri, LocalFileSystem())
-    return opened.to_pyarrow_dataset(filesystem=local)
+    """The table's files as an Arrow dataset."""
+    return opened.to_pyarrow_dataset(filesystem=files_for_arrow(uri))
 
 
 def features(opened: DeltaTable) -> set[str]:
@@ -107,16 +106,29 @@ def retried(commit: Callable[[], T]) -> T:
             clock.sleep(min(2.0, 0.05 * 2 ** min(attempt, 6)) * random.random())
 
 
-def refusal(table: Table, uri: str, error: Exception) -> LakehouseError:
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m↳?")
+"""delta-rs draws its causes for a terminal."""
+
+Doing = Literal["read", "write", "tidy"]
+"""What somebody is about to do with a table, for the sentence that says they may not."""
+
+
+def refusal(table: Table, uri: str, error: Exception, doing: Doing = "write") -> LakehouseError:
     """One sentence for what delta-rs or storage said: which table, what is wrong, what to do."""
-    said = " ".join(str(error).split())
+    said = " ".join(_COLOURS.sub("", str(error)).split())
+    if _is_refused(said):  # before all else: delta-rs says it of a commit as of a conflict
+        return described(table, uri, said, doing)
     if isinstance(error, CommitFailedError) and not _disk_is_full(said):
         return ConflictError(f"{table.path}: another writer committed first ({said})")
-    return described(table, uri, said)
+    return described(table, uri, said, doing)
 
 
-def described(table: Table, uri: str, said: str) -> LakehouseError:
-    """`refusal` for an error known only by what it says."""
+def described(table: Table, uri: str, said: str, doing: Doing = "write", by: str = "") -> LakehouseError:
+    """`refusal` for an error known only by what it says.
+
+    Args:
+        by: who asked storage; empty: this process.
+    """
     if said.startswith("LakehouseError: "):  # ours, from a worker
         return LakehouseError(said.removeprefix("LakehouseError: "))
     if _disk_is_full(said):
@@ -124,10 +136,20 @@ def described(table: Table, uri: str, said: str) -> LakehouseError:
         return LakehouseError(
             f"{table.path}: the disk that holds {uri} is full{free}; nothing was committed: free some space and retry"
         )
-    if "lacked the necessary privileges" in said or "Permission denied" in said or "AccessDenied" in said:
-        return LakehouseError(
-            f"{table.path}: this environment's credentials may not do that in {uri}; "
+    if _is_refused(said):
+        if store := store_at(uri):
+            return AccessRefused(
+                f"{table.path}: the object store does not let {by or store.identity} {doing} {uri}; "
+                "use the credential of an environment that may (docs/lake.md)"
+            )
+        return AccessRefused(
+            f"{table.path}: this environment's credentials may not {doing} {uri}; "
             "use the environment that owns the table"
+        )
+    if (store := store_at(uri)) and (unknown := re.search("SignatureDoesNotMatch|InvalidAccessKeyId", said)):
+        return LakehouseError(
+            f"{table.path}: the object store does not know {store.identity} by this secret key ({unknown.group()}); "
+            "correct MILLRACE_LAKE_ACCESS_KEY and MILLRACE_LAKE_SECRET_KEY"
         )
     for sign in ("failed validation check", "violate", "NOT_NULL_CONSTRAINT", "Check or Invariant"):
         if sign in said:
@@ -136,6 +158,12 @@ def described(table: Table, uri: str, said: str) -> LakehouseError:
                 f"{table.path}: rows break a constraint ({limits or 'no nulls'}), nothing was written: {said[:400]}"
             )
     return LakehouseError(f"{table.path}: {said[:600]} (table in {uri})")
+
+
+def _is_refused(said: str) -> bool:
+    """Whether storage refused: in the words of delta-rs, of a disk, of Arrow, of Spark."""
+    signs = ("lacked the necessary privileges", "Permission denied", "ACCESS_DENIED", "AccessDenied")
+    return any(sign in said for sign in signs)
 
 
 def _disk_is_full(said: str) -> bool:

@@ -7,9 +7,9 @@ writer's commit in between makes it a conflict, and it is decided anew.
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from itertools import chain
-from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.fs as pafs
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import DeltaError
 
@@ -18,6 +18,7 @@ from millrace.lakehouse.commits import dataset_of, open_table, refusal, retried
 from millrace.lakehouse.difference import Difference
 from millrace.lakehouse.engine import BatchFunction, Written
 from millrace.lakehouse.rows import checked, net_changes, properties, same_key, stamped, typed, update_condition
+from millrace.lakehouse.storage import delta_options, files_for_upkeep
 from millrace.lakehouse.tables import Table
 
 BATCH = 1000
@@ -55,11 +56,14 @@ class LocalEngine:
 
         def once() -> Written:
             opened = open_table(uri, table)
-            if not DeltaTable.is_deltatable(source_uri):
+            options = delta_options(source_uri)
+            if not DeltaTable.is_deltatable(source_uri, options):
                 raise LakehouseError(
                     f"{table.path}: its source {source_uri} is not there; run the stage that writes it"
                 )
-            source = dataset_of(DeltaTable(source_uri), source_uri).to_batches(columns=columns, batch_size=BATCH)
+            source = dataset_of(DeltaTable(source_uri, storage_options=options), source_uri).to_batches(
+                columns=columns, batch_size=BATCH
+            )
             rows = (typed(table, pa.Table.from_batches([batch])) for batch in function(source))
             return _commit(opened, uri, table, Difference(opened, table, "true"), rows, run, "true")
 
@@ -101,9 +105,24 @@ class LocalEngine:
             ) from error
         return net_changes(table, feed)
 
+    def delete(self, uri: str, table: Table, condition: str) -> int:
+        def once() -> int:
+            opened = open_table(uri, table)
+            try:
+                # On the version that was read, or not at all.
+                return int(
+                    opened.delete(condition, commit_properties=CommitProperties(max_commit_retries=0)).get(
+                        "num_deleted_rows", 0
+                    )
+                )
+            except (DeltaError, OSError) as error:
+                raise refusal(table, uri, error) from error
+
+        return retried(once)
+
     def tidy(self, uri: str, table: Table, kept: timedelta) -> int:
         retried(lambda: _compact(uri, table))
-        return _vacuum(uri, table, kept) + _forget_changes(uri, datetime.now(UTC) - kept)
+        return _vacuum(uri, table, kept) + _forget_changes(uri, table, datetime.now(UTC) - kept)
 
     def _create_once(self, uri: str, table: Table) -> None:
         opened = create_empty(uri, table)
@@ -123,7 +142,7 @@ def create_empty(uri: str, table: Table) -> DeltaTable:
         ConflictError: somebody else creates it at this moment.
     """
     try:
-        if not DeltaTable.is_deltatable(uri):
+        if not DeltaTable.is_deltatable(uri, delta_options(uri)):
             DeltaTable.create(
                 uri,
                 schema=table.schema,
@@ -132,6 +151,7 @@ def create_empty(uri: str, table: Table) -> DeltaTable:
                 name=table.path,
                 configuration=properties(table),
                 raise_if_key_not_exists=False,  # one property is ours, not Delta's
+                storage_options=delta_options(uri),
                 # With retries, the loser of a race would commit its own empty metadata over the winner's.
                 commit_properties=CommitProperties(max_commit_retries=0),
             )
@@ -152,7 +172,7 @@ def _compact(uri: str, table: Table) -> None:
     try:
         open_table(uri, table).optimize.compact(commit_properties=CommitProperties(max_commit_retries=0))
     except (DeltaError, OSError) as error:
-        raise refusal(table, uri, error) from error
+        raise refusal(table, uri, error, "tidy") from error
 
 
 def _vacuum(uri: str, table: Table, kept: timedelta) -> int:
@@ -161,21 +181,25 @@ def _vacuum(uri: str, table: Table, kept: timedelta) -> int:
     try:
         doomed = opened.vacuum(retention_hours=hours, dry_run=True, enforce_retention_duration=False)
         # delta-rs lists what went long ago too, and would commit for it every time.
-        there = [name for name in doomed if (Path(uri) / name).exists()]
+        infos = files_for_upkeep(uri).get_file_info(doomed) if doomed else []
+        there = sum(info.type == pafs.FileType.File for info in infos)
         if there:
             opened.vacuum(retention_hours=hours, dry_run=False, enforce_retention_duration=False)
     except (DeltaError, OSError) as error:
-        raise refusal(table, uri, error) from error
-    return len(there)
+        raise refusal(table, uri, error, "tidy") from error
+    return there
 
 
-def _forget_changes(uri: str, before: datetime) -> int:
+def _forget_changes(uri: str, table: Table, before: datetime) -> int:
     """Remove the change feed's files from before `before`: delta-rs's vacuum leaves them for ever."""
-    gone = [
-        path for path in (Path(uri) / "_change_data").rglob("*.parquet") if path.stat().st_mtime < before.timestamp()
-    ]
-    for path in gone:
-        path.unlink(missing_ok=True)
+    files = files_for_upkeep(uri)
+    try:
+        found = files.get_file_info(pafs.FileSelector("_change_data", allow_not_found=True, recursive=True))
+        gone = [info.path for info in found if info.path.endswith(".parquet") and info.mtime < before]
+        for path in gone:
+            files.delete_file(path)
+    except (DeltaError, OSError) as error:
+        raise refusal(table, uri, error, "tidy") from error
     return len(gone)
 
 

@@ -24,7 +24,8 @@ from millrace.lakehouse.difference import Difference
 from millrace.lakehouse.engine import BatchFunction, Written
 from millrace.lakehouse.local import create_empty, missing_constraints
 from millrace.lakehouse.rows import checked, same_key, stamped, typed, update_condition
-from millrace.lakehouse.spark_session import Refused, on_server, says
+from millrace.lakehouse.spark_session import Refused, on_server, says, shown
+from millrace.lakehouse.storage import delta_options
 from millrace.lakehouse.tables import TIME, Table
 
 T = TypeVar("T")
@@ -75,7 +76,7 @@ class SparkEngine:
     def transform(
         self, source_uri: str, columns: list[str], function: BatchFunction, uri: str, table: Table, *, run: str
     ) -> Written:
-        if not DeltaTable.is_deltatable(source_uri):
+        if not DeltaTable.is_deltatable(source_uri, delta_options(source_uri)):
             raise LakehouseError(f"{table.path}: its source {source_uri} is not there; run the stage that writes it")
         self.create(uri, table)
         produce = partial(_produced, function, table, run, datetime.now(UTC))
@@ -93,6 +94,13 @@ class SparkEngine:
             finally:
                 with suppress(PySparkException):
                     produced.unpersist()
+
+        return self._commit(uri, table, once)
+
+    def delete(self, uri: str, table: Table, condition: str) -> int:
+        def once(session: SparkSession) -> int:
+            counts = session.sql(f"DELETE FROM {_path(uri)} WHERE {condition}").toArrow().to_pylist()[0]
+            return int(counts["num_affected_rows"])
 
         return self._commit(uri, table, once)
 
@@ -117,7 +125,9 @@ class SparkEngine:
             except ConflictError as error:
                 raise ConflictError(f"{table.path}: {error}") from error
             except Refused as refused:
-                raise described(table, uri, str(refused)) from refused
+                # Whatever the server does, it does with the credential that it was started with.
+                by = f"the Spark Connect server at {shown(self._url)}"
+                raise described(table, uri, str(refused), by=by) from refused
 
         return retried(attempt)
 

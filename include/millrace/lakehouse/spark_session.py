@@ -99,7 +99,7 @@ def _reach(url: str) -> None:
         socket.create_connection((address.hostname or "", address.port or 15002), CONNECT_SECONDS).close()
     except (OSError, ValueError) as error:
         raise LakehouseError(
-            f"the Spark Connect server at {_shown(url)} can't be reached ({error}); see `millrace status`, then retry"
+            f"the Spark Connect server at {shown(url)} can't be reached ({error}); see `millrace status`, then retry"
         ) from None
 
 
@@ -120,18 +120,17 @@ def _translated(url: str, error: PySparkException) -> Exception:
         return ConflictError(f"another writer committed first ({said})")
     if _lost(error):
         return LakehouseError(
-            f"the Spark Connect server at {_shown(url)} stopped answering; see its log and `millrace status`, "
-            "then retry"
+            f"the Spark Connect server at {shown(url)} stopped answering; see its log and `millrace status`, then retry"
         )
     if "UNAUTHENTICATED" in said:
         return LakehouseError(
-            f"the Spark Connect server at {_shown(url)} refuses this token ({said}); "
+            f"the Spark Connect server at {shown(url)} refuses this token ({said}); "
             "set MILLRACE_SPARK_TOKEN to the one that it was started with"
         )
     return Refused(said)
 
 
-def _shown(url: str) -> str:
+def shown(url: str) -> str:
     """The address without its parameters: one may be a token."""
     return url.partition("/;")[0]
 
@@ -140,6 +139,8 @@ def _sentence(text: str) -> str:
     """What happened, out of a report with the stacks of two languages."""
     if full := re.search(r"No space left on device|Disk quota exceeded", text):
         return full.group()  # it stands deep among the causes
+    if refused := re.search(r"AccessDeniedException: .*", text):
+        return refused.group()[:600]  # and so does this
     text = text.split("JVM stacktrace:")[0]
     if "Traceback (most recent call last)" in text:
         # The last line of the innermost Python traceback that is an exception.

@@ -86,7 +86,7 @@ class Server:
         if isinstance(error, UnexpectedResponse):
             if error.status_code in (401, 403):
                 return RetrievalError(
-                    f"Qdrant at {self.address} refuses this key ({reason}): it may not {what}; set "
+                    f"Qdrant at {self.address} refuses {_whose(self._api_key)} ({reason}): it may not {what}; set "
                     "MILLRACE_QDRANT_API_KEY to one that may (docs/qdrant.md)"
                 )
             if error.status_code == 404 and "not found" not in reason.lower():
@@ -108,6 +108,17 @@ class Server:
 
     def _reason(self, error: Exception) -> str:
         return hide(_reason(error), self._api_key)
+
+
+def _whose(key: SecretStr) -> str:
+    """Whose key this is, if it says so of itself, as a token of `millrace access` does."""
+    import jwt
+
+    try:
+        said = jwt.decode(key.get_secret_value(), options={"verify_signature": False})
+    except jwt.InvalidTokenError:
+        return "this key"
+    return f"the token of {said.get('subject', 'nobody')}"
 
 
 @lru_cache(maxsize=8)

@@ -32,7 +32,7 @@ from millrace.serving.traffic import RegisteredReleases, Releases, Traffic
 from millrace.settings import Settings
 from millrace.sources.completion_id import CompletionKeys
 from millrace.sources.event_log import EventLog, Feedback, now
-from millrace.sources.pseudonym import note_key, require_same_key
+from millrace.sources.pseudonym import note_key, noted_in, require_same_key
 
 CACHED_ANSWERS = 10_000
 """Per application; some kilobytes each."""
@@ -55,7 +55,7 @@ def create_app(
     completion_keys = CompletionKeys(settings.completion_key)
     # Once, whatever becomes of its file: with another key, users whom it knows would be strangers from here on.
     pseudonym_key = _pseudonym_key(settings)
-    noted = settings.home / "events" / f"{settings.environment}.pseudonym_key"
+    noted = noted_in(settings)
     require_same_key(pseudonym_key, noted)
     secrets = secrets_of(settings)
     admission = Admission(settings)

@@ -20,7 +20,8 @@ from millrace.applications import Application
 from millrace.errors import MillraceError
 from millrace.releases.loader import ReleaseLoader
 from millrace.releases.pipeline import AnswerPipeline
-from millrace.releases.registry import read_split, versions
+from millrace.releases.published_split import read_split
+from millrace.releases.registry import versions
 from millrace.releases.split import Assignment, Split, assign
 from millrace.secret_sources import hide
 from millrace.serving.refusal import Refusal, unavailable

@@ -29,7 +29,18 @@ from millrace.lakehouse.tables import (
 )
 from millrace.settings import Settings
 from millrace.sources.completion_id import CompletionKeys
-from millrace.sources.event_log import Accepted, Completed, Failed, Feedback, Line, now, parse_event, read_events
+from millrace.sources.erased import Erased, read_erasures, write_erasures
+from millrace.sources.event_log import (
+    Accepted,
+    Completed,
+    Failed,
+    Feedback,
+    Line,
+    erase_lines,
+    now,
+    parse_event,
+    read_events,
+)
 
 SETTLE = 2.0
 """Seconds after its end before an interval is read: a gateway may be between stamping an event and writing it."""
@@ -42,7 +53,8 @@ def land_events(
 ) -> dict[str, Any]:
     """Insert the events of [start, end) into `bronze/events`, and lines that are none into `quarantine/feedback`.
 
-    Returns: `lines` read, `landed` and `quarantined` for the first time, `changed`.
+    Returns: `lines` read, `landed` and `quarantined` for the first time, `erased` (of users who asked for that),
+        `changed`.
 
     Raises:
         SourceError: the interval is empty or has no time zone, or a segment can't be read.
@@ -52,10 +64,19 @@ def land_events(
     lake = Lake.of(settings, application.name)
     there = lake.read(BRONZE_EVENTS, ["event_id", "payload"], where=_within(start, end))
     known = dict(zip(there["event_id"].to_pylist(), there["payload"].to_pylist(), strict=True))
-    lines = sorted(
+    read = sorted(
         read_events(settings.event_log(application.name), start, end),
         key=lambda line: (line.at, line.segment, line.offset),
     )
+    erased = Erased(read_erasures(lake))
+    dropped = [line for line in read if erased.covers_line(line)] if erased else []
+    if late := erased.late(dropped):
+        # Feedback on what is dropped now is dropped whenever it arrives.
+        write_erasures(lake, late, run=run)
+        erased = Erased(read_erasures(lake))
+    if dropped:
+        erase_lines(settings.event_log(application.name), erased.covers_line)
+    lines = [line for line in read if not erased.covers_line(line)] if erased else read
     events, refused = [], []
     for line in lines:
         reason = line.reason
@@ -79,9 +100,10 @@ def land_events(
         QUARANTINE_FEEDBACK, pa.Table.from_pylist(refused, schema=QUARANTINE_FEEDBACK.rows_schema), run=run
     )
     return {
-        "lines": len(lines),
+        "lines": len(read),
         "landed": landed.inserted,
         "quarantined": quarantined.inserted,
+        "erased": len(read) - len(lines),
         "changed": landed.changed or quarantined.changed,
     }
 
@@ -104,7 +126,10 @@ def refine_feedback(
     """
     start, end = _interval(start, end)
     lake = Lake.of(settings, application.name)
-    events = _touched(lake, start, end, settings)
+    landed = _touched(lake, start, end, settings)
+    # Read after the events: whoever is erased meanwhile is known here.
+    erased = Erased(read_erasures(lake))
+    events = [one for one in landed if not erased.covers(one.event)]
     reasons = _refused(events, application.name)
     refused = [
         {

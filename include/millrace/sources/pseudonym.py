@@ -6,11 +6,17 @@ import hmac
 from pathlib import Path
 
 from millrace.errors import SettingsError
+from millrace.settings import Settings
 
 
 def pseudonym(key: bytes, user: str) -> str:
     """32 hexadecimal digits (128 bits of HMAC-SHA256); the same user has the same one in every application."""
     return hmac.digest(key, user.encode(), hashlib.sha256).hex()[:32]
+
+
+def noted_in(settings: Settings) -> Path:
+    """Where a home notes which key its users' pseudonyms are made with."""
+    return settings.home / "events" / f"{settings.environment}.pseudonym_key"
 
 
 def require_same_key(key: bytes, noted: Path) -> None:

@@ -7,7 +7,8 @@ It knows how to start, watch and end processes; it does not know what an applica
     environment.py  what a part's process finds in its environment
     preflight.py    what must be true of the machine before anything starts
     postgres.py     PostgreSQL from its package
-    parts.py        every part as a value: command, environment, readiness, what it needs
+    part.py         what a part is: command, environment, readiness, what it needs
+    parts.py        which parts there are; spark_parts.py has Spark's
     processes.py    start, record, find and end processes, so that none is left behind
     running.py      `Stack`: the order of things, and what to do when one dies
     supervisor.py   the process behind `millrace up`

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from millrace import FORMAT_VERSION
 from millrace.errors import StackError
-from millrace.private_files import write_json, write_text
+from millrace.private_files import write_json, write_private
 from millrace.secret_sources import SecretFile, is_set
 from millrace.settings import Settings
 from millrace.stack.migration import migrate
@@ -26,9 +26,15 @@ class Secrets:
     completion_key: str
     pseudonym_key: str
     airflow_password: str
+    airflow_service_password: str
     airflow_fernet_key: str
     airflow_jwt_secret: str
     airflow_secret_key: str
+    spark_secret: str
+
+
+RESTORING = "restoring.json"
+"""File of a home whose restore from a backup has begun and not ended."""
 
 
 def prepare_home(settings: Settings) -> None:
@@ -36,9 +42,12 @@ def prepare_home(settings: Settings) -> None:
     format is left for `bring_up_to_date`.
 
     Raises:
-        StackError: a newer Millrace wrote it, its version can't be read, or it can't be written.
+        StackError: a newer Millrace wrote it, its version can't be read, it can't be written, or its restore from a
+            backup didn't end.
     """
     home = settings.home
+    if (home / RESTORING).exists():
+        raise StackError(f"{home} is half restored from a backup; repeat that `millrace restore`, which completes it")
     read_format(home)
     try:
         # As root, PostgreSQL runs as a user of its own, who must be able to pass through.
@@ -125,7 +134,7 @@ def hand_out(home: Path, name: str, value: str) -> Path:
     """The file from which the parts read a secret of `home`, with `value` in it."""
     folder = home / "run" / "secrets"
     folder.mkdir(exist_ok=True, mode=0o700)
-    write_text(folder / name, value)
+    write_private(folder / name, value)
     return folder / name
 
 

@@ -3,57 +3,29 @@
 Building a part starts nothing. What differs between two deployments comes from the settings and the secrets.
 """
 
-import http.client
 import json
 import signal
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 
 from pydantic import SecretStr
 
-from millrace.lakehouse import spark_server
+from millrace.environments import airflow_access
 from millrace.private_files import write_json
 from millrace.secret_sources import is_set
-from millrace.settings import PROJECT, Settings
+from millrace.settings import AIRFLOW_ADMIN, AIRFLOW_SERVICE, PROJECT, Settings
 from millrace.stack.environment import part_environment
 from millrace.stack.home import Secrets, registry_mark
+from millrace.stack.object_store import WALLED, object_store_parts
+from millrace.stack.part import Part, get, nothing
 from millrace.stack.postgres import Postgres
+from millrace.stack.spark_parts import spark_parts
 
 _KEYS_DATABASE = "gateway"
-ADMIN = "admin"
-"""Airflow's one user."""
-
-
-def _nothing() -> None:
-    """Most parts need no preparation."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One process to run, or with `once` one program to complete before others start."""
-
-    name: str
-    command: tuple[str, ...]
-    environment: Mapping[str, str]
-    ready: Callable[[float], bool]
-    """Whether it works, given when (seconds since 1970) it was started. Answers within seconds."""
-    after: tuple[str, ...] = ()
-    """Parts that must work before it starts; they end after it."""
-    prepare: Callable[[], None] = _nothing
-    deadline: float = 180.0
-    """Seconds it may take to start."""
-    once: bool = False
-    done: Path | None = None
-    """With `once`: written when the program has completed; where it is, nothing needs to be done."""
-    url: str = ""
-    """Where a person finds it."""
-    user: str | None = None
-    stop_signal: signal.Signals = signal.SIGTERM
-    stop_main_only: bool = False
 
 
 def all_parts(settings: Settings, secrets: Secrets) -> tuple[Part, ...]:
@@ -63,12 +35,19 @@ def all_parts(settings: Settings, secrets: Secrets) -> tuple[Part, ...]:
         settings: with its keys filled in.
     """
     postgres = _postgres_of(settings)
-    parts = [_postgres(settings, postgres)]
+    store = object_store_parts(settings) if settings.object_store_port else []
+    parts = [postgres_part(settings)]
     if not settings.spark_remote:
-        parts.append(_spark(settings))
+        parts += spark_parts(settings, secrets)
     if not settings.mlflow_uri:
         parts.append(_mlflow(settings, postgres))
-    return (*parts, *_airflow(settings, secrets, postgres), _gateway(settings, postgres))
+    parts += [*_airflow(settings, secrets, postgres), *_gateways(settings, postgres)]
+    return (*store, *(_with_its_lake(part) if store else part for part in parts))
+
+
+def _with_its_lake(part: Part) -> Part:
+    uses = part.name in ("spark", "airflow-scheduler") or part.name.startswith("gateway")
+    return replace(part, after=(*part.after, WALLED)) if uses else part
 
 
 def with_keys_url(settings: Settings) -> Settings:
@@ -78,16 +57,12 @@ def with_keys_url(settings: Settings) -> Settings:
     return settings.model_copy(update={"keys_url": SecretStr(_postgres_of(settings).url(_KEYS_DATABASE))})
 
 
-def password_file(home: Path) -> Path:
-    """Where a person finds the password of Airflow's user."""
-    return home / "airflow" / "password.json"
-
-
 def _postgres_of(settings: Settings) -> Postgres:
     return Postgres(settings.home / "postgres")
 
 
-def _postgres(settings: Settings, postgres: Postgres) -> Part:
+def postgres_part(settings: Settings) -> Part:
+    postgres = _postgres_of(settings)
     return Part(
         name="postgres",
         command=postgres.command(),
@@ -99,18 +74,6 @@ def _postgres(settings: Settings, postgres: Postgres) -> Part:
         # INT closes sessions and ends in order; TERM would wait until every client has left by itself.
         stop_signal=signal.SIGINT,
         stop_main_only=True,
-    )
-
-
-def _spark(settings: Settings) -> Part:
-    command, variables = spark_server.command(settings)
-    return Part(
-        name="spark",
-        command=tuple(command),
-        environment=part_environment(settings, threads=settings.threads, keys=False) | variables,
-        ready=lambda started: spark_server.ready(settings),
-        deadline=300,
-        url=settings.spark_url,
     )
 
 
@@ -135,7 +98,7 @@ def _mlflow(settings: Settings, postgres: Postgres) -> Part:
             # An address may hold a password, and everybody on a machine sees its command lines.
             "MLFLOW_BACKEND_STORE_URI": postgres.url("mlflow"),
         },
-        ready=lambda started: _get(settings, settings.mlflow_port, "/health") is not None,
+        ready=lambda started: get(settings, settings.mlflow_port, "/health") is not None,
         after=("postgres",),
         prepare=prepare,
         url=settings.mlflow_url,
@@ -155,12 +118,13 @@ def _airflow(settings: Settings, secrets: Secrets, postgres: Postgres) -> tuple[
 
     def prepare() -> None:
         home.mkdir(exist_ok=True, mode=0o700)
-        write_json(password_file(settings.home), {ADMIN: secrets.airflow_password})
+        own = {AIRFLOW_ADMIN: secrets.airflow_password, AIRFLOW_SERVICE: secrets.airflow_service_password}
+        airflow_access.tell(settings, airflow_access.apply(settings, own), actor="service/stack")
         postgres.create_database("airflow")
 
     def healthy(component: str) -> Callable[[float], bool]:
         def answers(started: float) -> bool:
-            health = _get(settings, settings.airflow_port, "/api/v2/monitor/health")
+            health = get(settings, settings.airflow_port, "/api/v2/monitor/health")
             state = health and json.loads(health).get(component)
             if not state or state["status"] != "healthy":
                 return False
@@ -185,7 +149,7 @@ def _airflow(settings: Settings, secrets: Secrets, postgres: Postgres) -> tuple[
             name="airflow",
             command=command("api-server"),
             environment=environment(threads=1, keys=False),
-            ready=lambda started: _get(settings, settings.airflow_port, "/api/v2/monitor/health") is not None,
+            ready=lambda started: get(settings, settings.airflow_port, "/api/v2/monitor/health") is not None,
             after=("airflow-database",),
             url=settings.airflow_url,
         ),
@@ -234,9 +198,8 @@ def _airflow_variables(settings: Settings, secrets: Secrets, postgres: Postgres)
             # Unpausing is a decision: a weekly fine-tune whose hour has passed is due at that moment.
             "dags_are_paused_at_creation": True,
             "fernet_key": secrets.airflow_fernet_key,
-            "simple_auth_manager_users": f"{ADMIN}:admin",
             "simple_auth_manager_all_admins": False,
-            "simple_auth_manager_passwords_file": password_file(settings.home),
+            "simple_auth_manager_passwords_file": airflow_access.password_file(settings.home),
             "execution_api_server_url": f"{settings.airflow_url}/execution/",
         },
         "database": {"sql_alchemy_conn": postgres.url("airflow")},
@@ -264,29 +227,22 @@ def _airflow_variables(settings: Settings, secrets: Secrets, postgres: Postgres)
     return variables
 
 
-def _gateway(settings: Settings, postgres: Postgres) -> Part:
+def _gateways(settings: Settings, postgres: Postgres) -> Iterator[Part]:
     known = with_keys_url(settings)
     embedded = not is_set(settings.keys_url) or settings.keys_url == SecretStr(postgres.url(_KEYS_DATABASE))
     needs = [name for name, here in (("mlflow", not settings.mlflow_uri), ("postgres", embedded)) if here]
-    return Part(
-        name="gateway",
-        command=(sys.executable, "-m", "millrace.serving"),
-        environment=part_environment(known, threads=settings.threads, keys=True),
-        ready=lambda started: _get(settings, settings.gateway_port, "/healthz") is not None,
-        after=tuple(needs),
-        prepare=(lambda: postgres.create_database(_KEYS_DATABASE)) if embedded else _nothing,
-        url=settings.gateway_url,
-    )
+    for number, port in enumerate(settings.gateway_ports, 1):
+        own = known.model_copy(update={"gateway_port": port})
+        yield Part(
+            name="gateway" if number == 1 else f"gateway-{number}",
+            command=(sys.executable, "-m", "millrace.serving"),
+            environment=part_environment(own, threads=settings.threads, keys=True),
+            ready=partial(_serves, own),
+            after=tuple(needs),
+            prepare=(lambda: postgres.create_database(_KEYS_DATABASE)) if embedded else nothing,
+            url=own.gateway_url,
+        )
 
 
-def _get(settings: Settings, port: int, path: str) -> bytes | None:
-    """The body of a 200, or None. No proxy is asked."""
-    connection = http.client.HTTPConnection(settings.host, port, timeout=3)
-    try:
-        connection.request("GET", path)
-        answer = connection.getresponse()
-        return answer.read() if answer.status == 200 else None
-    except (OSError, http.client.HTTPException):
-        return None
-    finally:
-        connection.close()
+def _serves(settings: Settings, started: float) -> bool:
+    return get(settings, settings.gateway_port, "/healthz") is not None

@@ -1,5 +1,5 @@
 """What must be true of the machine and the home before anything starts: free ports, disk, memory, a Java, an MLflow of
-this environment. It changes nothing."""
+this environment, an object store that keeps conditional writes. It changes nothing, an empty object there aside."""
 
 import json
 import shutil
@@ -12,7 +12,9 @@ import psutil
 
 from millrace.alerts import check_addresses
 from millrace.errors import LakehouseError, SettingsError, StackError
-from millrace.lakehouse import spark_server
+from millrace.lakehouse.spark_process import find_java
+from millrace.lakehouse.storage import store_of
+from millrace.lakehouse.tables import PLATFORM
 from millrace.settings import Settings
 from millrace.stack.home import registry_mark
 
@@ -32,6 +34,7 @@ def check_machine(settings: Settings) -> None:
         *_java(settings),
         *_alerts(settings),
         *_registry(settings),
+        *_lake(settings),
     ]
     if problems:
         raise StackError(". ".join(problems))
@@ -49,12 +52,26 @@ def needed_ports(settings: Settings) -> dict[str, tuple[str, int]]:
         del ports["MILLRACE_MLFLOW_PORT"]
     if settings.spark_remote:
         del ports["MILLRACE_SPARK_PORT"]
+    if settings.object_store_port:
+        ports["MILLRACE_OBJECT_STORE_PORT"] = ("the object store", settings.object_store_port)
+    if settings.spark_workers:
+        ports["MILLRACE_SPARK_MASTER_PORT"] = ("Spark's master", settings.spark_master_port)
+        ports["MILLRACE_SPARK_UI_PORT"] = ("the page of Spark's master", settings.spark_ui_port)
     return ports
+
+
+def _further_ports(settings: Settings) -> Iterator[tuple[str, str, int]]:
+    """Setting, who needs a port after the setting's own, and the port."""
+    for number, port in enumerate(settings.gateway_ports[1:], 2):
+        yield "MILLRACE_GATEWAY_PORT", f"gateway {number}", port
+    for number in range(1, settings.spark_workers + 1):
+        yield "MILLRACE_SPARK_UI_PORT", f"the page of Spark's worker {number}", settings.spark_ui_port + number
 
 
 def _ports(settings: Settings) -> Iterator[str]:
     wanted = defaultdict(list)
-    for variable, (who, port) in needed_ports(settings).items():
+    own = [(variable, who, port) for variable, (who, port) in needed_ports(settings).items()]
+    for variable, who, port in (*own, *_further_ports(settings)):
         wanted[port].append(variable)
         if not _is_free(settings.host, port):
             yield f"port {port} on {settings.host} is in use and {who} needs it: free it, or set {variable} to another"
@@ -97,7 +114,21 @@ def _java(settings: Settings) -> Iterator[str]:
     if settings.spark_remote:
         return
     try:
-        spark_server.command(settings)
+        find_java()
+    except LakehouseError as error:
+        yield str(error)
+
+
+def _lake(settings: Settings) -> Iterator[str]:
+    if settings.object_store_port:  # it starts with the stack
+        return
+    store = store_of(settings)
+    if store is None:
+        return
+    from millrace.lakehouse.store_check import check_store
+
+    try:
+        check_store(store, f"{settings.lake}/{settings.environment}/{PLATFORM}/leases")
     except LakehouseError as error:
         yield str(error)
 

@@ -14,7 +14,7 @@ from pydantic import SecretStr
 from millrace.errors import SettingsError
 from millrace.lakehouse.audit.chain import Event, record
 from millrace.lakehouse.tables import PLATFORM
-from millrace.private_files import write_text
+from millrace.private_files import write_private
 from millrace.secret_sources import SecretFile, SecretVariable, is_set
 from millrace.settings import Settings
 from millrace.sources.completion_id import CompletionKey, read_keys, write_keys
@@ -101,7 +101,7 @@ def _rewrite(path: Path, text: str) -> None:
     new = path.with_name(f".{path.name}.new")
     try:
         found = path.stat()
-        write_text(new, text)
+        write_private(new, text)
         new.chmod(found.st_mode)
         os.chown(new, found.st_uid, found.st_gid)
         new.replace(path)
