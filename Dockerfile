@@ -32,6 +32,11 @@ COPY dags ./dags
 COPY plugins ./plugins
 RUN uv pip install --system --no-deps --no-build-isolation --editable .
 
+# `docker build --build-arg MILLRACE_COMMIT=$(git rev-parse HEAD)`: releases say which commit made them, and an image is
+# no checkout. Last: it changes with every commit.
+ARG MILLRACE_COMMIT=""
+ENV MILLRACE_COMMIT=$MILLRACE_COMMIT
+
 # The code belongs to root, the data to this user.
 USER 10001:10001
 CMD ["python", "-m", "millrace.serving"]

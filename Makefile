@@ -8,7 +8,7 @@ TRL := .trl/.installed
 EXECUTORS := .executors/.installed
 FAST := not model and not mlflow and not spark and not stack and not slow and not long
 
-.PHONY: run test unit test-long check lock bench
+.PHONY: run test unit test-long staging promote check lock bench
 
 # PROFILE=cluster: the same on an object store, a Spark cluster and two gateways, all on this machine (docs/scaling.md).
 run: $(INSTALLED)
@@ -23,6 +23,15 @@ unit: $(INSTALLED)
 
 test-long: $(INSTALLED) $(VLLM) $(EXECUTORS)
 	exec $(BIN)/pytest -m long
+
+# The integration suite on a staging environment: of its own, with a prod that it makes, or MILLRACE_HOME's.
+staging: $(INSTALLED)
+	exec $(BIN)/pytest -v tests/staging
+
+# A release of staging becomes a candidate of prod, as it is: `make promote VERSION=7`, with prod's settings.
+promote: $(INSTALLED)
+	@test -n "$$VERSION" || { echo "Which release of staging? make promote VERSION=7" >&2; exit 1; }
+	exec $(BIN)/millrace release copy "$$VERSION" --from staging
 
 check: $(INSTALLED)
 	$(BIN)/ruff check

@@ -63,10 +63,10 @@ def finetune(application: Application) -> DAG:
             return finetune(read_settings(), application, run=run_name(), **built["learns"])
 
         @task(pool=HEAVY, queue=HEAVY, outlets=[releases])
-        def release(trained: dict, *, outlet_events) -> dict:
+        def release(trained: dict, *, params: dict, outlet_events) -> dict:
             from millrace.training.candidate import release_candidate
 
-            released = release_candidate(read_settings(), application, trained=trained, run=run_name())
+            released = release_candidate(read_settings(), application, trained=trained, run=run_name(), form=params)
             if released["changed"]:
                 outlet_events[releases].add(asset(application.name, "releases"), extra=released)
             return released

@@ -60,10 +60,10 @@ def finetune_embedding(application: Application) -> DAG:
             return publish_tuned(read_settings(), application, tuned, run=run_name())
 
         @task(outlets=[releases])
-        def release(tuned: dict, *, outlet_events) -> dict:
+        def release(tuned: dict, *, params: dict, outlet_events) -> dict:
             from millrace.training.embedding import release_embedding
 
-            made = release_embedding(read_settings(), application, tuned=tuned, run=run_name())
+            made = release_embedding(read_settings(), application, tuned=tuned, run=run_name(), form=params)
             if made["changed"]:
                 outlet_events[releases].add(asset(application.name, "releases"), extra=made)
             return made

@@ -5,7 +5,7 @@ from airflow.timetables.trigger import CronTriggerTimetable
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import HEAVY, START, stage
+from millrace_airflow import HEAVY, START, run_name, stage
 
 RUNBOOK = """
 ### What it does
@@ -15,12 +15,14 @@ alias searches, local copies of other releases that nobody used for a while (the
 whose lines are all in the tables, old task logs, MLflow's traces, and the registry's files of releases that have had no
 alias for half a year (`[retention]` of the declaration). Airflow's own history is the part *airflow-history*'s, which
 has the database's address: `MILLRACE_AIRFLOW_HISTORY_DAYS`.
+*describe* writes down what this environment is, for `millrace env diff`. *forget*: what a `millrace erase` has left.
 
 ### Healthy
 Green every night. `kept_hours` in the result of *tidy* far above a table's retention: a reader lags behind; see
 `ops/cursors` for which.
 
 ### When it fails
+*forget*: a user is not wholly erased yet; the message says why.
 *tidy*: the message names the table and why; the others were done. *remove*: MLflow or a model server doesn't
 answer; the rest was removed. Clear either any time: what is done is not done again. A full disk: free some space
 first, a compaction writes before it removes.
@@ -52,8 +54,22 @@ def maintain_lakehouse(application: Application) -> DAG:
 
             return remove_unused(read_settings(), application)
 
+        @task(pool=HEAVY)
+        def forget() -> list:
+            from millrace.environments.erasure import finish_erasures
+
+            return finish_erasures(read_settings(), application, run=run_name())
+
+        @task
+        def describe() -> None:
+            from millrace.environments.description import record_description
+
+            record_description(read_settings(), run=run_name())
+
         tidy()
         remove()
+        describe()
+        forget()
     return dag
 
 

@@ -57,10 +57,10 @@ def optimize_prompt(application: Application) -> DAG:
             return optimize(read_settings(), application, run=run_name(), **limits)
 
         @task(outlets=[releases])
-        def release(result: dict, *, outlet_events) -> dict:
+        def release(result: dict, *, params: dict, outlet_events) -> dict:
             from millrace.prompts.optimize import release_best
 
-            released = release_best(read_settings(), application, result=result, run=run_name())
+            released = release_best(read_settings(), application, result=result, run=run_name(), form=params)
             if released["changed"]:
                 outlet_events[releases].add(asset(application.name, "releases"), extra=released)
             return released

@@ -1,76 +1,76 @@
-"""`<application>.promote`: a release that passed the gate → a person's approval, where asked for → the rollout."""
+"""`<application>.promote`: a release of the environment before → a person's approval → a candidate here."""
 
 from datetime import timedelta
 
 from airflow.providers.standard.operators.hitl import HITLOperator
-from airflow.sdk import DAG, Param, task
+from airflow.providers.standard.operators.trigger_dagrun import TriggerDagRunOperator
+from airflow.sdk import DAG, AssetAlias, Param, task
 from airflow.sdk.exceptions import AirflowSkipException
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import START, AlertNotifier, asset, stage
+from millrace_airflow import AlertNotifier, approvers, asset, run_name, stage
 
-CANDIDATE = "{{ ti.xcom_pull(task_ids='choose')['candidate'] }}"
-TOLD = "{{ ti.xcom_pull(task_ids='choose')['told'] }}"
-
+ASKS, TOLD = ("{{ ti.xcom_pull(task_ids='ask_for')['" + name + "'] }}" for name in ("asks", "told"))
 RUNBOOK = """
 ### What it does
-Started by a passed evaluation. Where `[promotion] approval_in` of the declaration names this environment, it asks a
-person (*Required Actions*): **Approve** or **Reject**, with a reason. Who built the release can't answer. The answer
-is a decision in the journal; an approval admits the release to the rollout. Elsewhere the gate's word is enough.
+By hand, with the `version` that a release has in the environment before (dev → staging → prod). Where `approval_in`
+names this environment, a person who didn't build it is asked (*Required Actions*) and gives a reason. *bring* copies
+the release with its evidence, or *rebuild* has the stage that made it make another one here, as
+`[promotion.<environment>]` says. It is a candidate as any other: the gate is next, then the rollout. More, and how to
+take a promotion back: `docs/promotion.md`.
 
 ### Healthy
-Green, or waiting in *approve* (an alert says so, and reminds). Skipped: nothing waits for an answer.
+Green, or waiting in *approve* (an alert says so). *rebuild* is skipped where the bytes were copied.
 
 ### When it fails
-*approve* timed out: nobody answered, nothing reaches users; clear it to ask again, or `millrace release admit`.
-*record*: who answered built the release, or gave no reason; clear *approve* to ask again.
+*ask_for*, *bring*: the message says why it can't come in (another commit runs here, another declaration, a server
+refuses); put that right, then clear. *approve* timed out, or *record* refuses who answered: clear *approve*. A run of
+another DAG that *rebuild* started and that stays queued: that DAG is paused.
 """
 
 
 def promote(application: Application) -> DAG:
-    policy = application.promotion
-    asks = read_settings().environment in policy.approval_in
-    promotions = asset(application.name, "promotions")
-    with stage(
-        application,
-        "promote",
-        RUNBOOK,
-        tag="releases",
-        schedule=[asset(application.name, "evaluations")],
-        start_date=START,
-    ) as dag:
+    releases = AssetAlias(f"{application.name}/releases")
+    params = {"version": Param(None, type=["null", "string"], description="Of a release in the environment before")}
+    # A promotion that waits for an answer holds up no other.
+    options = {"schedule": None, "params": params, "max_active_runs": 8}
+    with stage(application, "promote", RUNBOOK, tag="releases", **options) as dag:
 
-        @task(outlets=[] if asks else [promotions])
-        def choose() -> dict:
-            from millrace.rollout.promotion import next_promotion
+        @task
+        def ask_for(*, params: dict, run_id: str) -> dict:
+            from millrace.environments.promotion import request
 
-            waiting = next_promotion(read_settings(), application)
-            if waiting is None:
-                raise AirflowSkipException("no release that passed the gate waits for an answer")
-            return waiting
+            if not params["version"]:
+                raise AirflowSkipException("no version is named")
+            return request(read_settings(), application, params["version"], run_id=run_id)
 
-        chosen = choose()
-        if asks:
-            answer = HITLOperator(
-                task_id="approve",
-                subject=f"May {application.name}@{CANDIDATE} roll out?",
-                body=TOLD,
-                options=["Approve", "Reject"],
-                params={"reason": Param("", type="string", description="Why; kept in the journal")},
-                response_timeout=timedelta(hours=policy.timeout_hours),
-                notifiers=[AlertNotifier(f"{dag.dag_id}: version {CANDIDATE} waits", TOLD)],
-                retries=0,
-            )
+        @task(retries=0)
+        def record(asked: dict, said: dict) -> None:
+            from millrace.environments.promotion import record_answer
 
-            @task(outlets=[promotions], retries=0)
-            def record(waiting: dict, said: dict) -> None:
-                from millrace.rollout.promotion import record_approval
+            record_answer(read_settings(), application, asked["promotion"], said)
 
-                record_approval(read_settings(), application, waiting["candidate"], said)
+        @task(outlets=[releases])
+        def bring(asked: dict, *, outlet_events) -> list[dict]:
+            from millrace.environments.promotion import bring
 
-            chosen >> answer
-            record(chosen, answer.output)
+            brought = bring(read_settings(), application, asked["promotion"], run=run_name())
+            if brought["version"]:  # Also if it was here: a run that was killed may have told nobody.
+                outlet_events[releases].add(asset(application.name, "releases"), extra=brought)
+            return brought["rebuild"]
+
+        brought = bring(asked := ask_for())
+        if read_settings().environment in application.promotion.approval_in:
+            hours = timedelta(hours=application.promotion.timeout_hours)
+            alert = AlertNotifier(f"{dag.dag_id} waits: {ASKS}", TOLD)
+            form = {"reason": Param("", type="string", description="Why; kept in the journal")}
+            shown = {"subject": ASKS, "body": TOLD, "options": ["Approve", "Reject"], "params": form}
+            shown |= {"assigned_users": approvers()}
+            answer = HITLOperator(task_id="approve", **shown, response_timeout=hours, notifiers=[alert], retries=0)
+            asked >> answer
+            record(asked, answer.output) >> brought
+        TriggerDagRunOperator.partial(task_id="rebuild", skip_when_already_exists=True).expand_kwargs(brought)
     return dag
 
 

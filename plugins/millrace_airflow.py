@@ -11,6 +11,7 @@ from airflow.sdk import DAG, Asset, BaseNotifier, DeadlineAlert, DeadlineReferen
 from airflow.sdk.exceptions import AirflowFailException
 
 from millrace.applications import Application
+from millrace.settings import read_settings
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 """Of schedules: no interval before it is run, and none is caught up."""
@@ -61,6 +62,25 @@ class AlertNotifier(BaseNotifier):
         _alert(self.title, what, context["dag"].dag_id, context["run_id"])
 
 
+def approvers() -> list[dict[str, str]] | None:
+    """Whom Airflow lets answer what waits for a person; None: whoever may act on DAGs."""
+    settings = read_settings()
+    if not settings.reached_by_others:
+        return None
+    return [{"id": name, "name": name} for name, role in settings.airflow_users.items() if role != "viewer"] or None
+
+
+def hide_secrets(context: Any) -> None:
+    """Airflow calls this before a task: whatever that logs or fails with, its log has stars in a secret's place."""
+    from airflow.sdk.log import mask_secret
+
+    from millrace.secret_sources import secrets_of, values_of
+
+    for secret in secrets_of(read_settings()):
+        for value in values_of(secret):
+            mask_secret(value)
+
+
 def late_after(minutes: float) -> DeadlineAlert:
     """An alert for a run that has not ended this long after it was queued: late, or dead."""
     return DeadlineAlert(
@@ -80,7 +100,6 @@ def say_late(minutes: float, context: dict[str, Any]) -> None:
 
 def _alert(title: str, what: str, dag_id: str, run_id: str) -> None:
     from millrace.alerts import Alert, send
-    from millrace.settings import read_settings
 
     settings = read_settings()
     send(Alert(title, what, f"{dag_id}/{run_id}", f"{settings.airflow_url}/dags/{dag_id}"), settings)
@@ -103,6 +122,7 @@ def stage(application: Application, name: str, runbook: str, *, tag: str, **opti
             "retry_delay": timedelta(seconds=15),
             "retry_exponential_backoff": True,
             "max_retry_delay": timedelta(minutes=10),
+            "on_execute_callback": [hide_secrets],
             "on_failure_callback": [AlertNotifier()],
         },
         "doc_md": runbook,

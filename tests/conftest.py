@@ -13,20 +13,27 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from pydantic import SecretStr
 
 from millrace.applications import Application
 from millrace.engines.base_model import base_model_path
 from millrace.engines.converted import hugging_face_folder
 from millrace.lakehouse import spark_server
 from millrace.lakehouse.lake import Lake
+from millrace.private_files import write_json, write_private
+from millrace.secret_sources import SecretFile
 from millrace.settings import Settings
 from millrace.stack import Stack
+from millrace.stack.home import Secrets, prepare_home
+from millrace.stack.postgres import Postgres
 from millrace.stack.versitygw import Versitygw
+from tests.canaries import Canaries, CommandLines
 
 if TYPE_CHECKING:
     from tests.engines.servers import Served
@@ -39,6 +46,8 @@ for _name in ("URL", "API_KEY"):
 DECLARATIONS = Path(__file__).parent / "applications"
 SERVERS = {"spark_url": "spark", "mlflow_uri": "mlflow", "walled_uri": "mlflow"}
 """Fixture → the mark of the tests that use it."""
+COMMIT = "c0de" * 10
+"""Of the code, as tests say: a checkout says another one after every commit."""
 TEMPLATE = "{% for chunk in chunks %}{{ chunk.text }}\n{% endfor %}Question: {{ question }}\nAnswer:"
 
 
@@ -48,6 +57,7 @@ def settings(tmp_path: Path) -> Settings:
         home=tmp_path / "home",
         pace="demo",
         spark_tables=frozenset(),
+        commit=COMMIT,
         completion_key="test completion key",
         pseudonym_key="test pseudonym key",
         threads=2,
@@ -332,8 +342,38 @@ def free_ports() -> dict[str, int]:
 
 
 @pytest.fixture(scope="session")
-def running_stack(open_folder: Path, webhook: Webhook) -> Iterator[Stack]:
+def running_stack(
+    open_folder: Path, webhook: Webhook, canaries: Canaries, command_lines: CommandLines
+) -> Iterator[Stack]:
     """The whole stack, started once for every test that is marked `stack`: pace demo, applications `qa` (small) and
-    `handbook`, alerts to `webhook`. Its `settings` have ports of their own and the keys of its home."""
-    with Stack(stack_settings(open_folder / "shared", alert_urls=webhook.url)) as stack:
+    `handbook`, alerts to `webhook`. Its `settings` have ports of their own and the keys of its home; every secret is
+    one of `canaries`."""
+    settings = stack_settings(open_folder / "shared")
+    prepare_home(settings)
+    write_json(settings.home / "secrets.json", canaries.generated())
+    database = Postgres(settings.home / "postgres").url("postgres").replace("@", f":{canaries.plain('keys')}@", 1)
+    # People's passwords are for those who are declared, whom this stack has none of; its own users' are generated.
+    generated = [*(field.name for field in fields(Secrets)), "airflow_passwords"]
+    secret = [name for name, field in Settings.model_fields.items() if field.annotation is SecretStr]
+    planted = {name: canaries.secret(name) for name in secret if name not in generated} | {
+        "alert_urls": webhook.url.replace("://", f"://alerts:{canaries.plain('alerts')}@"),
+        "keys_url": database,
+    }
+    # From files, so that what the processes inherit names no secret.
+    for name, value in planted.items():
+        write_private(settings.home.parent / name, value)
+    files = {name: SecretFile(settings.home.parent / name, name) for name in planted}
+    with command_lines, Stack(settings.model_copy(update=files)) as stack:
         yield stack
+
+
+@pytest.fixture(scope="session")
+def canaries() -> Canaries:
+    """What every secret of the running stack holds."""
+    return Canaries()
+
+
+@pytest.fixture(scope="session")
+def command_lines() -> CommandLines:
+    """What the running stack's processes were called with, and all others'."""
+    return CommandLines()

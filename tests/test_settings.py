@@ -52,3 +52,12 @@ def test_a_setting_that_cannot_be_understood_is_named_with_its_value(monkeypatch
     with pytest.raises(SettingsError, match=r"MILLRACE_GATEWAY_PORT: .* \(got 'eight'\)") as refused:
         read_settings()
     assert "MILLRACE_GATEWAY_KEYS: Input should be '', 'required' or 'off' (got 'perhaps')" in str(refused.value)
+
+
+def test_who_logs_in_to_airflow_is_json_or_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    for written, users in (("", {}), ('{"ann": "operator"}', {"ann": "operator"})):
+        monkeypatch.setenv("MILLRACE_AIRFLOW_USERS", written)
+        assert read_settings().airflow_users == users
+    monkeypatch.setenv("MILLRACE_AIRFLOW_USERS", "ann:operator")
+    with pytest.raises(SettingsError, match=r"MILLRACE_AIRFLOW_USERS: .*no JSON object such as"):
+        read_settings()

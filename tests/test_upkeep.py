@@ -16,7 +16,8 @@ from millrace.lakehouse.audit.chain import record
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import BRONZE_EVENTS
 from millrace.releases.manifest import PromptVersion, declared_manifest, describe_weights
-from millrace.releases.registry import fetch_release, publish_split, register_release, versions
+from millrace.releases.published_split import publish_split
+from millrace.releases.registry import fetch_release, register_release, versions
 from millrace.releases.retention import remove_files
 from millrace.releases.split import Split
 from millrace.retrieval.builds import FORMAT, BuildManifest

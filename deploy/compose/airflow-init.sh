@@ -1,16 +1,18 @@
 #!/bin/sh
 # Before whoever writes to the home starts, and safe to repeat: the home, brought to this version's format (as `millrace
-# up` does it, so end an older version first: `docker compose down`), Airflow's one user, its database, the pool.
+# up` does it, so end an older version first: `docker compose down`), Airflow's users, its database, the pool.
 set -eu
 umask 077
 python - <<'PYTHON'
+import json
 import os
 import sys
 
+from millrace.environments import airflow_access
 from millrace.errors import MillraceError
+from millrace.private_files import write_json
 from millrace.settings import read_settings
-from millrace.stack.home import HomeLock, bring_up_to_date, prepare_home, write_json
-from millrace.stack.parts import ADMIN, password_file
+from millrace.stack.home import HomeLock, bring_up_to_date, prepare_home
 
 try:
     settings = read_settings()
@@ -19,10 +21,9 @@ try:
     if not lock.acquire():
         sys.exit(f"somebody else prepares {settings.home}; wait for them")
     bring_up_to_date(settings.home)
-except MillraceError as error:
+    airflow_access.apply(settings, json.loads(os.environ.get("AIRFLOW_PASSWORDS") or "{}"))
+except (MillraceError, ValueError) as error:
     sys.exit(str(error))
-password_file(settings.home).parent.mkdir(exist_ok=True, mode=0o700)
-write_json(password_file(settings.home), {ADMIN: os.environ["AIRFLOW_ADMIN_PASSWORD"]})
 PYTHON
 airflow db migrate
 # Whoever changed its slots keeps them.

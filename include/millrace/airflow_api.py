@@ -289,6 +289,11 @@ class Airflow:
             answer = self._send(method, path, json, params)
         if missing and answer.status_code == 404:
             return None
+        if answer.status_code == 403:
+            raise StackError(
+                f"Airflow at {self._client.base_url} does not let {self._login['username']} {method} {path}; ask as "
+                "somebody whose role may (MILLRACE_AIRFLOW_USERS)"
+            )
         if answer.is_error:
             raise StackError(f"Airflow refused {method} {path} with {answer.status_code}: {answer.text[:500]}")
         return answer.json() if answer.content else None

@@ -16,6 +16,7 @@ from millrace.errors import MillraceError, SettingsError
 from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import OPS_ALERTS, PLATFORM
+from millrace.secret_sources import SecretVariable
 from millrace.settings import Settings
 
 log = logging.getLogger("millrace.alerts")
@@ -78,6 +79,8 @@ def check_addresses(settings: Settings) -> None:
     """Raises:
     SettingsError: an address is of no kind that apprise knows. It would be dropped silently.
     """
+    if isinstance(settings.alert_urls, SecretVariable):
+        return  # Airflow tells it to tasks only
     for number, url in enumerate(_addresses(settings), 1):
         if apprise.Apprise.instantiate(url) is None:
             scheme = url.partition(":")[0]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from millrace.errors import SettingsError
-from millrace.policies import Monitor, Plan, Prices
+from millrace.policies import Monitor, Plan, Prices, Sample
 from millrace.settings import Settings
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -97,6 +97,8 @@ class Schedules(Declared):
     optimize_prompt: str = "0 4 * * 6"
     maintain_lakehouse: str = "30 4 * * *"
     rollout: str = "*/5 * * * *"
+    sample: str = "0 6 * * *"
+    """In staging, after prod has ingested the day before."""
 
 
 class Deadlines(Declared):
@@ -111,12 +113,14 @@ class Deadlines(Declared):
     compress: float = Field(60, gt=0)
     optimize_prompt: float = Field(240, gt=0)
     evaluate_candidate: float = Field(240, gt=0)
+    approve: float = Field(4 * 60, gt=0)
+    """A reminder, where a person is asked; the next one too."""
     promote: float = Field(4 * 60, gt=0)
-    """A reminder, where a person is asked."""
     maintain_lakehouse: float = Field(240, gt=0)
     rollout: float = Field(15, gt=0)
     monitor: float = Field(60, gt=0)
     batch_inference: float = Field(1440, gt=0)
+    sample: float = Field(240, gt=0)
 
 
 class Dpo(Declared):
@@ -226,13 +230,24 @@ class Rollout(Declared):
     """First exposures in each arm before an advance."""
 
 
+class Ways(Declared):
+    """How releases come into one environment from the one before, by what made them: `models` copies the bytes, `code`
+    has the same commit make it again there, of that environment's data. Every other kind is copied."""
+
+    finetune: Literal["models", "code"] = "models"
+    embedding: Literal["models", "code"] = "models"
+    prompt: Literal["models", "code"] = "models"
+
+
 class Promotion(Declared):
-    """Who lets a release that passed the gate meet users."""
+    """How a release comes into an environment, and who lets it in, and lets one that passed the gate meet users."""
 
     approval_in: tuple[Literal["dev", "staging", "prod"], ...] = ("staging", "prod")
     """Environments in which a person must approve, one who did not build it; elsewhere the gate's word is enough."""
     timeout_hours: float = Field(72, gt=0)
     """After this long without an answer the release does not roll out."""
+    staging: Ways = Ways()
+    prod: Ways = Ways()
 
 
 class Retention(Declared):
@@ -291,6 +306,7 @@ class Application(Declared):
     retention: Retention = Retention()
     prices: Prices = Prices()
     plan: Plan = Plan()
+    sample: Sample = Sample()
     demo: Demo = Demo()
 
 
@@ -321,8 +337,8 @@ def load_application(settings: Settings, name: str) -> Application:
 def pace_differences(settings: Settings, name: str) -> dict[str, tuple[object, object]]:
     """What the current pace changes: dotted field → (standard value, value now). For reports."""
     path = settings.applications / f"{name}.toml"
-    standard = _flatten(_load(path, "standard").model_dump(mode="json"))
-    now = _flatten(_load(path, settings.pace).model_dump(mode="json"))
+    standard = flatten(_load(path, "standard").model_dump(mode="json"))
+    now = flatten(_load(path, settings.pace).model_dump(mode="json"))
     return {key: (standard.get(key), value) for key, value in now.items() if standard.get(key) != value}
 
 
@@ -349,8 +365,9 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, object]:
+def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, object]:
+    """Dotted field → value, of nested sections."""
     flat: dict[str, object] = {}
     for key, item in value.items():
-        flat |= _flatten(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
+        flat |= flatten(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
     return flat

@@ -3,10 +3,12 @@
 MillraceError
 ├── SettingsError          a setting or an application's declaration is wrong
 ├── StackError             a part of the embedded stack can't start, or answers no more
+├── BackupError            a backup can't be made, trusted or restored
 ├── LakehouseError         a table can't be read or written as asked
 │   ├── ConflictError      somebody else committed first; read again and retry
 │   └── AccessRefused      storage does not let this identity do that
 ├── SourceError            a document or event source can't be read
+├── SampleError            staging can't take its sample of prod
 ├── RetrievalError         no index build, or one that can't be trusted
 │   └── CanaryError        a new index build finds less than the one before
 ├── ReleaseError           a release can't be packaged, registered or loaded
@@ -20,7 +22,9 @@ MillraceError
 ├── BatchError             a table of questions can't be used, or can't be answered
 ├── CostError              a cost can't be planned from what is known
 ├── GateRefusal            a candidate did not pass; the message names the criterion
+├── AccessError            who may do what can't be read, changed or tried
 ├── ApprovalError          who answered may not decide this
+├── ErasureError           what is known of a user can't be erased yet
 └── AuditError             the audit trail is not whole, or an entry can't go into it
 """
 
@@ -37,6 +41,10 @@ class StackError(MillraceError):
     """A part of the embedded stack can't start, or answers no more."""
 
 
+class BackupError(MillraceError):
+    """A backup can't be made, trusted or restored."""
+
+
 class LakehouseError(MillraceError):
     """A table can't be read or written as asked."""
 
@@ -51,6 +59,10 @@ class AccessRefused(LakehouseError):
 
 class SourceError(MillraceError):
     """A document or event source can't be read."""
+
+
+class SampleError(MillraceError):
+    """Staging can't take its sample of prod."""
 
 
 class RetrievalError(MillraceError):
@@ -105,8 +117,16 @@ class GateRefusal(MillraceError):
     """A candidate did not pass the gate; the message names the criterion, by how much, and examples."""
 
 
+class AccessError(MillraceError):
+    """Who may do what can't be read, changed or tried."""
+
+
 class ApprovalError(MillraceError):
     """Who answered may not decide this."""
+
+
+class ErasureError(MillraceError):
+    """What is known of a user can't be erased yet."""
 
 
 class AuditError(MillraceError):

@@ -1,14 +1,18 @@
-"""What an application declares of money and of what may not go wrong: prices, what a plan of costs counts with, and
-bounds on what is watched.
+"""What an application declares of money, of what may not go wrong, and of who sees what: prices, what a plan of costs
+counts with, bounds on what is watched, and staging's share of prod.
 
-Parts of a declaration (`applications.py`), as data; prices know how to count. Nothing here knows a release or a table.
+Parts of a declaration (`applications.py`), as data; prices know how to count, and a sample, whom it takes. Nothing here
+knows a release or a table.
 """
 
+import hashlib
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from millrace.errors import SettingsError
+
+STRATUM = r"^(section/.+|source/.+|rating/(bad|good|none))$"
 
 
 class Policy(BaseModel):
@@ -183,3 +187,26 @@ class Monitor(Policy):
         if 1440 % self.minutes:
             raise ValueError(f"minutes ({self.minutes}) must divide a day of 1440 minutes")
         return self
+
+
+class Sample(Policy):
+    """What staging takes of prod's rows: each by a hash of its key alone, so that a row is in or out for good, a larger
+    share holds the smaller one, and two tables with one key agree."""
+
+    share: float = Field(0.1, gt=0, le=1)
+    """Of every stratum that `strata` doesn't name."""
+    strata: dict[Annotated[str, Field(pattern=STRATUM)], Annotated[float, Field(ge=0, le=1)]] = {}
+    """Stratum → its share. Documents are told apart by `section/<name>`, those without one by `source/<kind>`;
+    exchanges and their feedback by `rating/bad` (below 0.5), `rating/good` and `rating/none`."""
+    salt: str = "1"
+    """Another one takes other rows."""
+    phone_regions: tuple[Annotated[str, Field(pattern="^[A-Z]{2}$")], ...] = ("US",)
+    """Countries (`US`, `DE`) whose phone numbers are found in free text without a country code, too."""
+
+    def share_of(self, stratum: str) -> float:
+        return self.strata.get(stratum, self.share)
+
+    def takes(self, key: str, *strata: str) -> bool:
+        """Whether the row with this key is in the sample, if it is of one of these strata."""
+        digest = hashlib.sha256(f"{len(self.salt)}:{self.salt}{key}".encode()).digest()
+        return int.from_bytes(digest[:8]) < max(self.share_of(stratum) for stratum in strata) * 2**64

@@ -5,15 +5,20 @@ It knows where things are and who may be asked; it does not know what an applica
 """
 
 import ipaddress
+import json
 import os
+import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import quote
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError, ValidatorFunctionWrapHandler, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from millrace.errors import SettingsError
+from millrace.secret_sources import SecretFile, SecretSources, SecretVariable, variables_of
+
+_PERSON = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 PACKAGE = Path(__file__).parent
 PROJECT = PACKAGE.parents[1]
@@ -21,10 +26,19 @@ PROJECT = PACKAGE.parents[1]
 
 Launcher = Literal["local", "torchrun", "deepspeed", "spark"]
 """What starts the processes of a fine-tune."""
+AirflowRole = Literal["viewer", "operator", "admin"]
+AIRFLOW_SERVICE = "millrace"
+"""As whom the stack itself asks its Airflow."""
+AIRFLOW_ADMIN = "admin"
+"""The user of an Airflow that only this machine reaches."""
+NOBODY = frozenset({AIRFLOW_SERVICE, AIRFLOW_ADMIN, "anonymous"})
+"""Names that no person has: where others reach an Airflow, no decision of theirs counts."""
 
 
 class Settings(BaseSettings):
-    """Read from `MILLRACE_<FIELD>`. Construct with `read_settings()`, which turns mistakes into one sentence."""
+    """Read from `MILLRACE_<FIELD>`; a secret also from the file that `MILLRACE_<FIELD>_FILE` names, or from Airflow's
+    Variable that `MILLRACE_<FIELD>_VARIABLE` names (docs/secrets.md). Ask a secret for its value where it is used: then
+    a rotated one counts. Construct with `read_settings()`, which turns mistakes into one sentence."""
 
     model_config = SettingsConfigDict(env_prefix="MILLRACE_", frozen=True)
 
@@ -37,6 +51,8 @@ class Settings(BaseSettings):
     """`demo` applies `[pace.demo]` of each application's declaration: shorter waits, larger first shares."""
     applications: Path = PACKAGE.parent / "applications"
     """Folder with one declaration (`<name>.toml`) per application."""
+    commit: str = Field("", pattern=r"^([0-9a-f]{40}(-changed)?)?$")
+    """Git commit of the running code, where it is no checkout that could say so, as in an image; empty: ask git."""
 
     host: str = "127.0.0.1"
     """Address by which this deployment's servers are reached."""
@@ -74,6 +90,12 @@ class Settings(BaseSettings):
     """A Qdrant server for index builds (`https://host:port`); empty: they are folders, searched in-process."""
     qdrant_api_key: SecretStr = SecretStr("")
     """Its API key, or a JWT; empty: it asks for none."""
+
+    postgres_url: str = Field("", pattern=r"^(postgresql://[^\s:@/]+@\S*/\S+)?$")
+    """The PostgreSQL server that several environments share, for `millrace access` alone, as its superuser reaches it
+    (`postgresql://postgres@host:5432/postgres`, without a password); empty: each environment has its own."""
+    access_secrets: SecretStr = SecretStr("")
+    """For `millrace access` alone: a JSON object, wall → who → password or key; docs/access.md shows it."""
 
     upstream_url: str = Field("", pattern=r"^(https?://\S+)?$")
     """An OpenAI-compatible server (`http://host:port/v1`), such as vLLM, for releases whose model a server has."""
@@ -134,13 +156,45 @@ class Settings(BaseSettings):
     alert_repeat_hours: float = Field(6, gt=0)
     """An alert that goes on is sent again after this long; until then it is only counted."""
 
+    airflow_users: Annotated[dict[str, AirflowRole], NoDecode] = Field(default_factory=dict)
+    """Who logs in to Airflow, as a JSON object of names and roles: a `viewer` reads, an `operator` also triggers,
+    clears and approves, an `admin` may everything. Where only this machine reaches Airflow, in dev, there is `admin`
+    besides; elsewhere nobody but these and the stack itself."""
+    airflow_passwords: SecretStr = SecretStr("")
+    """Their passwords, as a JSON object, of at least 12 characters; who has none here gets one at the first start, in
+    `<home>/airflow/password.json`."""
     airflow_history_days: float = Field(90, gt=0)
     """Days after which runs, task instances and the audit log leave Airflow's database; a DAG's latest run stays."""
 
+    backup_airflow_url: SecretStr = SecretStr("")
+    """For `millrace backup` and `restore` alone: where Airflow's database is (`postgresql://user:password@host/database`);
+    empty: in the embedded PostgreSQL. The gateway's is `keys_url`."""
+    backup_mlflow_url: SecretStr = SecretStr("")
+    """The same for MLflow's."""
+    backup_artifacts: str = ""
+    """For the same: where an MLflow server elsewhere keeps its artifacts (`s3://bucket?region=…`, as Arrow writes
+    addresses, or `file:///…`); empty: the embedded one's folder."""
+
     completion_key: SecretStr = SecretStr("")
-    """Signs completion ids."""
+    """Signs completion ids. One key a line, the newest first: it signs, and all verify (`sources/completion_id.py`)."""
     pseudonym_key: SecretStr = SecretStr("")
-    """Turns users into pseudonyms before anything is stored."""
+    """Turns users into pseudonyms before anything is stored. With another one every user is a stranger."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, SecretSources(settings_cls), env_settings
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _a_secret_that_is_read_at_its_use_stays_one(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        return value if isinstance(value, SecretFile | SecretVariable) else handler(value)
 
     @model_validator(mode="after")
     def _a_model_has_a_server(self) -> Self:
@@ -159,11 +213,32 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _only_this_machine_asks_without_a_key(self) -> Self:
-        if self.gateway_keys == "off" and self._reached_by_others:
+        if self.gateway_keys == "off" and self.reached_by_others:
             raise ValueError(
                 f"MILLRACE_GATEWAY_KEYS=off would let anybody ask: it is for dev on 127.0.0.1 only, and this is "
                 f"{self.environment} on {self.listens_on}; leave it empty, and make keys with `millrace key create`"
             )
+        return self
+
+    @field_validator("airflow_users", mode="before")
+    @classmethod
+    def _read_people(cls, written: Any) -> Any:
+        """A compose file gives an empty text for nobody, which is no JSON."""
+        if not isinstance(written, str):
+            return written
+        try:
+            return json.loads(written or "{}")
+        except ValueError:
+            raise ValueError('no JSON object such as {"ann": "operator"}') from None
+
+    @model_validator(mode="after")
+    def _people_have_names(self) -> Self:
+        for name in self.airflow_users:
+            if name.lower() in NOBODY or not _PERSON.fullmatch(name):
+                raise ValueError(
+                    f"MILLRACE_AIRFLOW_USERS: {name!r} names no person; use a name of letters, digits, . _ and -, "
+                    f"other than {', '.join(sorted(NOBODY))}"
+                )
         return self
 
     @model_validator(mode="after")
@@ -206,10 +281,11 @@ class Settings(BaseSettings):
     def keys_required(self) -> bool:
         """Whether the gateway answers only to an API key: in staging, in prod, where it listens beyond this machine,
         and wherever `gateway_keys` says so."""
-        return self.gateway_keys == "required" or self._reached_by_others
+        return self.gateway_keys == "required" or self.reached_by_others
 
     @property
-    def _reached_by_others(self) -> bool:
+    def reached_by_others(self) -> bool:
+        """Whether this is more than dev on this machine."""
         return self.environment != "dev" or not _is_loopback(self.listens_on)
 
     @property
@@ -273,7 +349,8 @@ def read_settings() -> Settings:
         SettingsError: a value is invalid, or a `MILLRACE_` variable is unknown (it would be ignored silently).
     """
     known = {f"MILLRACE_{name}".upper() for name in Settings.model_fields}
-    unknown = sorted(name for name in os.environ if name.startswith("MILLRACE_") and name not in known)
+    sources = variables_of(Settings)
+    unknown = sorted(name for name in os.environ if name.startswith("MILLRACE_") and name not in known | sources)
     if unknown:
         raise SettingsError(f"unknown setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     try:

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from millrace.applications import Application
 from millrace.engines.upstream import unload_adapter
 from millrace.errors import EngineError, LakehouseError, ReleaseError
+from millrace.lakehouse.audit.journals import follow
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import (
     BRONZE_EVENTS,
@@ -30,19 +31,20 @@ from millrace.releases.generator import adapter_name, upstream_of
 from millrace.releases.lineages import searched_lineages
 from millrace.releases.manifest import Manifest, ServedModel
 from millrace.releases.package import read_release
-from millrace.releases.registry import RELEASE_TAG, local_releases, read_aliases, release_manifest, versions
+from millrace.releases.published_split import read_aliases
+from millrace.releases.registry import RELEASE_TAG, local_releases, release_manifest, versions
 from millrace.releases.retention import delete_traces, remove_files
 from millrace.retrieval.embed import forget_lineage
 from millrace.retrieval.index import builds_of, kept_lineages
 from millrace.settings import Settings
-from millrace.sources.event_log import HOUR, segment_hour
+from millrace.sources.event_log import HOUR, is_erased, segment_hour
 
 DAY = 86_400
 
 
 def tidy_tables(settings: Settings, application: Application) -> dict[str, Any]:
     """Compact every table and remove what only old versions need; not what an index build was made from. With them
-    the environment's own tables, which have no stage of theirs.
+    the environment's own tables, which have no stage of theirs. The audit trail gets what it lacks of the journals.
 
     Returns: by table (the environment's begin with `_platform/`), the fields of `Kept`.
 
@@ -69,6 +71,10 @@ def tidy_tables(settings: Settings, application: Application) -> dict[str, Any]:
                 told[name] = asdict(keep_up(where, table, needed=needed.get(name)))
         except LakehouseError as error:
             problems.append(str(error))
+    try:
+        follow(settings, application.name, run="upkeep", whole=True)
+    except LakehouseError as error:
+        problems.append(str(error))
     if problems:
         raise LakehouseError("; ".join(problems))
     return told
@@ -173,7 +179,8 @@ def _segments(settings: Settings, application: Application) -> list[str]:
             for line in lake.read(table, ["payload"], where=pc.field("segment") == path.name)["payload"].to_pylist()
         }
         lines = path.read_bytes().decode(errors="backslashreplace").split("\n")
-        if there.issuperset(lines[:-1]):  # what follows the last newline was never acknowledged
+        # What follows the last newline was never acknowledged.
+        if there.issuperset(line for line in lines[:-1] if not is_erased(line)):
             path.unlink()
             gone.append(path.name)
     return gone

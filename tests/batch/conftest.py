@@ -10,7 +10,7 @@ import pytest
 from millrace.applications import AirflowConfigSource, Application, Generation
 from millrace.batch.questions import submit_questions
 from millrace.releases.declare import declare_release
-from millrace.releases.registry import publish_split
+from millrace.releases.published_split import publish_split
 from millrace.releases.split import Split
 from millrace.retrieval.chunk import refresh_chunks
 from millrace.retrieval.embed import refresh_embeddings

@@ -21,7 +21,7 @@ from millrace.errors import BatchError, LakehouseError, RetrievalError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import BRONZE_QUESTIONS, GOLD_ANSWERS, OPS_COSTS
 from millrace.releases.package import read_release, verify_release
-from millrace.releases.registry import publish_split
+from millrace.releases.published_split import publish_split
 from millrace.releases.split import Split
 from tests.batch.a_run import QUESTIONS
 from tests.batch.conftest import Served, Submit
@@ -96,6 +96,7 @@ def test_a_batch_that_is_killed_before_a_commit_and_run_again_answers_every_ques
     assert lake.version(GOLD_ANSWERS) == version
 
 
+@pytest.mark.long
 def test_a_stream_that_is_killed_with_its_caller_goes_on_where_it_was_and_takes_turns_with_batches(
     served: Served, lake: Lake, submit: Submit
 ) -> None:
@@ -130,6 +131,7 @@ def works_on_a_stream(process: psutil.Process) -> bool:
     return any("foreach_batch_worker" in word for word in process.info["cmdline"] or ())
 
 
+@pytest.mark.long
 def test_another_release_answers_anew_and_what_can_not_be_answered_is_a_row_that_can_be_asked_again(
     served: Served, lake: Lake, submit: Submit
 ) -> None:

@@ -45,6 +45,7 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> dict:
         "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home}/airflow.db",
         "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
         "PYTHONPATH": str(PROJECT / "plugins"),
+        "MILLRACE_ENVIRONMENT": "staging",  # where all of them are
     }
     ran = subprocess.run(
         [sys.executable, "-c", READ], cwd=PROJECT, env=environment, capture_output=True, text=True, check=True
@@ -81,6 +82,24 @@ def test_what_a_person_can_fill_in_is_typed_described_and_has_a_default(read: di
         for field, schema in fields.items():
             assert schema.get("description"), (name, field)
             assert schema.keys() & {"type", "enum"}, (name, field)
+
+
+def test_only_staging_has_a_stage_that_takes_a_sample_of_prod(tmp_path: Path) -> None:
+    for environment in ("staging", "prod", "dev"):
+        ran = subprocess.run(
+            [sys.executable, "-c", "import runpy; print(sorted(runpy.run_path('dags/sample.py')))"],
+            cwd=PROJECT,
+            env=os.environ
+            | {
+                "AIRFLOW_HOME": str(tmp_path),
+                "PYTHONPATH": str(PROJECT / "plugins"),
+                "MILLRACE_ENVIRONMENT": environment,
+            },
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert ("'qa_sample'" in ran.stdout) == (environment == "staging")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -59,17 +59,19 @@ _BESIDE_CORE = frozenset({"spark-cluster", "celery", "gateways"})
 _NOTHING_TO_ASK = frozenset({"otel-collector", "airflow-history"})
 """One has no program that could ask it, the other serves nobody: it ends when it fails, and is started again."""
 _NOT_NEEDED = {
-    ("gateway", "spark_token"),
-    ("gateway", "spark_secret"),
-    ("airflow-scheduler", "spark_secret"),
-    ("airflow-scheduler", "keys_url"),
-    ("airflow-scheduler", "api_key"),
-}
-"""Serving never asks Spark, no task the gateway, and a cluster knows one client, the Connect server."""
+    ("gateway", "spark_token"), ("gateway", "spark_secret"), ("airflow-scheduler", "spark_secret"),
+    ("airflow-scheduler", "keys_url"), ("airflow-scheduler", "api_key"),
+    ("gateway", "backup_airflow_url"), ("gateway", "backup_mlflow_url"),
+    ("airflow-scheduler", "backup_airflow_url"), ("airflow-scheduler", "backup_mlflow_url"),
+    *((part, name) for part in ("airflow-scheduler", "gateway") for name in ("postgres_url", "access_secrets")),
+    ("airflow-scheduler", "airflow_passwords"), ("gateway", "airflow_passwords"),
+}  # fmt: skip
+"""Serving never asks Spark, no task the gateway; a cluster knows one client, the Connect server; and neither makes
+backups, puts up walls or logs people in."""
 CELERY = frozenset({"AIRFLOW__CELERY__BROKER_URL", "AIRFLOW__CELERY__RESULT_BACKEND"})
 """Options of the provider, which isn't in the lock; tests/executors looks for them in it."""
 _ELSEWHERE = ("_uri", "_url", "_urls", "_remote")
-_SECRET = re.compile(r"(PASSWORD|SECRET|TOKEN|KEY|CONN|BACKEND_STORE_URI|KEYS_URL)$")
+_SECRET = re.compile(r"(PASSWORD|SECRET|TOKEN|KEY|CONN|BACKEND_STORE_URI|KEYS_URL|BACKUP_\w+_URL)$")
 _NOT_SECRET = {"AWS_ACCESS_KEY_ID", "ROOT_ACCESS_KEY"}
 _FROM_OUTSIDE = re.compile(r"\$\{\w+(:\?[^}]*|:-)\}")
 """A variable that must have a value, or may be empty: not one with a value in the file."""
@@ -82,8 +84,17 @@ def settings_of(service: Service) -> Settings:
     Raises:
         SettingsError: a variable is unknown or has no valid value.
     """
-    with mock.patch.dict(os.environ, service.environment, clear=True):
-        return read_settings()
+    with tempfile.TemporaryDirectory() as folder:
+        environment = dict(service.environment)
+        for number, (variable, path) in enumerate(service.environment.items()):
+            if variable.endswith("_FILE") and path in service.secrets:
+                content, mode = service.secrets[path]
+                file = Path(folder) / str(number)
+                file.write_text(content)
+                file.chmod(mode)
+                environment[variable] = str(file)
+        with mock.patch.dict(os.environ, environment, clear=True):
+            return read_settings()
 
 
 def settings(compose: Compose) -> Iterator[str]:
@@ -101,7 +112,8 @@ def settings(compose: Compose) -> Iterator[str]:
         if field.annotation is SecretStr or name.endswith(_ELSEWHERE):
             for service in ("airflow-scheduler", "gateway"):
                 variable = f"MILLRACE_{name.upper()}"
-                if variable not in compose.services[service].environment and (service, name) not in _NOT_NEEDED:
+                given = compose.services[service].environment
+                if not {variable, f"{variable}_FILE"} & given.keys() and (service, name) not in _NOT_NEEDED:
                     yield f"{service} has no {variable}"
     for server in ("gateway", "gateway-2", "spark"):
         if settings_of(compose.services[server]).listens_on != "0.0.0.0":
@@ -137,11 +149,15 @@ def as_embedded(compose: Compose) -> Iterator[str]:
                 yield f"{name} has {variable}={service.environment.get(variable)}, the embedded stack {value}"
         allowed = {variable for variable, value in part.environment.items() if value.startswith("secret ")}
         if "SPARK_CONNECT_AUTHENTICATE_TOKEN" in allowed:
+            # Where the lake is a folder, as it is in that stack, the embedded one gets no credential for another.
             allowed |= {"MILLRACE_SPARK_TOKEN", "MILLRACE_SPARK_SECRET"}
+            allowed |= {"MILLRACE_LAKE_ACCESS_KEY", "MILLRACE_LAKE_SECRET_KEY"}
         secret = {
             f"MILLRACE_{n.upper()}" for n, field in Settings.model_fields.items() if field.annotation is SecretStr
         }
-        for variable in sorted(set(service.environment) & secret - allowed):
+        held = {variable.removesuffix("_FILE") for variable in service.environment}
+        held |= {f"MILLRACE_{Path(path).name.upper()}" for path in service.secrets}
+        for variable in sorted(held & secret - allowed):
             yield f"{name} has {variable}, which the embedded {part_name} isn't told"
         ours = list(part.command[3:] if part.command[2] == "airflow" else part.command[1:])
         if part_name.startswith("airflow") and not part.once and service.command[1:] != ours:
@@ -301,6 +317,8 @@ def addresses(compose: Compose) -> Iterator[str]:
     for service in compose.services.values():
         for variable, value in service.environment.items():
             address = urlsplit(value)
+            if endpoint := re.search(r"endpoint_override=([\w.:-]+)", address.query):
+                address = urlsplit(f"//{endpoint[1]}")
             if "://" not in value or address.hostname in ("127.0.0.1", None):
                 continue
             expected = ports.get(str(address.hostname))
@@ -328,8 +346,12 @@ def addresses(compose: Compose) -> Iterator[str]:
         (("airflow-scheduler", "MILLRACE_COMPLETION_KEY"), ("gateway", "MILLRACE_COMPLETION_KEY")),
         (("mlflow", "AWS_SECRET_ACCESS_KEY"), ("object-store", "ROOT_SECRET_KEY")),
         (("mlflow", "AWS_ACCESS_KEY_ID"), ("object-store", "ROOT_ACCESS_KEY")),
+        (("backup", "AWS_SECRET_ACCESS_KEY"), ("object-store", "ROOT_SECRET_KEY")),
+        (("backup", "MILLRACE_BACKUP_MLFLOW_URL"), ("mlflow", "MLFLOW_BACKEND_STORE_URI")),
+        (("backup", "MILLRACE_BACKUP_AIRFLOW_URL"), ("airflow-init", "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN")),
+        (("backup", "MILLRACE_KEYS_URL"), ("gateway", "MILLRACE_KEYS_URL")),
     ):
-        if len({compose.services[service].environment.get(variable) for service, variable in (one, other)}) != 1:
+        if len({compose.services[service].told(variable) for service, variable in (one, other)}) != 1:
             yield f"{one} and {other} differ"
 
 

@@ -29,6 +29,8 @@ class Service:
     name: str
     definition: Mapping[str, Any]
     source: Mapping[str, Any]
+    known: Mapping[str, str]
+    """Secret of the file → its value."""
 
     @property
     def ours(self) -> bool:
@@ -46,6 +48,20 @@ class Service:
     @property
     def environment(self) -> dict[str, str]:
         return {name: str(value) for name, value in self.definition.get("environment", {}).items()}
+
+    @property
+    def secrets(self) -> dict[str, tuple[str, int]]:
+        """Path in the container → what the file there holds, and its mode."""
+        given = [one if isinstance(one, dict) else {"source": one} for one in self.definition.get("secrets", ())]
+        return {
+            f"/run/secrets/{one.get('target', one['source'])}": (self.known[one["source"]], one.get("mode", 0o444))
+            for one in given
+        }
+
+    def told(self, variable: str) -> str | None:
+        """What its program reads for a variable, itself or in the file that `<variable>_FILE` names."""
+        path = self.environment.get(f"{variable}_FILE", "")
+        return self.environment.get(variable) or self.secrets.get(path, (None, 0))[0]
 
     @property
     def command(self) -> list[str]:
@@ -96,8 +112,14 @@ class Compose:
         """
         source = yaml.safe_load(text)
         made = _interpolated(source, environment)
+        known = {}
+        for name, secret in made.get("secrets", {}).items():
+            if not environment.get(secret["environment"]):
+                raise Unset(f"{secret['environment']}: required by secret {name}")
+            known[name] = environment[secret["environment"]]
         services = {
-            name: Service(name, definition, source["services"][name]) for name, definition in made["services"].items()
+            name: Service(name, definition, source["services"][name], known)
+            for name, definition in made["services"].items()
         }
         return cls(text, services, frozenset(made["volumes"]))
 
@@ -115,7 +137,8 @@ class Compose:
         for escaped, name, kind, _ in _VARIABLE.findall(self.text):
             if not escaped:
                 found[name] = found.get(name, False) or kind != ":-"
-        return found
+        secrets = yaml.safe_load(self.text).get("secrets", {})
+        return found | {secret["environment"]: True for secret in secrets.values()}
 
 
 def _interpolated(value: Any, environment: Mapping[str, str]) -> Any:

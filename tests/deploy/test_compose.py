@@ -79,6 +79,9 @@ def test_the_file_and_the_code_agree(check, compose: Compose) -> None:
         (checks.settings, "THREADS: ${THREADS:-2}", "THREADS: ${THREADS:-two}", "MILLRACE_THREADS"),
         (checks.settings, "MILLRACE_SPARK_REMOTE: sc://spark:15002", "X: y", "embedded part"),
         (checks.settings, "  MILLRACE_ALERT_URLS: ${ALERT_URLS:-}\n", "", "MILLRACE_ALERT_URLS"),
+        (checks.settings, "1gb\n    secrets: *key-files\n", "1gb\n", "_KEY_FILE: /run/secrets/"),
+        (checks.settings, "pseudonym_key, uid: \"10001\", gid: \"10001\", mode: 0400", "pseudonym_key", "may read"),
+        (checks.as_embedded, '"triggerer", "--skip-', '"triggerer"]\n    secrets: *key-files\n    x: ["', "isn't told"),
         (checks.settings, "MILLRACE_BIND: 0.0.0.0", "MILLRACE_BIND: 127.0.0.1", "listens where no other"),
         (checks.settings, "GATEWAY_KEYS: required", 'GATEWAY_KEYS: "off"', "would let anybody ask"),
         (checks.as_embedded, 'HEARTBEAT_TIMEOUT: "120"', 'HEARTBEAT_TIMEOUT: "300"', "the embedded stack 120"),
@@ -96,6 +99,7 @@ def test_the_file_and_the_code_agree(check, compose: Compose) -> None:
         (checks.addresses, "sc://spark:15002", "sc://spark:15003", "asks spark at 15003"),
         (checks.addresses, "@postgres/mlflow", "@database/mlflow", "database, which is no service"),
         (checks.addresses, "SERVICE__API_KEY: ${QDRANT", "SERVICE__API_KEY: ${VLLM", "differ"),
+        (checks.addresses, "override=object-store:7070", "override=objects:7070", "objects, which is no service"),
         (checks.addresses, "127.0.0.1:8000/healthz", "127.0.0.1:8080/healthz", "gateway: its health check asks"),
         (checks.exposure, "127.0.0.1:${GATEWAY_P", "${GATEWAY_P", "gateway publishes"),
         (checks.exposure, "qdrant/qdrant:v1.20.0", "qdrant/qdrant:latest", "names no version"),
@@ -127,6 +131,7 @@ def test_each_profile_starts_what_it_says(compose: Compose) -> None:
     assert compose.started() == set()
     assert compose.started("core") == core
     assert compose.started("gpu") == {"vllm"}
+    assert compose.started("backup") == {"backup"}
     assert compose.started("spark-cluster") == {"spark-master", "spark-worker-1", "spark-worker-2"}
     assert compose.started("celery") == {"redis", "airflow-worker", "airflow-worker-heavy"}
     assert compose.started("gateways") == {"gateway-2", "gateways"}
@@ -142,7 +147,7 @@ def test_every_secret_is_asked_for_by_name_and_the_example_names_every_variable(
     assert needed == set(environment)
     assert len(set(environment.values())) == len(environment)
     for name in sorted(needed):
-        with pytest.raises(Unset, match=f"{name}: see deploy/compose/.env.example"):
+        with pytest.raises(Unset, match=f"{name}: (see deploy/compose/.env.example|required by secret)"):
             Compose.read(TEXT, {other: value for other, value in environment.items() if other != name})
     example = EXAMPLE.read_text()
     assert all(re.search(rf"^#.*\b{name}\b", example, re.MULTILINE) for name in set(asked) - needed)
@@ -185,15 +190,17 @@ def test_the_first_start_makes_the_home_the_password_and_the_pool_and_a_later_on
         (programs / name).write_text(f"#!/bin/sh\n{program}\n")
         (programs / name).chmod(0o755)
     given = service.environment | {"MILLRACE_HOME": str(home), "PATH": f"{programs}:{os.environ['PATH']}"}
+    given |= {"MILLRACE_AIRFLOW_USERS": '{"ann": "operator"}', "AIRFLOW_PASSWORDS": '{"ann": "the password of ann"}'}
     script = FOLDER / "airflow-init.sh"
     for _ in range(2):
         subprocess.run(["sh", str(script)], env=given, check=True)
         assert json.loads((home / "format.json").read_text()) == {"format": millrace.FORMAT_VERSION}
         (home / "format.json").write_text('{"format": 1}')
         (tmp_path / "pool").touch()
-    assert json.loads((home / "airflow" / "password.json").read_text()) == {
-        "admin": service.environment["AIRFLOW_ADMIN_PASSWORD"]
-    }
+    passwords = json.loads((home / "airflow" / "password.json").read_text())
+    assert passwords.keys() == {"millrace", "ann"}
+    assert passwords["ann"] == "the password of ann"
+    assert "millrace:op,ann:user" in (home / "airflow" / "airflow.cfg").read_text()
     assert (home / "airflow" / "password.json").stat().st_mode & 0o077 == 0
     newer = '{"format": 1000}'
     (home / "format.json").write_text(newer)

@@ -1,10 +1,7 @@
 """The script that the container of Postgres runs once, against a real PostgreSQL with the same variables."""
 
 import os
-import signal
 import subprocess
-import tempfile
-import time
 from collections.abc import Iterator
 from itertools import permutations
 from pathlib import Path
@@ -14,6 +11,7 @@ import pytest
 
 from millrace.settings import PROJECT
 from millrace.stack.postgres import Postgres
+from tests.scram import scram_server
 
 SCRIPT = PROJECT / "deploy" / "compose" / "postgres" / "databases.sh"
 PASSWORDS = {"airflow": 'it\'s "a" $(password)', "mlflow": "another", "gateway": "a third"}
@@ -21,25 +19,9 @@ PASSWORDS = {"airflow": 'it\'s "a" $(password)', "mlflow": "another", "gateway":
 
 @pytest.fixture
 def server(open_folder: Path) -> Iterator[Postgres]:
-    postgres = Postgres(Path(tempfile.mkdtemp(dir=open_folder)) / "postgres")
-    postgres.prepare()
-    # Over its socket, every role but the first shows its password, as over the network of the containers.
-    rules = postgres.data / "pg_hba.conf"
-    rules.write_text("local all postgres trust\nlocal all all scram-sha-256\n")
-    user = postgres.system_user
-    process = subprocess.Popen(
-        postgres.command(), user=user, group=user, extra_groups=[] if user else None, stderr=subprocess.DEVNULL
-    )
-    try:
-        deadline = time.monotonic() + 30
-        while not postgres.answers():
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        yield postgres
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(30)
+    """Every role but the first shows its password, as over the network of the containers."""
+    with scram_server(open_folder) as server:
+        yield server
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import GOLD_ANSWERS
 from millrace.releases.container import write_container
 from millrace.releases.declare import declare_release
-from millrace.releases.registry import publish_split
+from millrace.releases.published_split import publish_split
 from millrace.releases.split import Split
 from millrace.retrieval.chunk import refresh_chunks
 from millrace.retrieval.embed import refresh_embeddings

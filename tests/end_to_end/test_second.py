@@ -65,25 +65,25 @@ def test_a_run_that_is_late_is_said_with_its_state_and_runbook(handbook: Lake, w
 def test_a_person_who_did_not_build_it_lets_a_release_roll_out_and_the_journal_says_who_and_why(
     running_stack: Stack, handbook: Lake, webhook: Webhook
 ) -> None:
-    with running_stack.airflow() as airflow:
+    with Airflow(running_stack.settings.airflow_url, "admin", running_stack.airflow_password) as airflow:
         built = airflow.trigger("handbook.declare_release", {"variant": "short"})
         ends(airflow, built.dag_id, built.run_id, "success")
         version = airflow.result(built.dag_id, built.run_id, "declare")["version"]
         passed(handbook, version)
 
-        # The one user of this Airflow built it by hand, so that user may not answer.
+        # This Airflow's one person built it by hand, so that person may not answer.
         refused = asked(airflow)
         until(lambda: any("waits" in alert["title"] for alert in webhook.received), 60)
-        airflow.answer("handbook.promote", refused, "approve", "Approve", reason="mine is fine")
-        ends(airflow, "handbook.promote", refused, "failed")
+        airflow.answer("handbook.approve", refused, "approve", "Approve", reason="mine is fine")
+        ends(airflow, "handbook.approve", refused, "failed")
         until(lambda: any("admin built version" in alert["message"] for alert in webhook.received), 60)
         assert fold(read_journal(handbook)).waiting == ()
 
         # As if ann had.
         settings = running_stack.settings
         tag_release(settings, load_application(settings, "handbook"), version, {BUILDER_TAG: "ann"})
-        airflow.answer("handbook.promote", again := asked(airflow), "approve", "Approve", reason="short is good")
-        ends(airflow, "handbook.promote", again, "success")
+        airflow.answer("handbook.approve", again := asked(airflow), "approve", "Approve", reason="short is good")
+        ends(airflow, "handbook.approve", again, "success")
 
     admitted = [decision for decision in read_journal(handbook) if decision.kind == "admit"][-1]
     assert (admitted.challenger, admitted.actor, admitted.reason) == (version, "admin", "short is good")
@@ -103,10 +103,10 @@ def passed(lake: Lake, candidate: str) -> None:
 
 def asked(airflow: Airflow) -> str:
     """A run of the promotion that waits for an answer."""
-    run = airflow.trigger("handbook.promote").run_id
+    run = airflow.trigger("handbook.approve").run_id
 
     def waiting() -> bool:
-        states = {task.task_id: task.state for task in airflow.tasks("handbook.promote", run)}
+        states = {task.task_id: task.state for task in airflow.tasks("handbook.approve", run)}
         return states["approve"] == "awaiting_input"
 
     until(waiting, 120)

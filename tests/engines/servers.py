@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from millrace.engines.upstream import Upstream
 from tests.conftest import answers, free_port, running
@@ -54,7 +55,7 @@ def vllm_server(model: Path, scratch: Path, port: int | None = None) -> Iterator
     arguments = [VLLM, "serve", model, "--served-model-name", "smol", "--host", "127.0.0.1", "--port", port,
                  "--enable-lora", "--max-model-len", 4096, "--dtype", "float32", "--enforce-eager"]  # fmt: skip
     with running(arguments, environment, scratch / "vllm.log", _healthy(port), seconds=300) as process:
-        yield Served(Upstream(f"http://127.0.0.1:{port}/v1", KEY), "smol", process)
+        yield Served(Upstream(f"http://127.0.0.1:{port}/v1", SecretStr(KEY)), "smol", process)
 
 
 def _healthy(port: int) -> Callable[[], bool]:

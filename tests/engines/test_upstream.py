@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from millrace.applications import Generation
 from millrace.engines.base_model import base_model_path
@@ -161,7 +162,7 @@ def test_vllm_counts_prompts_asks_for_a_key_and_says_what_fits(vllm: Served, her
     assert engine.count_tokens(text) == here.count_tokens(text)
     assert context_of(vllm.upstream, "smol") == 4096
     with pytest.raises(EngineError, match=r"refuses the key: .*; set MILLRACE_UPSTREAM_API_KEY"):
-        UpstreamEngine(Upstream(vllm.upstream.url, "another key"), "smol", context_tokens=4096)
+        UpstreamEngine(Upstream(vllm.upstream.url, SecretStr("another key")), "smol", context_tokens=4096)
     with pytest.raises(EngineError, match="refused with status 400"):
         engine.generate([Message("user", "word " * 5000)], LONG)
     with pytest.raises(EngineError, match="can't load the adapter in /no/such/folder"):

@@ -5,22 +5,28 @@ import shutil
 import sys
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol
 
 import pytest
 from pydantic import SecretStr
 
 from millrace.applications import Application
+from millrace.environments import postgres_access
 from millrace.environments.lake_access import apply as apply_lake_access
-from millrace.environments.mlflow_access import READS, apply
+from millrace.environments.matrix import READS, SERVERS
+from millrace.environments.mlflow_access import apply
 from millrace.environments.mlflow_calls import Login
 from millrace.lakehouse.storage import Key
 from millrace.settings import PROJECT, Settings
+from millrace.stack.postgres import Postgres
 from millrace.stack.versitygw import Versitygw
 from tests.conftest import answers, free_port, running
+from tests.scram import scram_server
 
 ADMINISTRATOR = Login("admin", "the administrator's password")
-PASSWORDS = {identity: f"the password of {identity}" for identity in READS}
+PASSWORDS = {identity: f"what {identity} logs in with" for identity in READS}
+DATABASE_PASSWORDS = {identity: f"the database password of {identity}" for identity in (*READS, *SERVERS)}
 
 
 LAKE_KEYS = {identity: Key(f"lake-{identity}", f"the secret of {identity}") for identity in READS}
@@ -101,3 +107,15 @@ def lake_as(settings: Settings, walled_lake: Settings) -> As:
 @pytest.fixture
 def application(qa: Application) -> Application:
     return qa.model_copy(update={"name": f"walled_{uuid.uuid4().hex[:8]}"})
+
+
+@pytest.fixture(scope="session")
+def walled_postgres(open_folder: Path) -> Iterator[str]:
+    """Address of one PostgreSQL that asks for passwords, walled as declared. Tests leave it so."""
+    with scram_server(open_folder) as server:
+        postgres_access.apply(superuser_url(server), "", DATABASE_PASSWORDS)
+        yield superuser_url(server)
+
+
+def superuser_url(server: Postgres) -> str:
+    return server.url("postgres").replace("+psycopg2", "")

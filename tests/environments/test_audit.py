@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from millrace.cli import app
 from millrace.environments.audit import search, verify
 from millrace.errors import AuditError
+from millrace.lakehouse.audit import journals
 from millrace.lakehouse.audit.chain import digest, record
 from millrace.lakehouse.audit.head import noted, noted_in
 from millrace.lakehouse.audit.journals import follow
@@ -212,6 +213,29 @@ def test_a_journal_that_was_changed_or_shortened_contradicts_the_trail(settings:
     table.delete("sequence = 1")
     with pytest.raises(AuditError, match="entry 1: ops/decisions/1 of qa, which it tells of, is gone"):
         verify(settings)
+
+
+def test_what_was_followed_is_not_read_again_unless_the_trail_may_lack_it(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journals, "MARGIN", timedelta(0))
+    journal = Lake.of(settings, "qa")
+    first = decide(State(), "bootstrap", actor="controller", reason="the first", champion="1")
+    append(journal, first, run="test")
+    assert follow(settings, "qa", run="test") == 1
+    (kept,) = Path(journal.uri(OPS_DECISIONS)).glob("*.parquet")
+    aside = kept.rename(kept.with_suffix(".aside"))
+    assert follow(settings, "qa", run="test") == 0
+    append(journal, decide(State().after(first), "freeze", actor="ann", reason="because"), run="person/ann")
+    assert follow(settings, "qa", run="test") == 1, "without the file that has the first decision"
+    aside.rename(kept)
+
+    # A trail from an older backup than the journal.
+    shutil.rmtree(Lake.of(settings, PLATFORM).uri(OPS_AUDIT))
+    noted_in(settings).unlink()
+    assert follow(settings, "qa", run="test") == 0
+    assert follow(settings, "qa", run="upkeep", whole=True) == 2
+    assert [entry["outcome"] for entry in search(settings)] == ["bootstrap", "freeze"]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from deltalake.exceptions import DeltaError
 
 from millrace.environments.lake_access import Bucket, apply, declared, plan
 from millrace.environments.lake_check import check
-from millrace.environments.mlflow_access import READS
+from millrace.environments.matrix import READS
 from millrace.errors import AccessRefused, LakehouseError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.spark_session import Refused, on_server

@@ -3,7 +3,8 @@ from collections import Counter
 import pytest
 
 from millrace.applications import Application
-from millrace.environments.mlflow_access import READS, apply, plan
+from millrace.environments.matrix import READS
+from millrace.environments.mlflow_access import apply, plan
 from millrace.environments.mlflow_calls import Caller, Login
 from millrace.environments.mlflow_check import check
 from millrace.errors import ReleaseError

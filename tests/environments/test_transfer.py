@@ -1,3 +1,4 @@
+import getpass
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typer.testing import CliRunner
 
 from millrace.applications import Application, load_application
 from millrace.cli import app
+from millrace.environments.audit import search
 from millrace.environments.transfer import copy_release
 from millrace.errors import ReleaseError
 from millrace.evaluation.gate import find_leaks
@@ -19,7 +21,7 @@ from millrace.lakehouse.tables import GOLD_TRAINING_EXAMPLES
 from millrace.releases import registry
 from millrace.releases.manifest import PromptVersion, declared_manifest, describe_weights
 from millrace.settings import Settings
-from tests.conftest import copy_declarations
+from tests.conftest import COMMIT, copy_declarations
 from tests.environments.conftest import As
 
 QUESTION = "Where is the DAG folder?"
@@ -94,6 +96,7 @@ def test_a_release_goes_from_dev_to_prod_as_it_is_with_what_is_known_of_it(
         "millrace.state": "candidate",
         "millrace.registered_by": "train by ann",
         "millrace.built_by": "ann",
+        "millrace.commit": COMMIT,
         "millrace.copied_from": f"dev/{application.name}@1 staging/{application.name}@1",
         "millrace.copied_by": "copy by eve",
     }
@@ -123,6 +126,9 @@ def test_a_person_copies_a_release_by_one_command(
     assert "of dev is handbook@1 in staging, with 1 evaluations" in told.output
     assert "Candidate 1" in told.output
     assert "which was registered before" in CliRunner().invoke(app, command).output
+    (entry,) = search(staging, application="handbook", resource="ops/promotions")
+    told = (entry["actor"], entry["action"], entry["outcome"], entry["release_version"])
+    assert told == (f"person/{getpass.getuser()}", "promotion", "copied", "1")
     refused = CliRunner().invoke(app, ["release", "copy", "7", "--from", "dev", "--application", "handbook"])
     assert refused.exit_code == 1
     assert "handbook@7 is not registered in dev" in refused.output

@@ -12,12 +12,14 @@ from pydantic import ValidationError
 from millrace.applications import Application
 from millrace.environments.mlflow_calls import Caller, Login
 from millrace.errors import ReleaseError
-from millrace.releases import registry
+from millrace.releases import prompt_registry, published_split, registry
 from millrace.releases.manifest import PromptVersion, declared_manifest, describe_weights
 from millrace.releases.split import Split
 from millrace.settings import Settings
 from tests.conftest import TEMPLATE, answers, free_port, running
 from tests.environments.conftest import PASSWORDS, As
+
+pytestmark = pytest.mark.long  # three environments
 
 
 def register(settings: Settings, application: Application, folder: Path, content: str = "weights") -> str:
@@ -35,12 +37,12 @@ def test_an_application_of_one_name_is_another_model_in_each_environment(
         for content in contents:
             register(ask_as(identity), application, tmp_path, content)
     dev = ask_as("dev")
-    registry.publish_split(dev, application.name, Split(sequence=1, champion="2"))
+    published_split.publish_split(dev, application.name, Split(sequence=1, champion="2"))
     assert list(registry.versions(dev, application)) == ["1", "2"]
     for identity in ("staging", "prod"):
         settings = ask_as(identity)
         assert list(registry.versions(settings, application)) == ["1"]
-        assert registry.read_split(settings, application.name) is None
+        assert published_split.read_split(settings, application.name) is None
     ask_as("dev")
     assert (registry.fetch_release(dev, application, "2") / "model.gguf").read_text() == "b"
 
@@ -49,7 +51,7 @@ def test_dev_reads_a_release_of_prod_and_is_told_that_it_can_write_nothing_there
     ask_as: As, application: Application, tmp_path: Path
 ) -> None:
     register(ask_as("prod"), application, tmp_path)
-    registry.register_prompt(ask_as("prod"), application, TEMPLATE, run="test")
+    prompt_registry.register_prompt(ask_as("prod"), application, TEMPLATE, run="test")
     prod = ask_as("dev", "prod")
     name = application.name
     assert (registry.fetch_release(prod, application, "1") / "model.gguf").read_text() == "weights"
@@ -57,11 +59,11 @@ def test_dev_reads_a_release_of_prod_and_is_told_that_it_can_write_nothing_there
         (lambda: registry.tag_release(prod, application, "1", {"a": "b"}), f"tag release {name}@1"),
         (lambda: register(prod, application, tmp_path, "other"), r"register release rel-\w+"),
         (
-            lambda: registry.register_prompt(prod, application, "{{ question }}", run="test"),
+            lambda: prompt_registry.register_prompt(prod, application, "{{ question }}", run="test"),
             f"register .* {name}.prompt",
         ),
         (
-            lambda: registry.publish_split(prod, name, Split(sequence=1, champion="1")),
+            lambda: published_split.publish_split(prod, name, Split(sequence=1, champion="1")),
             f"publish the split of {name}",
         ),
     ):
@@ -70,28 +72,28 @@ def test_dev_reads_a_release_of_prod_and_is_told_that_it_can_write_nothing_there
     register(ask_as("dev"), application, tmp_path)
     dev = ask_as("prod", "dev")
     with pytest.raises(ReleaseError, match=f"does not let prod read the split of {name} in dev"):
-        registry.read_split(dev, name)
+        published_split.read_split(dev, name)
 
 
 def test_the_path_of_another_environments_files_leads_nowhere(
     shared: Settings, ask_as: As, application: Application, tmp_path: Path
 ) -> None:
-    """Artifacts are paths on one server: a path into prod, asked for in one's own workspace, is no way in."""
-    register(prod := ask_as("prod"), application, tmp_path)
-    folder = registry.fetch_release(prod, application, "1")
-    with Caller(shared, Login("prod", PASSWORDS["prod"])) as ask:
+    """Artifacts are paths on one server: a path into dev, asked for in one's own workspace, is no way in."""
+    register(dev := ask_as("dev"), application, tmp_path)
+    folder = registry.fetch_release(dev, application, "1")
+    with Caller(shared, Login("dev", PASSWORDS["dev"])) as ask:
         where = {"params": {"name": application.name, "version": "1"}}
-        uri = ask("GET", "2.0/mlflow/model-versions/get-download-uri", workspace="prod", **where)["artifact_uri"]
+        uri = ask("GET", "2.0/mlflow/model-versions/get-download-uri", workspace="dev", **where)["artifact_uri"]
         inside = uri.partition(":")[2].strip("/")
         path = f"2.0/mlflow-artifacts/artifacts/{inside}/data/release/model.gguf"
-        assert ask.ask("GET", path, workspace="prod").content == (folder / "model.gguf").read_bytes()
-    for workspace in ("staging", "prod", None):
-        with Caller(shared, Login("staging", PASSWORDS["staging"])) as ask:
+        assert ask.ask("GET", path, workspace="dev").content == (folder / "model.gguf").read_bytes()
+    for workspace in ("prod", "dev", None):
+        with Caller(shared, Login("prod", PASSWORDS["prod"])) as ask:
             assert ask.ask("GET", path, workspace=workspace).status_code == 403
             assert ask.ask("PUT", path, workspace=workspace, content=b"forged").status_code == 403
-    with Caller(shared, Login("staging", PASSWORDS["staging"])) as ask:
-        outside = path.replace("/workspaces/prod/", "/workspaces/staging/../prod/")
-        assert ask.ask("GET", outside, workspace="staging").status_code in (400, 403, 404)
+    with Caller(shared, Login("prod", PASSWORDS["prod"])) as ask:
+        outside = path.replace("/workspaces/dev/", "/workspaces/prod/../dev/")
+        assert ask.ask("GET", outside, workspace="prod").status_code in (400, 403, 404)
 
 
 def test_who_is_not_known_is_told_so(ask_as: As, application: Application, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +106,6 @@ def test_who_is_not_known_is_told_so(ask_as: As, application: Application, monke
         registry.versions(nobody, application)
 
 
-@pytest.mark.long  # It starts two servers.
 def test_what_a_server_had_before_it_had_environments_is_moved_into_one_of_them(
     settings: Settings, ask_as: As, application: Application, tmp_path: Path
 ) -> None:
@@ -120,8 +121,8 @@ def test_what_a_server_had_before_it_had_environments_is_moved_into_one_of_them(
     with running(server, environment, kept / "before.log", lambda: answers(f"{uri}/health")):
         before = settings.model_copy(update={"mlflow_uri": uri})
         register(before, application, tmp_path)
-        registry.register_prompt(before, application, TEMPLATE, run="test")
-        registry.publish_split(before, application.name, split := Split(sequence=1, champion="1"))
+        prompt_registry.register_prompt(before, application, TEMPLATE, run="test")
+        published_split.publish_split(before, application.name, split := Split(sequence=1, champion="1"))
     shutil.rmtree(settings.home)
     with running([*server, "--enable-workspaces"], environment, kept / "after.log", lambda: answers(f"{uri}/health")):
         dev = before.model_copy(update={"mlflow_workspaces": True})
@@ -135,9 +136,9 @@ def test_what_a_server_had_before_it_had_environments_is_moved_into_one_of_them(
         (there := kept / "artifacts" / "workspaces" / "dev").mkdir(parents=True)
         for folder in folders:
             folder.rename(there / folder.name)
-        assert registry.read_split(dev, application.name) == split
+        assert published_split.read_split(dev, application.name) == split
         assert (registry.fetch_release(dev, application, "1") / "model.gguf").read_text() == "weights"
-        assert registry.register_prompt(dev, application, TEMPLATE, run="test").version == "1"
+        assert prompt_registry.register_prompt(dev, application, TEMPLATE, run="test").version == "1"
         assert register(dev, application, tmp_path, "other") == "2"
         assert (registry.fetch_release(dev, application, "2") / "model.gguf").read_text() == "other"
 

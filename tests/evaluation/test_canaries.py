@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from millrace.applications import Application
+from millrace.environments.audit import search
 from millrace.errors import CanaryError
 from millrace.evaluation.canaries import choose_canaries, publish_build
 from millrace.lakehouse.lake import Lake
@@ -97,6 +98,9 @@ def test_a_build_that_finds_less_than_the_published_one_is_refused_and_that_one_
     bad = remade(settings, application)
     with pytest.raises(CanaryError, match=f"published build {good} stays"):
         publish_build(settings, application, bad, run="test")
+    told = [(one["outcome"], one["resource"], one["details"]["previous"]) for one in search(settings)]
+    lineage = lineage_id(application)
+    assert told == [("published", f"index/{lineage}/{good}", None), ("refused", f"index/{lineage}/{bad}", good)]
     assert current(declared_builds(settings, application)) == good
 
 

@@ -17,7 +17,8 @@ from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import GOLD_TRAINING_EXAMPLES, OPS_COSTS, OPS_EVALUATIONS
 from millrace.releases.declare import add_model, declare_release
 from millrace.releases.manifest import PromptVersion, declared_manifest, describe_weights
-from millrace.releases.registry import publish_split, register_release
+from millrace.releases.published_split import publish_split
+from millrace.releases.registry import register_release
 from millrace.releases.split import Split
 from millrace.retrieval.embed import lineage_id
 from millrace.settings import Settings

@@ -7,7 +7,9 @@ import pytest
 
 from millrace.applications import Application
 from millrace.releases.manifest import Manifest, declared_manifest, describe_weights
-from millrace.releases.registry import publish_split, register_prompt, register_release
+from millrace.releases.prompt_registry import register_prompt
+from millrace.releases.published_split import publish_split
+from millrace.releases.registry import register_release
 from millrace.releases.split import Split
 from millrace.settings import Settings
 

@@ -7,7 +7,7 @@ from typer.testing import CliRunner, Result
 
 from millrace.applications import Application
 from millrace.cli import app
-from millrace.releases.registry import register_prompt
+from millrace.releases.prompt_registry import register_prompt
 from millrace.settings import Settings
 
 DECLARATION = """

@@ -18,7 +18,8 @@ from millrace.prompts.trials import keep_trial
 from millrace.prompts.versions import list_versions
 from millrace.releases.declare import declare_release
 from millrace.releases.manifest import Manifest
-from millrace.releases.registry import publish_split, release_manifest, versions
+from millrace.releases.published_split import publish_split
+from millrace.releases.registry import release_manifest, versions
 from millrace.releases.split import Split
 from millrace.retrieval.chunk import refresh_chunks
 from millrace.retrieval.embed import refresh_embeddings

@@ -12,7 +12,7 @@ from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import SILVER_EXCHANGES
 from millrace.prompts.versions import diff, find_version, list_versions, try_template
 from millrace.releases.manifest import Manifest
-from millrace.releases.registry import register_prompt
+from millrace.releases.prompt_registry import register_prompt
 from millrace.settings import Settings
 
 FIRST = "{% for chunk in chunks %}{{ chunk.text }}\n{% endfor %}\nQuestion: {{ question }}\nAnswer:"

@@ -3,7 +3,8 @@ import pytest
 from millrace.applications import Application
 from millrace.errors import ReleaseError
 from millrace.releases.declare import declare_release
-from millrace.releases.registry import fetch_release, publish_split, register_release, release_manifest, versions
+from millrace.releases.published_split import publish_split
+from millrace.releases.registry import fetch_release, register_release, release_manifest, versions
 from millrace.releases.split import Split
 from millrace.retrieval.embed import lineage_id
 from millrace.settings import Settings

@@ -9,8 +9,9 @@ from millrace.errors import EngineError
 from millrace.releases.declare import declare_release
 from millrace.releases.loader import ReleaseLoader
 from millrace.releases.manifest import ServedModel
+from millrace.releases.published_split import publish_split
 from millrace.releases.pyfunc import load_config
-from millrace.releases.registry import fetch_release, publish_split, release_manifest
+from millrace.releases.registry import fetch_release, release_manifest
 from millrace.releases.split import Split
 from millrace.settings import Settings
 from tests.conftest import free_port

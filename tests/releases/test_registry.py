@@ -11,11 +11,13 @@ from mlflow import MlflowClient
 
 from millrace.applications import Application
 from millrace.errors import ReleaseError
+from millrace.releases import prompt_registry, published_split
 from millrace.releases import registry as releases
 from millrace.releases.manifest import describe_embedding
 from millrace.releases.split import Split
 from millrace.retrieval.embedding_model import MODEL_FILES
 from millrace.settings import Settings
+from tests.conftest import COMMIT
 from tests.releases.conftest import Make
 
 
@@ -43,6 +45,7 @@ def test_a_release_is_registered_as_a_candidate_and_comes_back_byte_for_byte(
             "millrace.release_id": manifest.release_id,
             "millrace.state": "candidate",
             "millrace.registered_by": "test",
+            "millrace.commit": COMMIT,
         }
     }
     folder = releases.fetch_release(registry, application, version)
@@ -199,33 +202,33 @@ def test_a_prompt_is_a_version_in_the_prompt_registry_and_the_same_template_the_
     registry: Settings, application: Application
 ) -> None:
     templates = ["{% for c in chunks %}{{ c.text }}{% endfor %}{{ question }}", "Briefly: {{ question }}"]
-    made = [releases.register_prompt(registry, application, template, run="test") for template in templates * 2]
+    made = [prompt_registry.register_prompt(registry, application, template, run="test") for template in templates * 2]
     assert [prompt.version for prompt in made] == ["1", "2", "1", "2"]
     stored = client(registry).get_prompt_version(f"{application.name}.prompt", "1")
     assert stored is not None
     assert stored.template == templates[0] == made[0].template
     with pytest.raises(ReleaseError, match="does not use `question`"):
-        releases.register_prompt(registry, application, "hello", run="test")
+        prompt_registry.register_prompt(registry, application, "hello", run="test")
 
 
 def test_a_split_is_one_tag_and_people_see_it_as_aliases(
     registry: Settings, application: Application, make_release: Make
 ) -> None:
     name = application.name
-    assert releases.read_split(registry, name) is None
-    assert releases.read_aliases(registry, name) == {}
+    assert published_split.read_split(registry, name) is None
+    assert published_split.read_aliases(registry, name) == {}
     for content in "ab":
         register(registry, application, make_release, content)
-    assert releases.read_split(registry, name) is None
+    assert published_split.read_split(registry, name) is None
     first = Split(sequence=1, rollout_id="r", epoch=1, champion="1", challenger="2", share=0.25, salt="s")
-    releases.publish_split(registry, name, first)
-    assert releases.read_split(registry, name) == first
-    assert releases.read_aliases(registry, name) == {"champion": "1", "challenger": "2"}
+    published_split.publish_split(registry, name, first)
+    assert published_split.read_split(registry, name) == first
+    assert published_split.read_aliases(registry, name) == {"champion": "1", "challenger": "2"}
     promoted = Split(sequence=2, champion="2")
     for _ in range(2):
-        releases.publish_split(registry, name, promoted, previous="1")
-        assert releases.read_split(registry, name) == promoted
-        assert releases.read_aliases(registry, name) == {"champion": "2", "previous": "1"}
+        published_split.publish_split(registry, name, promoted, previous="1")
+        assert published_split.read_split(registry, name) == promoted
+        assert published_split.read_aliases(registry, name) == {"champion": "2", "previous": "1"}
 
 
 def test_a_tag_that_is_not_a_split_is_an_error_and_never_a_guess(registry: Settings, application: Application) -> None:
@@ -233,7 +236,7 @@ def test_a_tag_that_is_not_a_split_is_an_error_and_never_a_guess(registry: Setti
     for wrong in ("", "nonsense", "{}", '{"sequence": 1, "champion": "1", "share": 2}'):
         client(registry).set_registered_model_tag(application.name, "millrace.split", wrong)
         with pytest.raises(ReleaseError, match=f"tag millrace.split of registered model {application.name} is not"):
-            releases.read_split(registry, application.name)
+            published_split.read_split(registry, application.name)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +247,7 @@ def test_an_unreachable_registry_is_one_sentence(
 ) -> None:
     away = settings.model_copy(update={"mlflow_uri": uri})
     with pytest.raises(ReleaseError, match=f"MLflow at {uri} does not answer .*{said}.*MILLRACE_MLFLOW_URI"):
-        releases.read_split(away, application.name)
+        published_split.read_split(away, application.name)
 
 
 @pytest.mark.mlflow  # It waits as long as a server may take.
@@ -257,5 +260,5 @@ def test_a_registry_that_takes_the_call_and_says_nothing_is_given_up_within_ten_
         away = settings.model_copy(update={"mlflow_uri": f"http://127.0.0.1:{silent.getsockname()[1]}"})
         started = time.monotonic()
         with pytest.raises(ReleaseError, match=r"does not answer .*timed out"):
-            releases.read_split(away, application.name)
+            published_split.read_split(away, application.name)
         assert time.monotonic() - started < 10

@@ -64,7 +64,7 @@ def _on_a_server(settings: Settings, application: Application) -> Iterator[Kept]
     yield kept
     builds = kept.builds
     assert isinstance(builds, ServiceBuilds)
-    client = connect(url, given.qdrant_api_key.get_secret_value())
+    client = connect(url, given.qdrant_api_key)
     client.ask("delete", lambda qdrant: qdrant.delete_collection(builds.collection))
 
 

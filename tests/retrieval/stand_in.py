@@ -16,7 +16,10 @@ from pydantic import BaseModel, TypeAdapter
 from qdrant_client import QdrantClient, models
 from qdrant_client.conversions.common_types import PointsSelector
 
-WRITES = {("PUT", "/points"), ("POST", "/points/payload"), ("POST", "/points/delete"), ("PUT", "/index"), ("PUT", "")}
+MANAGES = {("PUT", ""), ("DELETE", "")}
+WRITES = {("PUT", "/points"), ("POST", "/points/payload"), ("POST", "/points/delete"), ("PUT", "/index")} | MANAGES
+RIGHTS = ("", "r", "rw", "m")
+"""Each holds those before it."""
 LISTED = "every collection"
 SELECTOR: TypeAdapter[PointsSelector] = TypeAdapter(models.FilterSelector | models.PointIdsList)
 
@@ -60,6 +63,10 @@ class StandIn(ThreadingHTTPServer):
             threading.Thread(target=self.shutdown, daemon=True).start()
             self.server_close()
 
+    def access(self, key: str, collection: str) -> str | None:
+        """What a key may do with a collection, as `keys` says it, or nothing at all (empty); None: it is no key."""
+        return (self.keys or {}).get(key)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         pass  # a caller that left
 
@@ -87,7 +94,7 @@ class _Handler(BaseHTTPRequestHandler):
             if stand_in.unavailable > 0:
                 stand_in.unavailable -= 1
                 return self._say(503, "Service Unavailable: a peer is starting")
-            refusal = self._refused(route)
+            refusal = self._refused(name, route)
             if refusal:
                 return self._say(*refusal)
             if writes:
@@ -109,14 +116,16 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         return self._send(200, {"result": _json(result), "status": "ok", "time": 0.0})
 
-    def _refused(self, route: tuple[str, str]) -> tuple[int, str] | None:
+    def _refused(self, name: str, route: tuple[str, str]) -> tuple[int, str] | None:
         if self.server.keys is None:
             return None
-        access = self.server.keys.get(self.headers.get("api-key") or "")
+        # As Qdrant's `extract_key` does.
+        shown = self.headers.get("api-key") or (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        access = self.server.access(shown, name)
         if access is None:
             return 401, "Invalid API key or JWT"
-        needed = "m" if route == ("PUT", "") else "rw" if route in WRITES else "r"
-        if ("r", "rw", "m").index(access) < ("r", "rw", "m").index(needed):
+        needed = "m" if route in MANAGES else "rw" if route in WRITES else "r"
+        if RIGHTS.index(access) < RIGHTS.index(needed):
             return 403, f"Forbidden: {'Global manage' if needed == 'm' else 'Write'} access is required"
         return None
 
@@ -202,6 +211,7 @@ _ROUTES: dict[tuple[str, str], Route] = {
     ("GET", "/exists"): lambda disk, name, body: {"exists": disk.store.collection_exists(name)},
     ("GET", ""): _describe,
     ("PUT", ""): _create,
+    ("DELETE", ""): lambda disk, name, body: disk.store.delete_collection(name),
     ("PUT", "/index"): _index,
     ("PUT", "/points"): _upsert,
     ("POST", "/points"): _retrieve,

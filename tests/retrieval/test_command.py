@@ -1,5 +1,6 @@
 """`millrace index`, as a person types it."""
 
+import getpass
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from typer.testing import CliRunner
 
 from millrace.applications import Application
 from millrace.cli import app
+from millrace.environments.audit import search
 from millrace.lakehouse.lake import Lake
 from millrace.retrieval.index import build_index, builds_of, declared_builds
 from millrace.settings import Settings
@@ -66,6 +68,8 @@ def test_builds_are_listed_and_the_one_before_is_published_again(
     assert said.endswith(f"3 chunks of 3 documents published in {where(settings, application)}")
     assert run("back") == (0, f"Published {first} of notes; before it was {second}.")
     assert "documents published" in run("list")[1].partition(second)[0]
+    told = [(one["actor"], one["outcome"], one["resource"].rpartition("/")[2]) for one in search(settings)]
+    assert told == [(f"person/{getpass.getuser()}", "back", first)]
     other = builds_of(settings, application.name, "other").where
     assert run("back", "--lineage", "other") == (1, f"notes: nothing is published in {other}, so there is no way back")
     stand_in.stop()

@@ -16,7 +16,7 @@ from millrace.applications import Application
 from millrace.errors import ReleaseError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import OPS_BREACHES, OPS_EVALUATIONS
-from millrace.releases import registry
+from millrace.releases import published_split
 from millrace.releases.split import Split
 from millrace.rollout import people
 from millrace.rollout.controller import tick
@@ -39,7 +39,7 @@ def ticks(tracked: Settings, application: Application) -> Tick:
 
 @pytest.fixture
 def published(tracked: Settings, application: Application) -> Callable[[], Split | None]:
-    return lambda: registry.read_split(tracked, application.name)
+    return lambda: published_split.read_split(tracked, application.name)
 
 
 def pass_gate(lake: Lake, candidate: str, champion: str = "1", after: float = 0) -> None:
@@ -103,7 +103,7 @@ def test_a_better_candidate_reaches_everybody_step_by_step(
     split = published()
     assert split is not None
     assert (split.champion, split.challenger, split.share) == ("2", None, 0.0)
-    assert registry.read_aliases(tracked, application.name) == {"champion": "2", "previous": "1"}
+    assert published_split.read_aliases(tracked, application.name) == {"champion": "2", "previous": "1"}
     assert read_journal(lake)[-1].simulated
     assert ticks()["decision"] is None
 
@@ -125,7 +125,7 @@ def test_a_worse_candidate_is_rolled_back_with_an_alert_and_never_starts_again_b
     split = published()
     assert split is not None
     assert (split.champion, split.challenger) == ("1", None)
-    assert registry.read_aliases(tracked, application.name)["champion"] == "1"
+    assert published_split.read_aliases(tracked, application.name)["champion"] == "1"
     assert ticks()["decision"] is None
     people.admit(tracked, application, "2", actor="ann", reason="fixed upstream")
     assert ticks()["decision"] == "start"
@@ -180,7 +180,7 @@ def test_what_a_person_moved_is_respected_until_somebody_resumes(
     client = mlflow.MlflowClient(tracking_uri=tracked.mlflow_url, registry_uri=tracked.mlflow_url)
     if what == "tag":
         moved = before.model_copy(update={"share": 0.9})
-        registry.publish_split(tracked, application.name, moved)
+        published_split.publish_split(tracked, application.name, moved)
     else:
         moved = before
         client.set_registered_model_alias(application.name, "champion", "3")
@@ -192,7 +192,7 @@ def test_what_a_person_moved_is_respected_until_somebody_resumes(
         assert published() == moved
     people.resume(tracked, application, actor="ann", reason="was a mistake")
     assert published() == before
-    assert registry.read_aliases(tracked, application.name)["champion"] == "1"
+    assert published_split.read_aliases(tracked, application.name)["champion"] == "1"
     assert ticks()["decision"] == "hold"
 
 
@@ -216,7 +216,7 @@ def test_a_tag_behind_the_journal_is_published_by_the_next_tick_frozen_or_not(
     ticks()
     new = published()
     assert old is not None
-    registry.publish_split(tracked, application.name, old)
+    published_split.publish_split(tracked, application.name, old)
     people.freeze(tracked, application, actor="ann", reason="lunch")
     found = ticks()
     assert (found["decision"], found["published"]) == (None, True)
@@ -304,7 +304,7 @@ def test_ticks_that_die_after_a_write_lead_where_unhurt_ones_do(
     state = fold(read_journal(lake))
     assert state.champion == ("2" if "promote" in decided else "1")
     assert published() == state.split()
-    assert registry.read_aliases(tracked, application.name)["champion"] == state.champion
+    assert published_split.read_aliases(tracked, application.name)["champion"] == state.champion
     assert ticks()["decision"] is None
 
 
@@ -379,7 +379,7 @@ def test_a_breach_of_the_champion_brings_the_previous_one_back_once(
     split = published()
     assert split is not None
     assert (split.champion, split.challenger) == ("1", None)
-    assert registry.read_aliases(tracked, application.name)["champion"] == "1"
+    assert published_split.read_aliases(tracked, application.name)["champion"] == "1"
     breach(lake, "1", now, length=7200)
     assert ticks()["decision"] is None, "there is nothing further back"
     assert kinds(lake).count("rollback") == 1

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from millrace.applications import Application, Promotion
+from millrace.environments.audit import search
 from millrace.errors import ApprovalError, MillraceError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import OPS_EVALUATIONS
@@ -98,6 +99,20 @@ def test_what_was_rejected_rolls_out_only_if_somebody_admits_it_after_all(
         assert tick(tracked, policy, run="test")["decision"] is None
     people.admit(tracked, asking, "2", actor="ann", reason="on second thought")
     assert tick(tracked, asking, run="test")["decision"] == "start"
+
+
+@pytest.mark.parametrize("name", ["admin", "millrace", "Anonymous"])
+def test_beyond_one_machine_only_a_person_approves(
+    passed: Lake, tracked: Settings, asking: Application, name: str
+) -> None:
+    reached = tracked.model_copy(update={"bind": "0.0.0.0"})
+    before = read_journal(passed)
+    with pytest.raises(ApprovalError, match=f"{name} is no person, and in dev only a person decides about version 2"):
+        record_approval(reached, asking, "2", answer("Approve", name))
+    assert read_journal(passed) == before
+    (tried,) = search(reached, action="approval")
+    assert (tried["actor"], tried["resource"], tried["outcome"]) == (f"person/{name}", "release/2", "refused")
+    assert record_approval(reached, asking, "2", answer("Approve", "ann")) is not None
 
 
 @pytest.mark.parametrize(

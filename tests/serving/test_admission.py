@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from threading import current_thread
 from typing import Any
 
 import httpx
@@ -15,6 +16,7 @@ import pytest
 
 from millrace.applications import Application
 from millrace.errors import SettingsError
+from millrace.lakehouse.audit.key_uses import KeyUses
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import OPS_AUDIT, PLATFORM
 from millrace.releases.split import Split
@@ -395,17 +397,24 @@ def test_what_became_of_a_key_and_what_it_was_used_for_is_in_the_audit_trail(
     gave = store.rotate(key.id, overlap=timedelta(hours=1), actor="bob")[1]
     drawer = Drawer()
     shelf = Shelf(Split(sequence=0, champion="1"), {"1": a_release(Parrot(), drawer)})
+    monkeypatch.setattr(admission, "LOOK_SECONDS", 0.05)
+    threads = set()
+    flush = KeyUses.flush
+    monkeypatch.setattr(
+        KeyUses, "flush", lambda *told, **more: threads.add(current_thread().name) or flush(*told, **more)
+    )
     with listening(keyed, qa, shelf, drawer) as gateway:
         gateway.wait_until(gateway.ready)
         assert [ask(gateway, one).status_code for one in (written, gave, gave)] == [200, 200, 200]
         assert gateway.client.get("/metrics", headers=shown(gave)).status_code == 403
         assert ask(gateway, "sk-123").status_code == 401
         assert trail(keyed, "key_use") == []
-        monkeypatch.setattr(admission, "EVERY", timedelta(0))
         monkeypatch.setattr(admission, "now", lambda: now() + timedelta(hours=1))
         assert ask(gateway, gave).status_code == 200
         over = Counter({(key.id, "ask"): 4, (key.id, "refused"): 1, ("unknown", "refused"): 1})
-        assert uses(keyed) == over
+        gateway.wait_until(lambda: uses(keyed) == over)
+        assert threads == {"key uses"}, "no request waits for the lake"
+        monkeypatch.setattr(admission, "now", now)
         assert gateway.client.get("/v1/models", headers=shown(gave)).status_code == 200
         assert uses(keyed) == over
     assert uses(keyed) == over + Counter({(key.id, "ask"): 1})

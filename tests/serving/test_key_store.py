@@ -7,11 +7,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
 
 from millrace.errors import ApiKeyError, KeysAway, SettingsError
+from millrace.private_files import write_private
+from millrace.secret_sources import SecretFile
 from millrace.serving.api_keys import ApiKey, digest, new_key, read_key
 from millrace.serving.key_store import KeyStore, RateExceeded
 from millrace.settings import Settings
@@ -219,8 +222,28 @@ def test_a_gateway_whose_role_may_only_look_up_and_count_makes_no_key(
     assert store.find(key.id) == key
     store.take(key)
     store.charge(key.id, Decimal(1))
-    with pytest.raises(ApiKeyError, match=r"refuses \(permission denied for table keys\); correct what"):
+    with pytest.raises(ApiKeyError, match=r"refuses \w+ \(permission denied for table keys\); correct what"):
         store.revoke(key.id, actor="bob", reason="none")
+    store.close()
+
+
+def test_the_next_connection_logs_in_as_a_rotated_address_says(
+    make: Make, keyed: Settings, database: Database, tmp_path: Path
+) -> None:
+    key, _ = make()
+    role = f"r_{database.name}"
+    database.run(f"create role {role} superuser login")
+    write_private(tmp_path / "url", database.url)
+    store = KeyStore(keyed.model_copy(update={"keys_url": SecretFile(tmp_path / "url", "MILLRACE_KEYS_URL")}))
+    assert store.find(key.id) == key
+    write_private(tmp_path / "url", database.url.replace("postgres@", f"{role}:another@"))
+    assert store.find(key.id) == key
+    asked = f"select count(*) from pg_stat_activity where usename = '{role}'"
+    assert database.run(asked) == [(0,)], "a connection that stands goes on"
+    database.go_away()
+    database.come_back()
+    assert store.find(key.id) == key
+    assert database.run(asked) == [(1,)]
     store.close()
 
 

@@ -1,45 +1,17 @@
 """The gateway over index builds on a Qdrant server that goes away and comes back."""
 
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 
-import numpy as np
-import pyarrow as pa
 import pytest
 
 from millrace.releases.split import Split
 from millrace.retrieval import server
-from millrace.retrieval.builds import FORMAT, PAYLOAD, BuildManifest
 from millrace.retrieval.search import Retriever
-from millrace.retrieval.server import connect
-from millrace.retrieval.service import ServiceBuilds
 from tests.retrieval.stand_in import StandIn
 from tests.serving.parrot import Drawer, Gateway, Parrot, Shelf, a_release
+from tests.serving.searched import AlwaysNorth, a_build
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*ocal (mode|Qdrant)")
-
-
-class AlwaysNorth:
-    """An embedder for which all texts are the same."""
-
-    lineages = ""
-
-    def embed(self, texts: list[str]) -> np.ndarray:
-        return np.eye(1, 384, dtype=np.float32).repeat(len(texts), axis=0)
-
-
-def a_build(url: str) -> ServiceBuilds:
-    chunk = dict.fromkeys(PAYLOAD, "something") | {"chunk_id": "0" * 32, "content_hash": "1" * 32}
-    points = pa.Table.from_pylist([chunk | {"vector": AlwaysNorth().embed(["x"])[0].tolist()}])
-    now = datetime.now(UTC)
-    manifest = BuildManifest(
-        format=FORMAT, build="north", lineage="l", chunks_version=1, embeddings_version=1, chunks=1, documents=1,
-        content_sha="none", built_at=now, run="test",
-    )  # fmt: skip
-    builds = ServiceBuilds(connect(url, ""), "c")
-    builds.make(manifest, points)
-    builds.publish("north")
-    return builds
 
 
 @pytest.fixture

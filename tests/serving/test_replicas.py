@@ -17,7 +17,8 @@ import pytest
 from millrace.applications import Application, Rollout
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import SILVER_EXCHANGES, SILVER_FEEDBACK
-from millrace.releases.registry import RELEASE_TAG, read_split
+from millrace.releases.published_split import read_split
+from millrace.releases.registry import RELEASE_TAG
 from millrace.releases.split import assign
 from millrace.rollout import people
 from millrace.rollout.controller import tick

@@ -15,7 +15,7 @@ import pytest
 from millrace.applications import load_application
 from millrace.evaluation.canaries import publish_build
 from millrace.releases.declare import declare_release
-from millrace.releases.registry import publish_split, read_split
+from millrace.releases.published_split import publish_split, read_split
 from millrace.releases.split import Split
 from millrace.retrieval.chunk import refresh_chunks
 from millrace.retrieval.embed import refresh_embeddings

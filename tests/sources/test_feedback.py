@@ -112,7 +112,7 @@ def test_an_exchange_and_its_feedback_reach_silver_with_everything_that_was_know
     gateway.at(2).answer(about)
     gateway.at(3).rate(about, 0.75, comment="nearly", correction="because of that")
     assert ingest() == {
-        "landed": {"lines": 3, "landed": 3, "quarantined": 0, "changed": True},
+        "landed": {"lines": 3, "landed": 3, "quarantined": 0, "erased": 0, "changed": True},
         "refined": {"exchanges": 1, "feedback": 1, "quarantined": 0, "waiting": 0, "changed": True},
     }
     exchange = rows(lake, SILVER_EXCHANGES, "completion_id")[about["completion_id"]]

@@ -12,6 +12,8 @@ from millrace.stack.part import Part
 from millrace.stack.parts import all_parts, with_keys_url
 from millrace.stack.postgres import Postgres
 
+ADMINISTRATORS = {"access_secrets", "airflow_passwords", "backup_airflow_url", "backup_mlflow_url"}
+
 READ_BACK = """
 from millrace.settings import read_settings
 settings = read_settings()
@@ -44,7 +46,17 @@ def test_parts_that_need_no_keys_get_none(settings: Settings) -> None:
     secret = {name for name, field in Settings.model_fields.items() if field.annotation is SecretStr}
     assert {"completion_key", "pseudonym_key", "alert_urls", "spark_token"} <= secret
     withheld = set(settings_variables(settings, keys=True)) - set(settings_variables(settings, keys=False))
-    assert withheld == {f"MILLRACE_{name}".upper() for name in secret}
+    assert withheld == {f"MILLRACE_{name}".upper() for name in secret - ADMINISTRATORS}
+
+
+def test_no_part_knows_what_administers_the_walls(settings: Settings) -> None:
+    others = {name for name in Settings.model_fields if name.startswith(("access_", "backup_"))}
+    assert others | {"airflow_passwords"} >= ADMINISTRATORS
+    given = settings.model_copy(update=dict.fromkeys(ADMINISTRATORS, SecretStr("of the administrator")))
+    for keys in (True, False):
+        environment = part_environment(given, threads=1, keys=keys)
+        assert "of the administrator" not in environment.values()
+        assert not {f"MILLRACE_{name.upper()}" for name in ADMINISTRATORS} & environment.keys()
 
 
 def test_the_callers_other_tools_do_not_reach_a_part(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

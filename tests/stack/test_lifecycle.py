@@ -50,6 +50,7 @@ def test_a_signal_during_the_start_leaves_no_process(own: Settings, seen: str, s
     assert read_state(own.home).get("state", "stopped") == "stopped"
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_what_dies_is_started_again_and_a_killed_owner_leaves_nothing_for_long(own: Settings) -> None:
     up(own)

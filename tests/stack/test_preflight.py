@@ -4,9 +4,10 @@ from pathlib import Path
 import pytest
 
 from millrace.errors import StackError
+from millrace.private_files import write_json
 from millrace.settings import Settings
 from millrace.stack import Stack, preflight
-from millrace.stack.home import registry_mark, write_json
+from millrace.stack.home import registry_mark
 from millrace.stack.processes import part_processes
 
 

@@ -12,11 +12,11 @@ import psutil
 import pytest
 
 from millrace.airflow_api import Airflow
+from millrace.environments.airflow_access import password_file
 from millrace.errors import StackError
 from millrace.settings import PROJECT
 from millrace.stack import Stack
 from millrace.stack.environment import part_environment
-from millrace.stack.parts import password_file
 from millrace.stack.processes import part_processes, recorded
 
 pytestmark = pytest.mark.stack
@@ -68,10 +68,14 @@ def test_every_part_listens_on_this_machine_only(running_stack: Stack) -> None:
     assert {ip for ip, _ in listening} <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
 
 
-def test_airflow_has_one_user_whose_password_only_the_owner_can_read(running_stack: Stack) -> None:
+def test_airflow_knows_the_stack_and_one_person_and_only_the_owner_can_read_their_passwords(
+    running_stack: Stack,
+) -> None:
     path = password_file(running_stack.settings.home)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert json.loads(path.read_text()) == {"admin": running_stack.airflow_password}
+    passwords = json.loads(path.read_text())
+    assert set(passwords) == {"admin", "millrace"}
+    assert passwords["admin"] == running_stack.airflow_password != passwords["millrace"]
     url = running_stack.settings.airflow_url
     assert httpx.get(f"{url}/api/v2/dags", trust_env=False).status_code == 401
     with Airflow(url, "admin", "wrong") as stranger, pytest.raises(StackError, match="refused the login of admin"):

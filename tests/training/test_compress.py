@@ -19,6 +19,7 @@ from millrace.training.quantise import in_format, write_quantised
 PROMPT = PromptVersion(name="p", version="1", template="{{ question }}")
 
 
+@pytest.mark.long
 @pytest.mark.model
 @pytest.mark.timeout(600)
 def test_a_release_in_fewer_bits_becomes_a_candidate_with_its_training_and_its_numbers(

@@ -15,7 +15,8 @@ from millrace.lakehouse.tables import GOLD_TRAINING_EXAMPLES, OPS_COSTS
 from millrace.lakehouse.trained import trained_sets
 from millrace.releases.declare import declare_release
 from millrace.releases.loader import ReleaseLoader
-from millrace.releases.registry import publish_split, tag_release, versions
+from millrace.releases.published_split import publish_split
+from millrace.releases.registry import tag_release, versions
 from millrace.releases.split import Split
 from millrace.settings import Settings
 from millrace.training.candidate import release_candidate

@@ -23,8 +23,9 @@ from millrace.releases.declare import declare_release
 from millrace.releases.lineages import build_indexes, embed_changes
 from millrace.releases.loader import ReleaseLoader
 from millrace.releases.package import LOAD_CONFIG
+from millrace.releases.published_split import publish_split
 from millrace.releases.pyfunc import open_pipeline
-from millrace.releases.registry import fetch_release, publish_split, release_manifest, versions
+from millrace.releases.registry import fetch_release, release_manifest, versions
 from millrace.releases.split import Split
 from millrace.retrieval.embed import Embedder, lineage_id
 from millrace.retrieval.embedding_model import WEIGHTS, model_folder
@@ -108,6 +109,7 @@ def test_a_fine_tune_learns_what_it_is_told_is_repeatable_and_stops_at_nonsense(
         tune(model_folder(PACKAGE), triples, configuration.model_copy(update={"learning_rate": 1e30}), judge, threads=2)
 
 
+@pytest.mark.long
 @pytest.mark.model
 @pytest.mark.timeout(900)
 def test_a_fine_tuned_model_is_a_candidate_with_an_index_beside_the_old_one_which_goes_after_the_rollout(

@@ -268,7 +268,8 @@ def same_as(usual: Spec, other: Spec) -> None:
         np.testing.assert_allclose(theirs[name], values, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.long) for stage in (0, 1)), 3])
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [0, 1, 3])
 def test_every_zero_stage_learns_the_same_and_is_resumed(make_spec: MakeSpec, usual: Spec, stage: int) -> None:
     spec = make_spec(deepspeed={"zero_optimization": {"stage": stage}}, checkpoint_steps=1)
     killed_at_its_first_checkpoint(spec)
@@ -311,6 +312,7 @@ def test_a_launcher_that_is_not_ours_passes_on_why_it_failed(make_spec: MakeSpec
         train(make_spec(learning_rate=1e30), launcher="torchrun")
 
 
+@pytest.mark.long
 def test_preferences_are_learnt_from_pairs_and_a_resumed_run_compares_with_the_same_base(
     make_spec: MakeSpec, examples: list[dict[str, str]]
 ) -> None:

@@ -20,8 +20,9 @@ from millrace.errors import BatchError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import BRONZE_QUESTIONS, GOLD_ANSWERS
 from millrace.releases.package import read_release
+from millrace.releases.published_split import read_split
 from millrace.releases.pyfunc import load_config
-from millrace.releases.registry import fetch_release, read_split
+from millrace.releases.registry import fetch_release
 from millrace.retrieval.index import builds_of, published_build
 from millrace.settings import Settings
 

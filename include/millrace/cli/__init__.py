@@ -8,18 +8,23 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from millrace.cli.access import access_app
 from millrace.cli.audit import audit_app
+from millrace.cli.backup import backup_command, restore_command
 from millrace.cli.batch import batch_app
-from millrace.cli.common import ApplicationName, console, one_sentence
 from millrace.cli.cost import cost_app
+from millrace.cli.environments import env_app
+from millrace.cli.erase import erase_command
 from millrace.cli.keys import key_app
 from millrace.cli.prompts import prompt_app
 from millrace.cli.releases import index_app, release_app, rollout_app
+from millrace.cli.secrets import secret_app
+from millrace.cli.terminal import ApplicationName, console, one_sentence
+from millrace.environments.airflow_access import declared_logins, password_file
 from millrace.errors import StackError
-from millrace.settings import Settings, read_settings
+from millrace.settings import AIRFLOW_SERVICE, Settings, read_settings
 from millrace.stack import Stack, Status, airflow_of, down, status, up
 from millrace.stack.display import StartDisplay
-from millrace.stack.parts import ADMIN, password_file
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(release_app, name="release")
@@ -28,8 +33,14 @@ app.add_typer(prompt_app, name="prompt")
 app.add_typer(index_app, name="index")
 app.add_typer(batch_app, name="batch")
 app.add_typer(key_app, name="key")
+app.add_typer(secret_app, name="secret")
 app.add_typer(cost_app, name="cost")
 app.add_typer(audit_app, name="audit")
+app.command("erase")(erase_command)
+app.add_typer(access_app, name="access")
+app.add_typer(env_app, name="env")
+app.command("backup")(backup_command)
+app.command("restore")(restore_command)
 
 
 @app.callback()
@@ -127,8 +138,10 @@ def ask_command(
 
 def places(settings: Settings) -> str:
     """Where a person finds what runs."""
+    people = ", ".join(name for name in declared_logins(settings) if name != AIRFLOW_SERVICE)
+    who = f"log in as {people}" if people else "nobody may log in yet: name people in MILLRACE_AIRFLOW_USERS"
     return (
-        f"Airflow   {settings.airflow_url}   user {ADMIN}, password in {password_file(settings.home)}\n"
+        f"Airflow   {settings.airflow_url}   {who}; passwords in {password_file(settings.home)}\n"
         f"MLflow    {settings.mlflow_url}\n"
         f"Gateway   {', '.join(f'{url}/v1' for url in settings.gateway_urls)}\n"
         f"Logs      {settings.home / 'logs'}"

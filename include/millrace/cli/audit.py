@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Column, Table
 
-from millrace.cli.common import console, group, one_sentence
+from millrace.cli.terminal import console, group, one_sentence
 from millrace.settings import read_settings
 
 WIDEST = 1000

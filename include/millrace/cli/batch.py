@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from millrace.cli.common import ApplicationName, console, declaration, group, one_sentence
+from millrace.cli.terminal import ApplicationName, console, declaration, group, one_sentence
 from millrace.stack import airflow_of
 
 batch_app = group("Questions in a table, answered on Spark: submit, and how far.")

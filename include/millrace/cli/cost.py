@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from millrace.cli.common import ApplicationName, console, declaration, one_sentence
+from millrace.cli.terminal import ApplicationName, console, declaration, one_sentence
 from millrace.errors import CostError
 from millrace.lakehouse.lake import Lake
 from millrace.monitoring.break_even import DAYS

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from millrace.applications import load_application
-from millrace.cli.common import console, group, one_sentence
+from millrace.cli.terminal import console, group, one_sentence
 from millrace.errors import ApiKeyError
 from millrace.settings import Settings, read_settings
 from millrace.sources.event_log import now

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from millrace.cli.common import ApplicationName, console, declaration, group, one_sentence
+from millrace.cli.terminal import ApplicationName, console, declaration, group, one_sentence
 
 prompt_app = group("Prompts: versions, what changed, try one, look for a better one.")
 
@@ -72,7 +72,8 @@ def prompt_optimize(
         run = f"millrace prompt optimize by {getpass.getuser()}"
         result = optimize_prompt(settings, declared, run=run, trials=trials, token_budget=token_budget)
         console.print(result["why"], markup=False, soft_wrap=True)
-        released = release_best(settings, declared, result=result, run=run)
+        form = {"trials": trials, "token_budget": token_budget}
+        released = release_best(settings, declared, result=result, run=run, form=form)
         if released["version"]:
             made = f"{released['version']} ({released['release_id']}), with prompt version {released['prompt_version']}"
             console.print(f"Candidate {made}; {application}.evaluate_candidate is next.", markup=False, soft_wrap=True)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from millrace.cli.common import ApplicationName, Reason, console, declaration, group, one_sentence
+from millrace.cli.terminal import ApplicationName, Reason, console, declaration, group, one_sentence
 from millrace.settings import read_settings
 from millrace.stack import airflow_of
 
@@ -91,12 +91,11 @@ def release_copy(
     application: ApplicationName = "qa",
 ) -> None:
     """Register a release of another environment here as it is, with its evidence: a candidate like any other."""
-    from millrace.environments.transfer import copy_release
+    from millrace.environments.promotion import copy_by_hand
 
     with one_sentence():
         settings, declared = declaration(application)
-        run = f"millrace release copy by {getpass.getuser()}"
-        copied = copy_release(settings, declared, version, source=source, run=run)
+        copied = copy_by_hand(settings, declared, version, source=source, actor=getpass.getuser())
         console.print(
             f"{copied['release_id']} of {source} is {application}@{copied['version']} in {settings.environment}, with "
             f"{copied['evaluations']} evaluations.",
@@ -110,6 +109,18 @@ def release_copy(
 def release_admit(version: str, reason: Reason, application: ApplicationName = "qa") -> None:
     """Let a registered release roll out whatever the gate says; recorded with your name."""
     _decide("admit", application, reason, version=version)
+
+
+@release_app.command("withdraw")
+def release_withdraw(version: str, reason: Reason, application: ApplicationName = "qa") -> None:
+    """No user is given this release any more: its rollout ends, or the champion before is back."""
+    from millrace.rollout.people import withdraw
+
+    with one_sentence():
+        settings, declared = declaration(application)
+        for decision in withdraw(settings, declared, version, actor=getpass.getuser(), reason=reason):
+            told = f"{decision.kind}; champion is version {decision.champion}"
+            console.print(f"Decision {decision.sequence} of {application}: {told}", markup=False)
 
 
 @release_app.command("quantise")
@@ -188,7 +199,7 @@ def index_back(application: ApplicationName = "qa", lineage: LineageName = None)
 
     with one_sentence():
         settings, declared = declaration(application)
-        moved = publish_previous(settings, declared, lineage)
+        moved = publish_previous(settings, declared, lineage, actor=getpass.getuser())
         console.print(f"Published {moved.build} of {application}; before it was {moved.previous}.", markup=False)
 
 

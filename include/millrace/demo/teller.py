@@ -22,7 +22,7 @@ from millrace.demo.users import SimulatedUsers, Traffic
 from millrace.errors import MillraceError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import OPS_EVALUATIONS, SILVER_DOCUMENTS, SILVER_EXCHANGES
-from millrace.releases.registry import read_split
+from millrace.releases.published_split import read_split
 from millrace.releases.split import Split
 from millrace.retrieval.builds import current
 from millrace.retrieval.index import declared_builds

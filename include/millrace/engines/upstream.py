@@ -8,9 +8,11 @@ release is.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import SecretStr
 
 from millrace.applications import Generation
 from millrace.engines.chat import plain
@@ -18,6 +20,7 @@ from millrace.engines.engine import FinishReason, Generated, Message
 from millrace.engines.estimate import estimated_prompt, estimated_tokens
 from millrace.engines.pulled_stream import PulledStream
 from millrace.errors import EngineError
+from millrace.secret_sources import NO_SECRET, hide
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -36,7 +39,8 @@ class Upstream:
 
     url: str
     """With its `/v1`."""
-    api_key: str = field(default="", repr=False)
+    api_key: SecretStr = NO_SECRET
+    """Asked before every request, so that a rotated one counts from the next on."""
 
     def client(self) -> "OpenAI":
         """
@@ -48,7 +52,9 @@ class Upstream:
         if not self.url:
             raise EngineError("this release's model is on a server: set MILLRACE_UPSTREAM_URL (http://host:port/v1)")
         return OpenAI(
-            base_url=self.url, api_key=self.api_key or "none", timeout=Timeout(_SECONDS, connect=_CONNECT_SECONDS)
+            base_url=self.url,
+            api_key=lambda: self.api_key.get_secret_value() or "none",
+            timeout=Timeout(_SECONDS, connect=_CONNECT_SECONDS),
         )
 
 
@@ -79,7 +85,7 @@ def context_of(upstream: Upstream, model: str) -> int:
             client.chat.completions.create(model=model, messages=[{"role": "user", "content": "?"}], max_tokens=1)
         except (NotFoundError, BadRequestError) as error:
             raise EngineError(
-                f"{upstream.url} has no model {model!r} ({_reason(error)}); it lists "
+                f"{upstream.url} has no model {model!r} ({_reason(error, upstream)}); it lists "
                 f"{', '.join(sorted(there)) or 'none'}"
             ) from None
     return CONTEXT_TOKENS
@@ -103,8 +109,9 @@ def load_adapter(upstream: Upstream, adapter: Adapter) -> None:
             # Somebody else may have been first.
             if adapter.name not in {one.id for one in client.models.list()}:
                 raise EngineError(
-                    f"{upstream.url} can't load the adapter in {adapter.folder}: {_reason(error)}; it must see that "
-                    "folder and let adapters be loaded (vLLM: --enable-lora, VLLM_ALLOW_RUNTIME_LORA_UPDATING=True)"
+                    f"{upstream.url} can't load the adapter in {adapter.folder}: {_reason(error, upstream)}; it must "
+                    "see that folder and let adapters be loaded (vLLM: --enable-lora, "
+                    "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True)"
                 ) from None
 
 
@@ -281,17 +288,18 @@ def _told(upstream: Upstream) -> Iterator[None]:
 
     try:
         yield
-    except (AuthenticationError, PermissionDeniedError) as error:
-        raise EngineError(f"{upstream.url} refuses the key: {_reason(error)}; set MILLRACE_UPSTREAM_API_KEY") from None
-    except APIStatusError as error:
-        raise EngineError(f"{upstream.url} refused with status {error.status_code}: {_reason(error)}") from None
     except (APIError, HTTPError) as error:
-        raise EngineError(
-            f"{upstream.url} doesn't answer: {_reason(error)}; is the server of MILLRACE_UPSTREAM_URL up?"
-        ) from None
+        reason = _reason(error, upstream)
+        if isinstance(error, AuthenticationError | PermissionDeniedError):
+            said = f"refuses the key: {reason}; set MILLRACE_UPSTREAM_API_KEY"
+        elif isinstance(error, APIStatusError):
+            said = f"refused with status {error.status_code}: {reason}"
+        else:
+            said = f"doesn't answer: {reason}; is the server of MILLRACE_UPSTREAM_URL up?"
+        raise EngineError(f"{upstream.url} {said}") from None
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, upstream: Upstream) -> str:
     body = getattr(error, "body", None)
     said = body.get("message") if isinstance(body, dict) else None
-    return " ".join(str(said or error).split())[:300]
+    return hide(" ".join(str(said or error).split()), upstream.api_key)[:300]

@@ -21,9 +21,11 @@ from millrace.lakehouse.audit.head import Head, note, noted, noted_in
 from millrace.lakehouse.audit.journals import journal_events
 from millrace.lakehouse.commits import open_table
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import OPS_AUDIT, OPS_DECISIONS, OPS_EVALUATIONS, PLATFORM
+from millrace.lakehouse.tables import OPS_AUDIT, OPS_DECISIONS, OPS_EVALUATIONS, OPS_PROMOTIONS, PLATFORM
 from millrace.settings import Settings
 
+JOURNALS = tuple(f"{table.path}/" for table in (OPS_DECISIONS, OPS_EVALUATIONS, OPS_PROMOTIONS))
+"""How the resource of an entry begins that follows a journal."""
 BATCH = 1000
 """Entries that are Python objects at once."""
 
@@ -130,7 +132,7 @@ class _Journals:
 
     def contradiction(self, entry: dict[str, Any]) -> str | None:
         """How the journal that `entry` follows tells it now; None: as the entry does, or it follows none."""
-        if not entry["resource"].startswith((f"{OPS_DECISIONS.path}/", f"{OPS_EVALUATIONS.path}/")):
+        if not entry["resource"].startswith(JOURNALS):
             return None
         application = entry["application"]
         if application not in self._told:

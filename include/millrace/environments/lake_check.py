@@ -10,8 +10,7 @@ from contextlib import ExitStack
 import pyarrow as pa
 
 from millrace.environments.lake_access import Bucket
-from millrace.environments.mlflow_access import READS
-from millrace.environments.mlflow_check import Observed
+from millrace.environments.matrix import READS, Observed, right
 from millrace.errors import AccessRefused, LakehouseError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.storage import Key
@@ -20,8 +19,30 @@ from millrace.settings import Settings
 
 OF_READERS = {("list", "objects"), ("read", "table")}
 """Of what is tried, what an identity may do where it only reads."""
+OF_OWNERS = {
+    ("append to", "table"),
+    ("create", "table"),
+    ("overwrite", "commit"),
+    ("upload", "parts of an object"),
+    ("delete", "object"),
+}
 OF_NOBODY = {("change", "policy")}
-"""What no environment's identity may."""
+"""What no environment's identity may; tried at home."""
+
+
+def declared() -> list[Observed]:
+    """What `check` would try."""
+    return [
+        Observed(identity, environment, resource, action, _is_declared(identity, environment, (action, resource)), None)
+        for identity in READS
+        for environment in READS
+        for action, resource in sorted(OF_READERS | OF_OWNERS | (OF_NOBODY if identity == environment else set()))
+    ]
+
+
+def _is_declared(identity: str, environment: str, tried: tuple[str, str]) -> bool:
+    may = right(identity, environment)
+    return tried in OF_READERS | OF_OWNERS if may == "manages" else may == "reads" and tried in OF_READERS
 
 
 def check(settings: Settings, keys: Mapping[str, Key]) -> list[Observed]:
@@ -59,9 +80,8 @@ def _tried(
             allowed = True
         except AccessRefused:
             allowed = False
-        may = identity == environment and (action, resource) not in OF_NOBODY
-        reads = environment in READS[identity] and (action, resource) in OF_READERS
-        yield Observed(identity, environment, resource, action, may or reads, allowed)
+        declared = _is_declared(identity, environment, (action, resource))
+        yield Observed(identity, environment, resource, action, declared, allowed)
 
 
 def _tries(

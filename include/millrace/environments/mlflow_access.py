@@ -1,25 +1,23 @@
 """Who may do what on one MLflow server that several environments share: declared here, kept by the server's login.
 
 An environment is an MLflow workspace of its name, and a service identity, a user of its name. The identity makes and
-manages what is in its own workspace and reads that of some others. Grants are by workspace and kind of resource, so
-they hold for a model or an experiment that is made later; nothing else is allowed (`NO_PERMISSIONS`). Where workspaces
-are off, MLflow lets whoever logs in create a model of any name, another environment's next one too.
+manages what is in its own workspace and reads that of some others (`matrix.py`). Grants are by workspace and kind of
+resource, so they hold for a model or an experiment that is made later; nothing else is allowed (`NO_PERMISSIONS`).
+Where workspaces are off, MLflow lets whoever logs in create a model of any name, another environment's next one too.
 
 The server is `mlflow server --app-name basic-auth --enable-workspaces` with `deploy/mlflow/basic_auth.ini`. Only its
-administrator can change what is here, by MLflow's own variables (`MLFLOW_TRACKING_USERNAME`, `_PASSWORD`).
+administrator can change what is here.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from millrace.environments.matrix import READS as READS
 from millrace.environments.mlflow_calls import Caller, Login
 from millrace.errors import ReleaseError
 from millrace.settings import Settings
 
-READS: dict[str, tuple[str, ...]] = {"dev": ("prod",), "staging": ("dev", "prod"), "prod": ("staging",)}
-"""Environment → the others that its identity reads, here and in the lake: dev, to find out why prod answers as it
-does; staging, what is promoted to it and what it draws its sample from; prod, what is promoted to it."""
 KINDS = ("experiment", "registered_model", "prompt")
 """Kinds of resources that environments have; runs, traces, versions and artifacts go with them."""
 MANAGES, ONLY_READS = "millrace-manages", "millrace-reads"
@@ -35,7 +33,7 @@ ROLES: dict[str, dict[str, str]] = {
 class Change:
     """One thing to do before the server is as declared."""
 
-    act: Literal["workspace", "role", "grant", "take", "user", "demote", "assign", "unassign"]
+    act: Literal["workspace", "role", "grant", "take", "user", "demote", "assign", "unassign", "password"]
     environment: str = ""
     role: str = ""
     kind: str = ""
@@ -54,6 +52,7 @@ class Change:
             "demote": f"make {self.identity} no administrator",
             "assign": f"give {self.identity} role {self.role} in {self.environment}",
             "unassign": f"take role {self.role} in {self.environment} from {self.identity}",
+            "password": f"set the password of {self.identity}",
         }
         return said[self.act]
 
@@ -63,31 +62,33 @@ def declared_roles(identity: str) -> dict[str, str]:
     return {identity: MANAGES} | dict.fromkeys(READS[identity], ONLY_READS)
 
 
-def plan(settings: Settings, administrator: Login) -> list[Change]:
+def plan(settings: Settings, administrator: Login, passwords: Mapping[str, str] | None = None) -> list[Change]:
     """What is to be done before the server is as declared; nothing: it is.
+
+    Args:
+        passwords: identity → the password that it should have. Those of others stay as they are.
 
     Raises:
         ReleaseError: the server doesn't answer, has no workspaces, or `administrator` isn't one.
     """
     with Caller(settings, administrator) as ask:
-        return list(_changes(*_state(ask)))
+        return _planned(settings, ask, passwords or {})
 
 
 def apply(settings: Settings, administrator: Login, passwords: Mapping[str, str]) -> list[Change]:
     """Do it. Killed anywhere, the next call does the rest.
 
     Args:
-        passwords: identity → its password, at least 12 characters, set anew if the identity exists. One that doesn't
-            exist yet needs one.
+        passwords: identity → its password, at least 12 characters. One that doesn't exist yet needs one.
 
     Returns:
-        What was done, passwords aside.
+        What was done.
 
     Raises:
         ReleaseError: as `plan`; or a new identity has no password.
     """
     with Caller(settings, administrator) as ask:
-        changes = list(_changes(*_state(ask)))
+        changes = _planned(settings, ask, passwords)
         new = {change.identity for change in changes if change.act == "user"}
         if missing := sorted(new - passwords.keys()):
             raise ReleaseError(
@@ -95,10 +96,17 @@ def apply(settings: Settings, administrator: Login, passwords: Mapping[str, str]
             )
         for change in changes:
             _do(ask, change, passwords)
-        for identity in sorted(passwords.keys() - new):
-            body = {"username": identity, "password": passwords[identity]}
-            ask("PATCH", "2.0/mlflow/users/update-password", json=body)
         return changes
+
+
+def _planned(settings: Settings, ask: Caller, passwords: Mapping[str, str]) -> list[Change]:
+    changes = list(_changes(*_state(ask)))
+    new = {change.identity for change in changes if change.act == "user"}
+    for identity in sorted(READS.keys() & passwords.keys() - new):
+        with Caller(settings, Login(identity, passwords[identity])) as own:
+            if own.ask("GET", "3.0/mlflow/workspaces").status_code == 401:
+                changes.append(Change("password", identity=identity))
+    return changes
 
 
 def _state(ask: Caller) -> tuple[set[str], list[dict[str, Any]], list[dict[str, Any]]]:
@@ -172,6 +180,9 @@ def _do(ask: Caller, change: Change, passwords: Mapping[str, str]) -> None:
         case "user":
             body = {"username": change.identity, "password": passwords[change.identity]}
             ask("POST", "2.0/mlflow/users/create", json=body)
+        case "password":
+            body = {"username": change.identity, "password": passwords[change.identity]}
+            ask("PATCH", "2.0/mlflow/users/update-password", json=body)
         case "demote":
             ask("PATCH", "2.0/mlflow/users/update-admin", json={"username": change.identity, "is_admin": False})
         case "assign":

@@ -6,11 +6,11 @@ named `millrace.access`. Grants to single resources, which a probe can't show, a
 
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import httpx
 
-from millrace.environments.mlflow_access import MANAGES, READS, declared_roles
+from millrace.environments.matrix import READS, right
+from millrace.environments.matrix import Observed as Observed
 from millrace.environments.mlflow_calls import Caller, Login
 from millrace.errors import ReleaseError
 from millrace.settings import Settings
@@ -20,23 +20,25 @@ _PROMPT = f"{PROBE}.prompt"
 _IS_PROMPT = [{"key": "mlflow.prompt.is_prompt", "value": "true"}]
 
 
-@dataclass(frozen=True)
-class Observed:
-    """What became of one try."""
+TRIES = (
+    *(("artifacts", action) for action in ("write", "read", "delete")),
+    *(
+        (kind, action)
+        for kind in ("experiment", "registered model", "prompt")
+        for action in ("read", "write", "create", "delete")
+    ),
+)
+"""Every resource and action, once in each environment by each identity."""
 
-    identity: str
-    environment: str
-    resource: str
-    action: str
-    declared: bool
-    """Whether it should be allowed."""
-    allowed: bool
-    """Whether it was."""
 
-    def __str__(self) -> str:
-        verdict = "allowed" if self.allowed else "refused"
-        wrong = "" if self.allowed == self.declared else ", which is not as declared"
-        return f"{self.identity}: {self.action} {self.resource} in {self.environment}: {verdict}{wrong}"
+def declared() -> list[Observed]:
+    """What `check` would try."""
+    return [
+        Observed(identity, environment, resource, action, _is_declared(identity, environment, action), None)
+        for identity in READS
+        for environment in READS
+        for resource, action in TRIES
+    ]
 
 
 def check(settings: Settings, passwords: Mapping[str, str]) -> list[Observed]:
@@ -60,7 +62,6 @@ def check(settings: Settings, passwords: Mapping[str, str]) -> list[Observed]:
 
 
 def _tried(settings: Settings, passwords: Mapping[str, str], identity: str, environment: str) -> Iterator[Observed]:
-    role = declared_roles(identity).get(environment)
     with Caller(settings, Login(environment, passwords[environment])) as owner:
         experiment, location = _probe(owner, environment)
     with Caller(settings, Login(identity, passwords[identity])) as ask:
@@ -70,8 +71,13 @@ def _tried(settings: Settings, passwords: Mapping[str, str], identity: str, envi
                     f"MLflow answers {identity} with {answer.status_code} to {action} {resource} in {environment}, so "
                     f"nobody knows whether it may: {answer.text[:300]!r}"
                 )
-            declared = role == MANAGES or (role is not None and action == "read")
-            yield Observed(identity, environment, resource, action, declared, answer.is_success)
+            is_declared = _is_declared(identity, environment, action)
+            yield Observed(identity, environment, resource, action, is_declared, answer.is_success)
+
+
+def _is_declared(identity: str, environment: str, action: str) -> bool:
+    may = right(identity, environment)
+    return may == "manages" or (may == "reads" and action == "read")
 
 
 def _probe(owner: Caller, environment: str) -> tuple[str, str]:

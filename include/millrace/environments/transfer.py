@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from millrace.applications import Application
-from millrace.environments.mlflow_access import READS
+from millrace.environments.matrix import READS
 from millrace.errors import ReleaseError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import GOLD_PREFERENCE_EXAMPLES, GOLD_TRAINING_EXAMPLES
@@ -36,7 +36,13 @@ COPIER_TAG = "millrace.copied_by"
 
 
 def copy_release(
-    settings: Settings, application: Application, version: str, *, source: str, run: str
+    settings: Settings,
+    application: Application,
+    version: str,
+    *,
+    source: str,
+    run: str,
+    approved: str | None = None,
 ) -> dict[str, Any]:
     """Register here what is registered in environment `source`: the same release id and the same files.
 
@@ -47,13 +53,42 @@ def copy_release(
     Args:
         version: in `source`.
         run: who copies, for provenance.
+        approved: the id of the release that is meant; None: whichever it is now.
 
     Returns:
         `version` (here), `release_id`, `changed`: whether it was registered now, `evaluations`: how many it came with.
 
     Raises:
-        ReleaseError: there is no such version, its bytes are not those of its manifest, what it was trained on isn't in
-            reach, or a server doesn't answer or refuses.
+        ReleaseError: there is no such version, or it is another release now; its bytes are not those of its manifest;
+            what it was trained on isn't in reach; or a server doesn't answer or refuses.
+    """
+    origin, tags = find_release(settings, application, version, source=source)
+    release_id = tags[RELEASE_TAG]
+    # Tags and files there are theirs who write there: what was approved must be what comes.
+    if approved not in (None, release_id):
+        raise ReleaseError(
+            f"{application.name}@{version} of {source} is {release_id} now, and {approved} was approved; promote it "
+            "again, and find out who changed it"
+        )
+    _copy_training_sets(settings, origin, application, tags, run)
+    copied = _copy_evaluations(settings, origin, application, version, release_id)
+    known = find_version(settings, application, release_id)
+    return {
+        "version": known or _copy_model(settings, origin, application, version, tags, run),
+        "release_id": release_id,
+        "changed": known is None,
+        "evaluations": copied,
+    }
+
+
+def find_release(
+    settings: Settings, application: Application, version: str, *, source: str
+) -> tuple[Settings, dict[str, str]]:
+    """The settings of environment `source` for reading it with this environment's credential, and the tags of a release
+    there.
+
+    Raises:
+        ReleaseError: there is none, or the environments aren't on one MLflow server.
     """
     if not settings.mlflow_workspaces:
         raise ReleaseError(
@@ -67,16 +102,20 @@ def copy_release(
     tags = versions(origin, application).get(version)
     if tags is None:
         raise ReleaseError(f"{application.name}@{version} is not registered in {source}")
-    release_id = tags[RELEASE_TAG]
-    _copy_training_sets(settings, origin, application, tags, run)
-    copied = _copy_evaluations(settings, origin, application, version, release_id)
-    known = find_version(settings, application, release_id)
-    return {
-        "version": known or _copy_model(settings, origin, application, version, tags, run),
-        "release_id": release_id,
-        "changed": known is None,
-        "evaluations": copied,
-    }
+    return origin, tags
+
+
+def evaluations(origin: Settings, application: Application, version: str, release_id: str) -> tuple[list[Any], ...]:
+    """MLflow runs of the finished evaluations of a release in `origin`, and of those that it came there with; each
+    oldest first.
+
+    Raises:
+        ReleaseError: MLflow doesn't answer, or refuses.
+    """
+    with mlflow_client(origin, f"read the evaluations of {application.name}@{version}") as client:
+        its_own = _runs(client, evaluations_experiment(application.name), f"params.candidate = '{version}'")
+        brought = _runs(client, _evidence(application), f"tags.`{RELEASE_TAG}` = '{release_id}'")
+    return its_own, brought
 
 
 def _copy_model(
@@ -87,6 +126,8 @@ def _copy_model(
     with tempfile.TemporaryDirectory(prefix=".copy-", dir=local_releases(settings)) as scratch:
         model = Path(scratch) / "model"
         manifest = fetch_model(origin, application, version, model)
+        if manifest.release_id != tags[RELEASE_TAG]:
+            raise ReleaseError(f"{application.name}@{version} of {origin.environment} changed meanwhile; copy it again")
         return register_copy(
             settings, application, manifest, model, run=run, tags=kept | {COPIED_TAG: been, COPIER_TAG: run}
         )
@@ -95,7 +136,8 @@ def _copy_model(
 def _copy_training_sets(
     settings: Settings, origin: Settings, application: Application, tags: dict[str, str], run: str
 ) -> None:
-    theirs, ours = Lake.of(origin, application.name), Lake.of(settings, application.name)
+    ours = Lake.of(settings, application.name)
+    theirs = Lake.of(settings, application.name, environment=origin.environment)
     for training_set in trained_sets(tags):
         for table in (GOLD_TRAINING_EXAMPLES, GOLD_PREFERENCE_EXAMPLES):
             rows = theirs.read(table, table.rows_schema.names, where=pc.field("training_set") == training_set)
@@ -113,9 +155,7 @@ def _copy_evaluations(
     settings: Settings, origin: Settings, application: Application, version: str, release_id: str
 ) -> int:
     """Bring the finished evaluations of a release, and those that it came to `origin` with; how many there are."""
-    with mlflow_client(origin, f"read the evaluations of {application.name}@{version}") as client:
-        its_own = _runs(client, evaluations_experiment(application.name), f"params.candidate = '{version}'")
-        brought = _runs(client, _evidence(application), f"tags.`{RELEASE_TAG}` = '{release_id}'")
+    its_own, brought = evaluations(origin, application, version, release_id)
     with mlflow_client(settings, f"keep the evaluations of {release_id}") as client:
         experiment = ensure_experiment(client, _evidence(application)) if its_own or brought else ""
         for one in its_own:

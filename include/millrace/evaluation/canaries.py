@@ -4,11 +4,13 @@ Canaries are questions with known answers from the training split, so that nothi
 what is published. Of releases it knows which lineages they search.
 """
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from millrace.applications import Application
 from millrace.errors import CanaryError
+from millrace.lakehouse.audit.chain import Event, record
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import SILVER_DOCUMENTS
 from millrace.releases.lineages import searched_lineages
@@ -84,8 +86,31 @@ def publish_build(
     outcome |= {"canaries": 0, "recall": None, "recall_before": None}
     if build != before:
         outcome |= _compare(settings, application, lineage, builds, build, before)
-        _refuse_loss(application, outcome)
+        try:
+            _refuse_loss(application, outcome)
+        except CanaryError:
+            _tell(settings, application, outcome, "refused", run)
+            raise
+        # Decided; who is killed before the pointer moves decides the same again.
+        _tell(settings, application, outcome, "published", run)
     return outcome | {"run": run, "changed": builds.publish(build)}
+
+
+def _tell(settings: Settings, application: Application, outcome: dict[str, Any], what: str, run: str) -> None:
+    """Into the audit trail, once a run."""
+    resource = f"index/{outcome['lineage']}/{outcome['build']}"
+    event = Event(
+        event_id=f"{application.name}/{resource}/{what}/{run}",
+        occurred_at=datetime.now(UTC),
+        actor="service/canaries",
+        action="decision",
+        application=application.name,
+        resource=resource,
+        outcome=what,
+        run=run,
+        details={name: outcome[name] for name in ("previous", "canaries", "recall", "recall_before")},
+    )
+    record(settings, [event], run=run)
 
 
 def choose_canaries(questions: list[Question], limit: int) -> list[Question]:

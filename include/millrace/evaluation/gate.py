@@ -31,7 +31,8 @@ from millrace.lakehouse.tables import OPS_EVALUATIONS
 from millrace.lakehouse.trained import trained_questions, trained_sets
 from millrace.releases.loader import ReleaseLoader
 from millrace.releases.manifest import Manifest
-from millrace.releases.registry import read_split, release_manifest, versions
+from millrace.releases.published_split import read_split
+from millrace.releases.registry import release_manifest, versions
 from millrace.retrieval.index import published_build
 from millrace.scoring.duplicates import near_duplicates
 from millrace.settings import Settings

@@ -20,7 +20,7 @@ def read_cursor(lake: Lake, reader: str, table: Table) -> int | None:
 
 def move_cursor(lake: Lake, reader: str, table: Table, version: int, *, run: str) -> None:
     """Record that `reader` has finished with everything up to `version`. Never moves back, whoever else moves it."""
-    uri = lake.uri(OPS_CURSORS)
+    uri = lake.own_uri(OPS_CURSORS)
     LocalEngine().create(uri, OPS_CURSORS)
     row = pa.Table.from_pylist(
         [{"reader": reader, "table": table.path, "version": version}], schema=OPS_CURSORS.rows_schema

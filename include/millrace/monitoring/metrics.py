@@ -15,13 +15,13 @@ import numpy as np
 import pyarrow as pa
 
 from millrace.applications import Application
-from millrace.errors import SettingsError
 from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import GOLD_METRICS_HOURLY, Table
 from millrace.monitoring.observed import Exchange, read_windows
 from millrace.monitoring.windows import Window, arrived, as_text, by_date, seen_now, touched
 from millrace.settings import Settings
+from millrace.sources.completion_id import CompletionKeys
 
 
 def measure(
@@ -37,15 +37,13 @@ def measure(
         SettingsError: there is no completion key to tell by when a late rating's exchange began.
     """
     lake = Lake.of(settings, application.name)
-    key = settings.completion_key.get_secret_value().encode()
-    if not key:
-        raise SettingsError("MILLRACE_COMPLETION_KEY is empty, so completion ids can't be read; set the gateway's")
+    keys = CompletionKeys(settings.completion_key)
     minutes = application.monitor.minutes
     windows = set(touched(start, end, minutes))
     rows = 0
     while True:
         seen = seen_now(lake)
-        windows |= arrived(lake, minutes, key)
+        windows |= arrived(lake, minutes, keys)
         rows += _write(lake, windows, run)
         # Whoever writes last has read silver as it is now: of two runs, the slow one doesn't leave an older state.
         if seen_now(lake) == seen:

@@ -19,7 +19,7 @@ from millrace.monitoring.bounds import Breach, bounds_of, breaches
 from millrace.monitoring.drift import QUESTIONS
 from millrace.monitoring.observed import read_windows
 from millrace.monitoring.windows import Window, by_date, from_text, move_on
-from millrace.releases.registry import answering_now
+from millrace.releases.published_split import answering_now
 from millrace.settings import Settings
 
 RECENT = timedelta(days=1)

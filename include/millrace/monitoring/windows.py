@@ -16,7 +16,7 @@ from millrace.errors import LakehouseError, MillraceError, SourceError
 from millrace.lakehouse.cursors import move_cursor, read_cursor
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import SILVER_EXCHANGES, SILVER_FEEDBACK, Table
-from millrace.sources.completion_id import verify
+from millrace.sources.completion_id import CompletionKeys
 
 READER = "monitor"
 """Name of the cursors."""
@@ -66,14 +66,14 @@ def seen_now(lake: Lake) -> dict[str, int]:
     return {path: version for path, version in versions.items() if version is not None}
 
 
-def arrived(lake: Lake, minutes: int, completion_key: bytes) -> set[Window]:
+def arrived(lake: Lake, minutes: int, completion_keys: CompletionKeys) -> set[Window]:
     """Windows in which an exchange or a rating arrived or changed since the cursors.
 
     Nothing before the first run: what lies behind it is for a backfill. Nothing either where a change feed no longer
     reaches back.
     """
     asked = [row["occurred_at"] for row in _changed(lake, SILVER_EXCHANGES)]
-    rated = [_asked_at(row, completion_key) for row in _changed(lake, SILVER_FEEDBACK)]
+    rated = [_asked_at(row, completion_keys) for row in _changed(lake, SILVER_FEEDBACK)]
     return {window_at(moment, minutes) for moment in [*asked, *rated] if moment is not None}
 
 
@@ -112,10 +112,10 @@ def _changed(lake: Lake, table: Table) -> list[dict[str, Any]]:
     return rows
 
 
-def _asked_at(row: Mapping[str, Any], key: bytes) -> datetime | None:
+def _asked_at(row: Mapping[str, Any], keys: CompletionKeys) -> datetime | None:
     """When the exchange of a rating began, by its id alone; None: the rating is too late to count."""
     try:
-        asked = verify(key, row["completion_id"]).at
+        asked = keys.verify(row["completion_id"], row["occurred_at"]).at
     except SourceError:
         return None
     return asked if row["occurred_at"] - asked <= LATEST_RATING + timedelta(seconds=1) else None

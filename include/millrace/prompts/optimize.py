@@ -27,15 +27,10 @@ from millrace.prompts.trials import Part, keep_trial, read_template, read_trials
 from millrace.releases.loader import ReleaseLoader
 from millrace.releases.package import read_release
 from millrace.releases.pipeline import AnswerPipeline
-from millrace.releases.registry import (
-    fetch_release,
-    read_split,
-    register_once,
-    register_prompt,
-    release_manifest,
-    training_tags,
-    versions,
-)
+from millrace.releases.prompt_registry import register_prompt
+from millrace.releases.published_split import read_split
+from millrace.releases.recipe import Recipe
+from millrace.releases.registry import fetch_release, register_once, release_manifest, training_tags, versions
 from millrace.retrieval.index import published_build
 from millrace.settings import Settings
 from millrace.sources.questions import derive_questions
@@ -93,11 +88,19 @@ def optimize_prompt(
     return result
 
 
-def release_best(settings: Settings, application: Application, *, result: dict[str, Any], run: str) -> dict[str, Any]:
+def release_best(
+    settings: Settings,
+    application: Application,
+    *,
+    result: dict[str, Any],
+    run: str,
+    form: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Register the best of a study as a candidate: the champion with this prompt, chunks and generation config.
 
     Args:
         result: as `optimize_prompt` returns it. Unless its verdict is `better`, nothing is registered.
+        form: what it was given beside the declaration; None: nothing.
 
     Returns:
         `version`, `release_id` (None: nothing is registered), `prompt_version`, `changed`: whether it was registered
@@ -125,7 +128,9 @@ def release_best(settings: Settings, application: Application, *, result: dict[s
         manifest,
         folder,
         run=run,
-        tags={"millrace.origin": "prompt_study", "study": study} | training_tags(settings, application, champion),
+        tags={"millrace.origin": "prompt_study", "study": study}
+        | Recipe.of(application, "optimize_prompt", form or {}).tags
+        | training_tags(settings, application, champion),
     )
     return registered | {"prompt_version": prompt.version}
 

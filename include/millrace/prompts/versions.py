@@ -22,7 +22,8 @@ from millrace.releases.mlflow_server import found_or_none, mlflow_client
 from millrace.releases.package import read_release
 from millrace.releases.pipeline import Answer, AnswerPipeline, checked_question
 from millrace.releases.prompt import check_template, render
-from millrace.releases.registry import RUN_TAG, fetch_release, read_split, release_manifest
+from millrace.releases.published_split import read_split
+from millrace.releases.registry import RUN_TAG, fetch_release, release_manifest
 from millrace.retrieval.embed import declared_lineage
 from millrace.retrieval.index import builds_of
 from millrace.retrieval.search import Hit, Retriever

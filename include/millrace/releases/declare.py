@@ -21,14 +21,9 @@ from millrace.releases.manifest import (
     describe_huggingface,
 )
 from millrace.releases.package import read_release
-from millrace.releases.registry import (
-    fetch_release,
-    read_split,
-    register_once,
-    register_prompt,
-    release_manifest,
-    training_tags,
-)
+from millrace.releases.prompt_registry import register_prompt
+from millrace.releases.published_split import read_split
+from millrace.releases.registry import fetch_release, register_once, release_manifest, training_tags
 from millrace.retrieval.embed import lineage_id
 from millrace.settings import Settings
 

@@ -19,7 +19,7 @@ from millrace.settings import Settings
 
 
 def upstream_of(settings: Settings) -> Upstream:
-    return Upstream(settings.upstream_url, settings.upstream_api_key.get_secret_value())
+    return Upstream(settings.upstream_url, settings.upstream_api_key)
 
 
 def declared_generator(settings: Settings, application: Application) -> tuple[Generator, Path]:

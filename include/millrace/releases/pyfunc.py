@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from pydantic import SecretStr
 
 from millrace.engines.upstream import Upstream
 from millrace.errors import ReleaseError
@@ -48,7 +49,7 @@ def open_pipeline(folder: Path, config: dict[str, Any]) -> AnswerPipeline:
     engine = open_engine(
         manifest.generator,
         folder,
-        upstream=Upstream(config["upstream_url"], config["upstream_api_key"]),
+        upstream=Upstream(config["upstream_url"], SecretStr(config["upstream_api_key"])),
         threads=threads,
         cache_gb=config["cache_gb"],
     )
@@ -75,7 +76,7 @@ def _builds(config: dict[str, Any], manifest: Manifest) -> Builds:
     lineage = manifest.retrieval.lineage
     if config["qdrant_url"] and config["environment"]:
         collection = collection_name(config["environment"], manifest.application, lineage)
-        return ServiceBuilds(connect(config["qdrant_url"], config["qdrant_api_key"]), collection)
+        return ServiceBuilds(connect(config["qdrant_url"], SecretStr(config["qdrant_api_key"])), collection)
     if config["index_builds"]:
         return LibraryBuilds(Path(config["index_builds"]) / lineage)
     raise ReleaseError(

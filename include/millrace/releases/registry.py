@@ -1,8 +1,9 @@
-"""Releases, prompts and the split in the MLflow registry.
+"""Releases in the MLflow registry: registered, found, fetched.
 
 An application is one registered model of its name; a release is one of its versions, found by its id in a tag. What
 commits a release is the creation of its version, after all bytes are there: killed before, nothing is registered and
-the next attempt cleans up; killed after, the next attempt finds it. The gateway acts on one tag, `millrace.split`.
+the next attempt cleans up; killed after, the next attempt finds it. It does not know which of them users are given
+(`published_split.py`).
 """
 
 import os
@@ -14,17 +15,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from millrace.applications import Application
 from millrace.errors import ReleaseError
 from millrace.lakehouse.lake import Lake
 from millrace.releases.card import example_question, licences, model_card, training_data
-from millrace.releases.manifest import Manifest, PromptVersion
+from millrace.releases.manifest import Manifest
 from millrace.releases.mlflow_server import ensure_experiment, found_or_none, mlflow_client
 from millrace.releases.package import DATA, EMBEDDING, install, read_release, verify_release, write_model
-from millrace.releases.prompt import check_template
-from millrace.releases.split import Split
+from millrace.releases.published_split import ensure_model
+from millrace.releases.recipe import commit_tag
 from millrace.settings import Settings
 
 RELEASE_TAG = "millrace.release_id"
@@ -32,7 +31,6 @@ STATE_TAG = "millrace.state"
 RUN_TAG = "millrace.registered_by"
 BUILDER_TAG = "millrace.built_by"
 """The person who triggered the run that registered a release; a schedule has none."""
-SPLIT_TAG = "millrace.split"
 FILES_TAG = "millrace.files"
 """Where it is, it says when the release's files were removed (`retention.py`)."""
 EMBEDDING_TAG = "millrace.embedding"
@@ -79,7 +77,8 @@ def register_release(
     def write(scratch: Path) -> Path:
         return _write(settings, application, manifest, files, embedding if tuned else None, scratch, tags)
 
-    return _register(settings, application, manifest, write, tags | {RUN_TAG: run, **_builder(run)}, run)
+    made = {RUN_TAG: run, **_builder(run), **commit_tag(settings)}
+    return _register(settings, application, manifest, write, tags | made, run)
 
 
 def register_copy(
@@ -112,7 +111,7 @@ def _register(
         known = _find(client, application.name, release_id)
         if known:
             return known
-        _ensure_model(settings, client, application.name, application.description)
+        ensure_model(settings, client, application.name, application.description)
         experiment = ensure_experiment(client, f"{application.name}/releases")
         _remove_unfinished(client, experiment, release_id)
         model = client.create_logged_model(
@@ -259,75 +258,6 @@ def release_manifest(settings: Settings, application: Application, version: str)
     return read_release(fetch_release(settings, application, version))
 
 
-def register_prompt(settings: Settings, application: Application, template: str, *, run: str) -> PromptVersion:
-    """The version of `<application>.prompt` in the prompt registry with exactly this template; made if needed.
-
-    Raises:
-        ReleaseError: the template can't be used (`check_template`), or MLflow doesn't answer.
-    """
-    check_template(template)
-    name = f"{application.name}.prompt"
-    with mlflow_client(settings, f"register a version of prompt {name}") as client:
-        known = _prompt_versions(settings, client, name, template)
-        if not known:
-            client.register_prompt(name, template, tags={RUN_TAG: run})
-            known = _prompt_versions(settings, client, name, template)
-        return PromptVersion(name=name, version=str(min(known)), template=template)
-
-
-def read_split(settings: Settings, application: str) -> Split | None:
-    """The published split; None: nothing was published yet.
-
-    Raises:
-        ReleaseError: the tag can't be understood, or MLflow doesn't answer.
-    """
-    with mlflow_client(settings, f"read the split of {application}") as client:
-        model = _model(settings, client, application)
-        text = model.tags.get(SPLIT_TAG) if model else None
-    if text is None:
-        return None
-    try:
-        return Split.model_validate_json(text)
-    except ValidationError as error:
-        raise ReleaseError(
-            f"tag {SPLIT_TAG} of registered model {application} is not a split ({error.errors()[0]['msg']}): "
-            f"{text[:200]!r}; freeze and resume the rollout to write it again from the journal"
-        ) from None
-
-
-def answering_now(settings: Settings, application: str) -> set[str]:
-    """The versions that users are given. Raises as `read_split`."""
-    split = read_split(settings, application)
-    return {version for version in (split.champion, split.challenger) if version} if split else set()
-
-
-def publish_split(settings: Settings, application: str, split: Split, *, previous: str | None = None) -> None:
-    """Set the aliases that people read (champion, challenger, previous), then publish `split` in one write.
-
-    The tag acts and comes last: where it is the journal's, the aliases were set too, so an alias that differs then
-    was moved by a person, not left behind by a crash.
-    """
-    with mlflow_client(settings, f"publish the split of {application}") as client:
-        _ensure_model(settings, client, application, None)
-        named = _aliases(_model(settings, client, application))
-        for alias, version in {
-            "champion": split.champion,
-            "challenger": split.challenger,
-            "previous": previous,
-        }.items():
-            if version is None and alias in named:
-                client.delete_registered_model_alias(application, alias)
-            elif version is not None and named.get(alias) != version:
-                client.set_registered_model_alias(application, alias, version)
-        client.set_registered_model_tag(application, SPLIT_TAG, split.model_dump_json())
-
-
-def read_aliases(settings: Settings, application: str) -> dict[str, str]:
-    """Alias → version, as it stands; a person may have moved one."""
-    with mlflow_client(settings, f"read the aliases of {application}") as client:
-        return _aliases(_model(settings, client, application))
-
-
 def _write(
     settings: Settings,
     application: Application,
@@ -422,38 +352,12 @@ def _download(client: Any, settings: Settings, application: str, version: str, p
     )
 
 
-def _model(settings: Settings, client: Any, application: str) -> Any | None:
-    return found_or_none(settings, lambda: client.get_registered_model(application))
-
-
-def _aliases(model: Any | None) -> dict[str, str]:
-    return {alias: str(version) for alias, version in model.aliases.items()} if model else {}
-
-
-def _ensure_model(settings: Settings, client: Any, application: str, description: str | None) -> None:
-    from mlflow.exceptions import MlflowException
-
-    if _model(settings, client, application):
-        return
-    try:
-        client.create_registered_model(application, description=description)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-
-
 def _remove_unfinished(client: Any, experiment: str, release_id: str) -> None:
     """What attempts left behind that were killed before their version was created; not what may still be uploading."""
     left = client.search_logged_models([experiment], filter_string=f"tags.`{RELEASE_TAG}` = '{release_id}'")
     for model in left:
         if time.time() - model.creation_timestamp / 1000 > ABANDONED_SECONDS:
             client.delete_logged_model(model.model_id)
-
-
-def _prompt_versions(settings: Settings, client: Any, name: str, template: str) -> list[int]:
-    if found_or_none(settings, lambda: client.get_prompt(name)) is None:
-        return []
-    return [int(one.version) for one in client.search_prompt_versions(name) if one.template == template]
 
 
 def _params(manifest: Manifest) -> dict[str, str]:

@@ -3,12 +3,17 @@
 A version in the registry, its tags and its evidence stay for ever; what goes is bytes.
 """
 
+from collections.abc import Collection
 from datetime import UTC, datetime
 
 from millrace.applications import Application
 from millrace.releases.mlflow_server import mlflow_client
-from millrace.releases.registry import FILES_TAG, answering_now, read_aliases, versions
+from millrace.releases.published_split import answering_now, read_aliases
+from millrace.releases.registry import FILES_TAG, versions
 from millrace.settings import Settings
+
+TOGETHER = 100
+"""Traces that MLflow is asked to delete at once."""
 
 
 def remove_files(settings: Settings, application: Application, *, before: datetime) -> list[str]:
@@ -48,6 +53,21 @@ def delete_traces(settings: Settings, application: str, *, before: datetime) -> 
             experiment.experiment_id, max_timestamp_millis=int(before.timestamp() * 1000)
         )
         return deleted
+
+
+def delete_exchange_traces(settings: Settings, application: str, hashes: Collection[str]) -> int:
+    """Delete the traces of the exchanges whose completion ids have these hashes (`sources/erased.py`); how many.
+
+    Raises:
+        ReleaseError: MLflow doesn't answer.
+    """
+    with mlflow_client(settings, f"delete traces of {application}") as client:
+        experiment = client.get_experiment_by_name(f"{application}/traces")
+        if experiment is None:
+            return 0
+        ids = [f"tr-{one}" for one in sorted(hashes)]
+        batches = [ids[start : start + TOGETHER] for start in range(0, len(ids), TOGETHER)]
+        return sum(client.delete_traces(experiment.experiment_id, trace_ids=batch) for batch in batches)
 
 
 def _delete_artifacts(settings: Settings, location: str) -> None:

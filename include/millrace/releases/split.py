@@ -2,7 +2,7 @@
 
 Pure. A user's bucket is a salted hash; the challenger has the buckets below its share, so a user who has met the
 challenger keeps it while the share grows, and whoever knows split and user knows the arm and its probability.
-How a split is published is `registry.py`'s business; when it changes is the rollout's.
+How a split is published is `published_split.py`'s business; when it changes is the rollout's.
 """
 
 import hashlib

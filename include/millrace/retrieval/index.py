@@ -13,6 +13,8 @@ import pyarrow.compute as pc
 
 from millrace.applications import Application
 from millrace.errors import RetrievalError
+from millrace.lakehouse.audit.chain import Event, record
+from millrace.lakehouse.audit.journals import PERSON
 from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.cursors import read_cursor
 from millrace.lakehouse.lake import Lake
@@ -28,7 +30,7 @@ from millrace.settings import Settings
 def builds_of(settings: Settings, application: str, lineage: str) -> Builds:
     """Where this deployment keeps the builds of a lineage of `application`."""
     if settings.qdrant_url:
-        server = connect(settings.qdrant_url, settings.qdrant_api_key.get_secret_value())
+        server = connect(settings.qdrant_url, settings.qdrant_api_key)
         return ServiceBuilds(server, collection_name(settings.environment, application, lineage))
     return LibraryBuilds(settings.index_builds(application) / lineage)
 
@@ -36,7 +38,7 @@ def builds_of(settings: Settings, application: str, lineage: str) -> Builds:
 def kept_lineages(settings: Settings, application: str) -> list[str]:
     """Lineages of `application` that this deployment keeps builds of. Raises as the place of the builds does."""
     if settings.qdrant_url:
-        server = connect(settings.qdrant_url, settings.qdrant_api_key.get_secret_value())
+        server = connect(settings.qdrant_url, settings.qdrant_api_key)
         return collected_lineages(server, settings.environment, application)
     return sorted(path.name for path in settings.index_builds(application).glob("*") if path.is_dir())
 
@@ -103,18 +105,22 @@ def build_index(
     return {"build": build, "lineage": lineage, "chunks": points.num_rows, "changed": changed}
 
 
-def publish_previous(settings: Settings, application: Application, lineage: str | None = None) -> Published:
+def publish_previous(
+    settings: Settings, application: Application, lineage: str | None = None, *, actor: str
+) -> Published:
     """Publish the build before the published one again: the way back. Returns the pointer as it is now.
 
     Args:
         lineage: its name; None: the declared one.
+        actor: who decided that, for the audit trail.
 
     The next run of refresh_embeddings publishes again what the documents of then give.
 
     Raises:
         RetrievalError: there is none, or it was removed.
     """
-    builds = builds_of(settings, application.name, lineage or lineage_id(application))
+    lineage = lineage or lineage_id(application)
+    builds = builds_of(settings, application.name, lineage)
     pointer = builds.published()
     if pointer is None or pointer.previous is None:
         found = f"only {pointer.build} was ever" if pointer else "nothing is"
@@ -122,6 +128,20 @@ def publish_previous(settings: Settings, application: Application, lineage: str 
     builds.publish(pointer.previous)
     moved = builds.published()
     assert moved is not None
+    at = datetime.now(UTC)
+    resource = f"index/{lineage}/{moved.build}"
+    event = Event(
+        event_id=f"{application.name}/{resource}/back/{at.isoformat()}",
+        occurred_at=at,
+        actor=f"{PERSON}{actor}",
+        action="decision",
+        application=application.name,
+        resource=resource,
+        outcome="back",
+        run=f"{PERSON}{actor}",
+        details={"previous": moved.previous},
+    )
+    record(settings, [event], run=event.run)
     return moved
 
 

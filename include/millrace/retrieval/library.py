@@ -109,6 +109,12 @@ class LibraryBuilds:
         with _alone(self.folder, ".open.lock"):
             shutil.copytree(self.folder / build, folder / build)
 
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """Nothing is built, collected or opened meanwhile, so the folder can be copied as it is."""
+        with _alone(self.folder, ".build.lock"), _alone(self.folder, ".open.lock"):
+            yield
+
     def collect(self, keep: str) -> list[str]:
         with _alone(self.folder, ".build.lock"):
             gone = superfluous(self.manifests(), self.published(), keep)

@@ -12,7 +12,10 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
+from pydantic import SecretStr
+
 from millrace.errors import RetrievalError
+from millrace.secret_sources import NO_SECRET, hide
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
@@ -42,11 +45,13 @@ class Server:
 
     Args:
         address: its URL, for a person.
+        api_key: what is never in a message, even if the server says it back.
     """
 
-    def __init__(self, client: "QdrantClient", address: str) -> None:
+    def __init__(self, client: "QdrantClient", address: str, api_key: SecretStr = NO_SECRET) -> None:
         self._client = client
         self.address = address
+        self._api_key = api_key
 
     def ask(self, what: str, request: Callable[["QdrantClient"], T], waits: tuple[float, ...] | None = None) -> T:
         """What `request` returns.
@@ -70,18 +75,18 @@ class Server:
                 if wait is None or again is None:
                     raise self._sentence(error, what) from error
                 pause = max(again, wait * (1 + random.random() / 2))
-                log.warning("Qdrant at %s: %s; asking again in %.1f s", self.address, _reason(error), pause)
+                log.warning("Qdrant at %s: %s; asking again in %.1f s", self.address, self._reason(error), pause)
                 time.sleep(pause)
         raise AssertionError("unreachable")
 
     def _sentence(self, error: Exception, what: str) -> RetrievalError:
         from qdrant_client.http.exceptions import UnexpectedResponse
 
-        reason = _reason(error)
+        reason = self._reason(error)
         if isinstance(error, UnexpectedResponse):
             if error.status_code in (401, 403):
                 return RetrievalError(
-                    f"Qdrant at {self.address} refuses this key ({reason}): it may not {what}; set "
+                    f"Qdrant at {self.address} refuses {_whose(self._api_key)} ({reason}): it may not {what}; set "
                     "MILLRACE_QDRANT_API_KEY to one that may (docs/qdrant.md)"
                 )
             if error.status_code == 404 and "not found" not in reason.lower():
@@ -101,22 +106,39 @@ class Server:
             )
         return RetrievalError(f"Qdrant at {self.address} could not {what}: {reason}")
 
+    def _reason(self, error: Exception) -> str:
+        return hide(_reason(error), self._api_key)
+
+
+def _whose(key: SecretStr) -> str:
+    """Whose key this is, if it says so of itself, as a token of `millrace access` does."""
+    import jwt
+
+    try:
+        said = jwt.decode(key.get_secret_value(), options={"verify_signature": False})
+    except jwt.InvalidTokenError:
+        return "this key"
+    return f"the token of {said.get('subject', 'nobody')}"
+
 
 @lru_cache(maxsize=8)
-def connect(url: str, api_key: str) -> Server:
+def connect(url: str, api_key: SecretStr) -> Server:
     """The server at `url`; one client, with its connections, per process. Sends nothing yet.
 
     Args:
         url: `http://…` or `https://…` (TLS), with the port unless it is 6333.
-        api_key: an API key or a JWT; empty: none.
+        api_key: an API key or a JWT, asked before every request, so that a rotated one counts from the next on; empty:
+            none.
     """
     from qdrant_client import QdrantClient
 
+    # The server takes a key as a bearer's token, too; only that the client asks for anew.
+    provider = api_key.get_secret_value if api_key.get_secret_value() else None
     with warnings.catch_warnings():
         # A key over plain HTTP is for a server on this machine or in a private network: docs/qdrant.md says so.
-        warnings.filterwarnings("ignore", message="Api key is used with an insecure connection")
-        client = QdrantClient(url=url, api_key=api_key or None, timeout=TIMEOUT, check_compatibility=False)
-    return Server(client, url)
+        warnings.filterwarnings("ignore", message="Auth token provider is used with an insecure connection")
+        client = QdrantClient(url=url, auth_token_provider=provider, timeout=TIMEOUT, check_compatibility=False)
+    return Server(client, url, api_key)
 
 
 def _worth_another_try(error: Exception) -> float | None:

@@ -93,8 +93,35 @@ class ServiceBuilds:
     def where(self) -> str:
         return f"collection {self.collection} of {self._server.address}"
 
+    def prepare(self) -> None:
+        """Have the collection and its indexes; a builder whose key may create none finds them made.
+
+        Raises:
+            RetrievalError: it can't be made, or is another kind of collection.
+        """
+        from qdrant_client import models
+
+        name = self.collection
+        if not self.ask("see", lambda client: client.collection_exists(name)):
+            vectors = {VECTOR: models.VectorParams(size=DIMENSIONS, distance=models.Distance.COSINE)}
+            try:
+                self.ask("create", lambda client: client.create_collection(name, vectors))
+            except RetrievalError:
+                # Another builder was first, or the answer to our first try was lost.
+                if not self.ask("see", lambda client: client.collection_exists(name)):
+                    raise
+        info = self.ask("see", lambda client: client.get_collection(name))
+        found = info.config.params.vectors
+        params = found.get(VECTOR) if isinstance(found, dict) else None
+        if params is None or params.size != DIMENSIONS or params.distance != models.Distance.COSINE:
+            raise RetrievalError(
+                f"{self.where} has no vector {VECTOR!r} of {DIMENSIONS} dimensions compared by cosine; delete it"
+            )
+        for field in INDEXED.keys() - info.payload_schema.keys():
+            self.ask("index", partial(self._index, field))
+
     def make(self, manifest: BuildManifest, points: pa.Table) -> bool:
-        self._have_collection()
+        self.prepare()
         serials = self._serials()
         if manifest.build in serials:
             if self._count(serials[manifest.build]) == manifest.chunks:
@@ -209,28 +236,6 @@ class ServiceBuilds:
         return client.scroll(
             self.collection, chosen, limit=SCROLL_POINTS, offset=offset, with_payload=payload, timeout=TIMEOUT
         )
-
-    def _have_collection(self) -> None:
-        from qdrant_client import models
-
-        name = self.collection
-        if not self.ask("see", lambda client: client.collection_exists(name)):
-            vectors = {VECTOR: models.VectorParams(size=DIMENSIONS, distance=models.Distance.COSINE)}
-            try:
-                self.ask("create", lambda client: client.create_collection(name, vectors))
-            except RetrievalError:
-                # Another builder was first, or the answer to our first try was lost.
-                if not self.ask("see", lambda client: client.collection_exists(name)):
-                    raise
-        info = self.ask("see", lambda client: client.get_collection(name))
-        found = info.config.params.vectors
-        params = found.get(VECTOR) if isinstance(found, dict) else None
-        if params is None or params.size != DIMENSIONS or params.distance != models.Distance.COSINE:
-            raise RetrievalError(
-                f"{self.where} has no vector {VECTOR!r} of {DIMENSIONS} dimensions compared by cosine; delete it"
-            )
-        for field in INDEXED.keys() - info.payload_schema.keys():
-            self.ask("index", partial(self._index, field))
 
     def _index(self, field: str, client: "QdrantClient") -> None:
         client.create_payload_index(self.collection, field, INDEXED[field], wait=True)

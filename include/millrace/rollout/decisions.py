@@ -247,7 +247,7 @@ def append(lake: Lake, decision: Decision, *, run: str) -> None:
     """
     row = decision.model_dump() | {"evidence": json.dumps(decision.evidence, sort_keys=True)}
     LocalEngine().append_at(
-        lake.uri(OPS_DECISIONS),
+        lake.own_uri(OPS_DECISIONS),
         OPS_DECISIONS,
         pa.Table.from_pylist([row], schema=OPS_DECISIONS.rows_schema),
         run=run,

@@ -4,6 +4,7 @@ Whoever calls has found out who the actor is; here a name is only required. The 
 a person needn't wait for the next tick, then the audit trail follows; if either fails, the next tick does it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from millrace.applications import Application
@@ -82,6 +83,34 @@ def reject(settings: Settings, application: Application, version: str, *, actor:
     return _act(settings, application, "reject", actor, reason, challenger=version)
 
 
+def withdraw(settings: Settings, application: Application, version: str, *, actor: str, reason: str) -> list[Decision]:
+    """No user is given this release any more, whatever it is now: a rollout of it ends; of a champion the one before is
+    back, after a rollout against it has ended; else it is rejected, so that it doesn't roll out by itself.
+
+    Returns:
+        What was decided, one or two decisions.
+
+    Raises:
+        MillraceError: it is not registered, it is champion and there is none before, or actor or reason is missing.
+    """
+    _require_registered(settings, application, version)
+    lake, taken = Lake.of(settings, application.name), list[Decision]()
+
+    def chosen(state: State) -> tuple[Kind, dict[str, Any]]:
+        if version not in (state.champion, state.challenger):
+            return "reject", {"challenger": version}
+        if version == state.champion and state.previous is None:
+            raise MillraceError(
+                f"version {version} of {application.name} is its first champion, so there is none to go back to; let "
+                "another release roll out, and skip to it"
+            )
+        return "rollback", {}
+
+    while not taken or fold(read_journal(lake)).champion == version:
+        taken.append(_act(settings, application, chosen, actor, reason))
+    return taken
+
+
 def _require_registered(settings: Settings, application: Application, version: str) -> None:
     known = registry.versions(settings, application)
     if version not in known:
@@ -90,13 +119,25 @@ def _require_registered(settings: Settings, application: Application, version: s
         )
 
 
-def _act(settings: Settings, application: Application, kind: Kind, actor: str, reason: str, **fields: Any) -> Decision:
-    if not actor.strip() or not reason.strip():
-        raise MillraceError(f"{kind} needs the name of who decides and a reason; give both")
+def _act(
+    settings: Settings,
+    application: Application,
+    act: Kind | Callable[[State], tuple[Kind, dict[str, Any]]],
+    actor: str,
+    reason: str,
+    **fields: Any,
+) -> Decision:
+    """
+    Args:
+        act: the kind of decision, or what says it, and its fields, of the state that it is taken on.
+    """
     lake = Lake.of(settings, application.name)
     run = f"{PERSON}{actor}"
     for _ in range(ATTEMPTS):
         state = fold(read_journal(lake))
+        kind, fields = act(state) if callable(act) else (act, fields)
+        if not actor.strip() or not reason.strip():
+            raise MillraceError(f"{kind} needs the name of who decides and a reason; give both")
         if kind in ("admit", "reject") and fields["challenger"] in (state.champion, state.challenger):
             role = "champion" if fields["challenger"] == state.champion else "rolling out"
             raise MillraceError(f"version {fields['challenger']} is {role} already; there is nothing to {kind}")

@@ -10,10 +10,10 @@ from typing import Any
 import pyarrow.compute as pc
 
 from millrace.applications import Application
-from millrace.errors import ApprovalError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import OPS_EVALUATIONS
 from millrace.releases import registry
+from millrace.releases.approval import read_answer
 from millrace.rollout import people
 from millrace.rollout.decisions import Admission, Decision, State, fold, read_journal
 from millrace.settings import Settings
@@ -42,7 +42,8 @@ def passed_gate(lake: Lake, state: State) -> list[Admission]:
 def next_promotion(settings: Settings, application: Application) -> dict[str, Any] | None:
     """The release that has waited longest since it passed the gate; None: none waits.
 
-    Returns: `candidate`, `champion`, `built_by`, and `told`: what a person needs for a decision, as Markdown.
+    Returns: `candidate`, `champion`, `built_by`, `asks` (the question) and `told`: what a person needs for a decision,
+    as Markdown.
     """
     lake = Lake.of(settings, application.name)
     state = fold(read_journal(lake))
@@ -56,6 +57,7 @@ def next_promotion(settings: Settings, application: Application) -> dict[str, An
         "candidate": version,
         "champion": state.champion,
         "built_by": builder,
+        "asks": f"May {application.name}@{version} roll out?",
         "told": (
             f"Release **{application.name}@{version}** (`{tags[registry.RELEASE_TAG]}`) passed the gate against the "
             f"champion, version {state.champion}.\n\nBuilt by {builder or 'the schedule'}, registered by "
@@ -71,23 +73,19 @@ def record_approval(
     """Write a person's answer into the journal; None: the journal has it already.
 
     Args:
-        answer: `chosen_options`, `params_input` (with `reason`), `responded_by_user` (with `name`), as Airflow's
-            human-in-the-loop operators give them.
+        answer: as `read_answer` takes it.
 
     Raises:
-        ApprovalError: nobody is named, or who answered built the release.
+        ApprovalError: nobody is named, who is named is no person where others reach Airflow, or who answered built the
+            release.
         MillraceError: the reason is missing, or the release is not registered.
     """
-    actor = (answer["responded_by_user"] or {}).get("name") or ""
-    if not actor:
-        raise ApprovalError("nobody is named as having answered; log in to Airflow and answer again")
-    if actor == registry.versions(settings, application).get(version, {}).get(registry.BUILDER_TAG):
-        raise ApprovalError(
-            f"{actor} built version {version} of {application.name} and can't decide about it: let somebody else "
-            "answer (clear the task `approve` to ask again)"
-        )
+    builder = registry.versions(settings, application).get(version, {}).get(registry.BUILDER_TAG)
+    said = read_answer(
+        settings, application.name, answer, builder=builder, resource=f"release/{version}", about=f"version {version}"
+    )
     state = fold(read_journal(Lake.of(settings, application.name)))
     if version in state.decided or version in {admission.version for admission in state.waiting}:
         return None
-    act = people.admit if answer["chosen_options"] == ["Approve"] else people.reject
-    return act(settings, application, version, actor=actor, reason=answer["params_input"].get("reason", ""))
+    act = people.admit if said.approved else people.reject
+    return act(settings, application, version, actor=said.actor, reason=said.reason)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from millrace.applications import Application
 from millrace.lakehouse.lake import Lake
-from millrace.releases import registry
+from millrace.releases import published_split
 from millrace.releases.split import Split
 from millrace.rollout.decisions import fold, read_journal
 from millrace.settings import Settings
@@ -28,8 +28,8 @@ def published(settings: Settings, application: Application) -> Published:
     Raises:
         ReleaseError: the registry does not answer, or the tag can't be understood.
     """
-    aliases = registry.read_aliases(settings, application.name)
-    return Published(registry.read_split(settings, application.name), aliases.get("champion"))
+    aliases = published_split.read_aliases(settings, application.name)
+    return Published(published_split.read_split(settings, application.name), aliases.get("champion"))
 
 
 def publish(settings: Settings, application: Application) -> None:
@@ -42,7 +42,7 @@ def publish(settings: Settings, application: Application) -> None:
     lake = Lake.of(settings, application.name)
     state = fold(read_journal(lake))
     while True:
-        registry.publish_split(settings, application.name, state.split(), previous=state.previous)
+        published_split.publish_split(settings, application.name, state.split(), previous=state.previous)
         now = fold(read_journal(lake))
         if now.split() == state.split():
             return

@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from decimal import Decimal
 
 from millrace.errors import ApiKeyError, KeysAway, LakehouseError
@@ -34,8 +34,8 @@ RETRY_SECONDS = 2.0
 TOLD_AGAIN_SECONDS = 60.0
 """Before a refusal of the same key for the same reason is an event again."""
 
-EVERY = timedelta(hours=1)
-"""Between two records of what keys were used for."""
+LOOK_SECONDS = 60.0
+"""Between two looks whether an hour of uses is over, for the audit trail."""
 
 log = logging.getLogger("millrace.serving")
 
@@ -107,7 +107,8 @@ class Admission:
         self._owed: defaultdict[str, Decimal] = defaultdict(Decimal)
         self._away_until: float | None = None
         self._uses = KeyUses()
-        self._recorded = now()
+        self._recorder: threading.Thread | None = None
+        self._closing = threading.Event()
         self._told: dict[tuple[str | None, str], float] = {}
         self._lock = threading.Lock()
         self._settling = threading.Lock()
@@ -129,6 +130,7 @@ class Admission:
         """
         if not self.required:
             return self.anybody
+        self._begin_recording()
         key = self._authenticated(headers.get("authorization", ""))
         caller = Caller(key, self)
         caller.require(scope)
@@ -151,7 +153,6 @@ class Admission:
         with self._lock:
             self._owed[key.id] += Decimal(str(usd))
         self._settle()
-        self._record_uses(now())
 
     def refuse(self, status: int, sentence: str, *, code: str, key_id: str | None, param: str | None = None) -> Refusal:
         """The refusal of a key that is known, or of what is none, once it has been told to whoever keeps a record."""
@@ -169,19 +170,31 @@ class Admission:
 
     def close(self) -> None:
         """Offer the database once more what it has not taken, and let go of it; the audit trail has all uses then."""
+        self._closing.set()
+        if self._recorder is not None:
+            self._recorder.join()
         self._record_uses(None)
         if self._store is not None:
             self._away_until = None
             self._settle()
             self._store.close()
 
-    def _record_uses(self, moment: datetime | None) -> None:
-        """Of the hours that are over at `moment`, into the audit trail, once an hour; None: of all, now. What it does
-        not take then, it is offered with the next."""
+    def _begin_recording(self) -> None:
+        """In a thread of its own, so that no request waits for the lake."""
+        if self._recorder is not None:
+            return
         with self._lock:
-            if moment is not None and moment - self._recorded < EVERY:
-                return
-            self._recorded = moment or self._recorded
+            if self._recorder is None:
+                self._recorder = threading.Thread(target=self._record_hours, name="key uses", daemon=True)
+                self._recorder.start()
+
+    def _record_hours(self) -> None:
+        while not self._closing.wait(LOOK_SECONDS):
+            self._record_uses(now())
+
+    def _record_uses(self, moment: datetime | None) -> None:
+        """Of the hours that are over at `moment`, into the audit trail; None: of all. What it does not take then, it is
+        offered with the next."""
         try:
             self._uses.flush(self._settings, run="gateway", now=moment)
         except LakehouseError as error:

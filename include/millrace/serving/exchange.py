@@ -7,23 +7,26 @@ Runs in a worker thread, so that it comes to its end whatever becomes of the con
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
+from pydantic import SecretStr
+
 from millrace.applications import Application
 from millrace.errors import EngineError, MillraceError, ReleaseError, SourceError
 from millrace.releases.pipeline import Answer, AnswerPipeline, AnswerStream
 from millrace.releases.split import Arm
+from millrace.secret_sources import hide
 from millrace.serving.answer_cache import AnswerCache
 from millrace.serving.asked import Asked
 from millrace.serving.metrics import Metrics
 from millrace.serving.refusal import Refusal, unavailable
 from millrace.serving.traces import ExchangeTraces
 from millrace.serving.traffic import Route, Traffic
-from millrace.sources.completion_id import issue
+from millrace.sources.completion_id import CompletionKeys
 from millrace.sources.event_log import CLIENT_LEFT, Accepted, Completed, EventLog, Failed
 
 log = logging.getLogger("millrace.serving")
@@ -69,7 +72,9 @@ class Desk:
     cache: AnswerCache | None
     metrics: Metrics
     traces: ExchangeTraces
-    completion_key: bytes
+    completion_keys: CompletionKeys
+    secrets: Sequence[SecretStr] = ()
+    """What is hidden in the words of an error, which are kept."""
 
 
 def hold(
@@ -114,7 +119,7 @@ class _Exchange:
         """Raises:
         Refusal: no release could answer, or the disk did not take the exchange.
         """
-        self.id = issue(self.desk.completion_key, self.desk.application.name, self.asked.at)
+        self.id = self.desk.completion_keys.issue(self.desk.application.name, self.asked.at)
         pipeline, version = self._first_choice()
         build = _build(pipeline)
         self._append(Accepted(**self._about(pipeline, version, build)))
@@ -128,7 +133,7 @@ class _Exchange:
                 # A challenger may break with anything; as long as no word of it has left, the champion answers.
                 if self.route.fallback is None or self.challenger_error is not None or self.sent:
                     raise
-                self.challenger_error = _sentence(error)
+                self.challenger_error = self._sentence(error)
                 pipeline, version = self.route.fallback, self.route.fallback_version or ""
                 build = _build(pipeline)
                 answer, cached = self._answer(pipeline, build)
@@ -136,7 +141,7 @@ class _Exchange:
             self._fail(pipeline, version, build, CLIENT_LEFT, "left")
             raise Refusal(499, CLIENT_LEFT, code="client_left") from None
         except Exception as error:
-            self._fail(pipeline, version, build, _sentence(error), "failed")
+            self._fail(pipeline, version, build, self._sentence(error), "failed")
             if isinstance(error, ReleaseError):  # the question does not fit this release's prompt
                 raise Refusal(400, str(error), code="context_length_exceeded", param="messages") from error
             raise
@@ -244,6 +249,9 @@ class _Exchange:
         self.desk.metrics.seconds.labels(*labels).observe(seconds)
         return labels
 
+    def _sentence(self, error: Exception) -> str:
+        return hide(str(error) or type(error).__name__, *self.desk.secrets)
+
     def _about(self, pipeline: AnswerPipeline, version: str, build: str) -> dict[str, Any]:
         assignment = self.route.assignment
         prompt = pipeline.manifest.prompt
@@ -284,7 +292,3 @@ def _build(pipeline: AnswerPipeline) -> str:
         return pipeline.retriever.build
     except MillraceError:
         return ""
-
-
-def _sentence(error: Exception) -> str:
-    return str(error) or type(error).__name__

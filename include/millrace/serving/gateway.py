@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 
 from millrace.applications import Application
 from millrace.errors import SettingsError, SourceError
+from millrace.secret_sources import secrets_of
 from millrace.serving import openai_format
 from millrace.serving.admission import Admission, Caller
 from millrace.serving.answer_cache import AnswerCache
@@ -29,8 +30,9 @@ from millrace.serving.refusal import Refusal, unavailable
 from millrace.serving.traces import ExchangeTraces
 from millrace.serving.traffic import RegisteredReleases, Releases, Traffic
 from millrace.settings import Settings
-from millrace.sources.completion_id import verify
-from millrace.sources.event_log import EventLog, Feedback
+from millrace.sources.completion_id import CompletionKeys
+from millrace.sources.event_log import EventLog, Feedback, now
+from millrace.sources.pseudonym import note_key, noted_in, require_same_key
 
 CACHED_ANSWERS = 10_000
 """Per application; some kilobytes each."""
@@ -47,21 +49,27 @@ def create_app(
         releases: where an application's releases come from; the MLflow registry, unless a test knows better.
 
     Raises:
-        SettingsError: a key is missing, so that ids could be forged or users recognised; or callers need API keys, and
-            nowhere is said where those are kept.
+        SettingsError: a key is missing, so that ids could be forged or users recognised; the pseudonym key is another
+            than before; or callers need API keys, and nowhere is said where those are kept.
     """
-    completion_key, pseudonym_key = (_key(settings, name) for name in ("completion_key", "pseudonym_key"))
+    completion_keys = CompletionKeys(settings.completion_key)
+    # Once, whatever becomes of its file: with another key, users whom it knows would be strangers from here on.
+    pseudonym_key = _pseudonym_key(settings)
+    noted = noted_in(settings)
+    require_same_key(pseudonym_key, noted)
+    secrets = secrets_of(settings)
     admission = Admission(settings)
     metrics = Metrics()
     desks = {
         application.name: Desk(
             application=application,
-            traffic=Traffic(application.name, releases(settings, application)),
+            traffic=Traffic(application.name, releases(settings, application), secrets),
             events=EventLog(settings.event_log(application.name)),
             cache=AnswerCache(CACHED_ANSWERS) if settings.answer_cache else None,
             metrics=metrics,
             traces=ExchangeTraces(settings, application.name, metrics),
-            completion_key=completion_key,
+            completion_keys=completion_keys,
+            secrets=secrets,
         )
         for application in applications
     }
@@ -69,6 +77,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        note_key(pseudonym_key, noted)
         for desk in desks.values():
             desk.traffic.start()
             desk.traces.start()
@@ -121,7 +130,7 @@ def create_app(
         caller = await admitted(request, "feedback")
         said = read_said(await _body(request), request.headers, pseudonym_key)
         try:
-            issued = verify(completion_key, said.completion_id)
+            issued = completion_keys.verify(said.completion_id, now())
         except SourceError as error:
             raise Refusal(403, str(error), code="forged_completion_id", param="completion_id") from None
         caller.require_application(issued.application)
@@ -308,10 +317,10 @@ def _model(name: str, since: int) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": since, "owned_by": "millrace"}
 
 
-def _key(settings: Settings, name: str) -> bytes:
-    key: bytes = getattr(settings, name).get_secret_value().encode()
+def _pseudonym_key(settings: Settings) -> bytes:
+    key = settings.pseudonym_key.get_secret_value().encode()
     if not key:
-        raise SettingsError(f"MILLRACE_{name.upper()} is empty; `millrace up` makes one, or set your own")
+        raise SettingsError("MILLRACE_PSEUDONYM_KEY is empty; `millrace up` makes one, or set your own")
     return key
 
 

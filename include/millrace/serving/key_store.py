@@ -79,6 +79,8 @@ returning month_usd
 
 _AWAY = (psycopg2.OperationalError, psycopg2.InterfaceError, psycopg2.InternalError)
 """What passes when a database is back: lost connections, a full disk, a standby that can't be written yet."""
+_REFUSALS = ("permission denied for database", "password authentication failed")
+"""Of an error before there is a connection, which has no code: the database is there, and lets this role not in."""
 
 Rows = list[tuple[Any, ...]]
 
@@ -101,13 +103,17 @@ class KeyStore:
         """Raises:
         SettingsError: the settings name no database, or none that could be.
         """
-        # As SQLAlchemy writes addresses too.
-        self._url = settings.keys_url.get_secret_value().replace("postgresql+psycopg2://", "postgresql://", 1)
-        self._where = _where(self._url)
         self._settings = settings
+        self._where = _where(self._url)
         self._connection: psycopg2.extensions.connection | None = None
         self._lost_at = 0.0
         self._lock = threading.Lock()
+
+    @property
+    def _url(self) -> str:
+        """As it is now: a password may have been rotated since the last connection."""
+        # As SQLAlchemy writes addresses too.
+        return self._settings.keys_url.get_secret_value().replace("postgresql+psycopg2://", "postgresql://", 1)
 
     def create(
         self,
@@ -250,6 +256,8 @@ class KeyStore:
                     return self._execute(sql, values)
                 except _AWAY as error:
                     self._drop()
+                    if any(refusal in str(error) for refusal in _REFUSALS):
+                        raise self._refused(error) from None
                     if fresh:
                         self._lost_at = time.monotonic()
                         raise KeysAway(
@@ -257,11 +265,15 @@ class KeyStore:
                             "start it (`millrace up`), or correct MILLRACE_KEYS_URL"
                         ) from None
                 except psycopg2.Error as error:
-                    raise ApiKeyError(
-                        f"the database of API keys, {self._where}, refuses ({_first_line(error)}); "
-                        "correct what its role may do, or MILLRACE_KEYS_URL"
-                    ) from None
+                    raise self._refused(error) from None
         raise AssertionError("a second try returns or raises")
+
+    def _refused(self, error: psycopg2.Error) -> ApiKeyError:
+        role = psycopg2.extensions.parse_dsn(self._url).get("user", "this user")
+        return ApiKeyError(
+            f"the database of API keys, {self._where}, refuses {role} ({_first_line(error)}); "
+            "correct what its role may do, or MILLRACE_KEYS_URL"
+        )
 
     def _execute(self, sql: str, values: Mapping[str, Any]) -> Rows:
         if self._connection is None:

@@ -9,17 +9,21 @@ import logging
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
+
+from pydantic import SecretStr
 
 from millrace.applications import Application
 from millrace.errors import MillraceError
 from millrace.releases.loader import ReleaseLoader
 from millrace.releases.pipeline import AnswerPipeline
-from millrace.releases.registry import read_split, versions
+from millrace.releases.published_split import read_split
+from millrace.releases.registry import versions
 from millrace.releases.split import Assignment, Split, assign
+from millrace.secret_sources import hide
 from millrace.serving.refusal import Refusal, unavailable
 from millrace.settings import Settings
 
@@ -106,9 +110,14 @@ class _Failure:
 class Traffic:
     """Thread-safe. `start` begins to follow the split; `turn` is one look at it."""
 
-    def __init__(self, application: str, releases: Releases) -> None:
+    def __init__(self, application: str, releases: Releases, secrets: Sequence[SecretStr] = ()) -> None:
+        """
+        Args:
+            secrets: hidden in what a release breaks with, which callers are told.
+        """
         self.application = application
         self._releases = releases
+        self._secrets = secrets
         self._loaded: _Loaded | None = None
         self._trouble = "the split has not been read yet"
         self._unreleased = False
@@ -225,7 +234,7 @@ class Traffic:
             pipeline.answer(WARM_UP)
         except Exception as error:
             # Whatever a release breaks with stays with that release: the others go on serving.
-            reason = str(error) or type(error).__name__
+            reason = hide(str(error) or type(error).__name__, *self._secrets)
             self._failures[version] = _Failure(reason)
             log.warning("%s version %s can't be loaded: %s", self.application, version, reason)
             raise Refusal(503, reason, code="release_unavailable") from error

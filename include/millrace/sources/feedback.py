@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from millrace.applications import Application
-from millrace.errors import SettingsError, SourceError
+from millrace.errors import SourceError
 from millrace.lakehouse import quality
 from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.lake import Lake
@@ -28,8 +28,19 @@ from millrace.lakehouse.tables import (
     SILVER_FEEDBACK,
 )
 from millrace.settings import Settings
-from millrace.sources.completion_id import verify
-from millrace.sources.event_log import Accepted, Completed, Failed, Feedback, Line, now, parse_event, read_events
+from millrace.sources.completion_id import CompletionKeys
+from millrace.sources.erased import Erased, read_erasures, write_erasures
+from millrace.sources.event_log import (
+    Accepted,
+    Completed,
+    Failed,
+    Feedback,
+    Line,
+    erase_lines,
+    now,
+    parse_event,
+    read_events,
+)
 
 SETTLE = 2.0
 """Seconds after its end before an interval is read: a gateway may be between stamping an event and writing it."""
@@ -42,7 +53,8 @@ def land_events(
 ) -> dict[str, Any]:
     """Insert the events of [start, end) into `bronze/events`, and lines that are none into `quarantine/feedback`.
 
-    Returns: `lines` read, `landed` and `quarantined` for the first time, `changed`.
+    Returns: `lines` read, `landed` and `quarantined` for the first time, `erased` (of users who asked for that),
+        `changed`.
 
     Raises:
         SourceError: the interval is empty or has no time zone, or a segment can't be read.
@@ -52,10 +64,19 @@ def land_events(
     lake = Lake.of(settings, application.name)
     there = lake.read(BRONZE_EVENTS, ["event_id", "payload"], where=_within(start, end))
     known = dict(zip(there["event_id"].to_pylist(), there["payload"].to_pylist(), strict=True))
-    lines = sorted(
+    read = sorted(
         read_events(settings.event_log(application.name), start, end),
         key=lambda line: (line.at, line.segment, line.offset),
     )
+    erased = Erased(read_erasures(lake))
+    dropped = [line for line in read if erased.covers_line(line)] if erased else []
+    if late := erased.late(dropped):
+        # Feedback on what is dropped now is dropped whenever it arrives.
+        write_erasures(lake, late, run=run)
+        erased = Erased(read_erasures(lake))
+    if dropped:
+        erase_lines(settings.event_log(application.name), erased.covers_line)
+    lines = [line for line in read if not erased.covers_line(line)] if erased else read
     events, refused = [], []
     for line in lines:
         reason = line.reason
@@ -79,9 +100,10 @@ def land_events(
         QUARANTINE_FEEDBACK, pa.Table.from_pylist(refused, schema=QUARANTINE_FEEDBACK.rows_schema), run=run
     )
     return {
-        "lines": len(lines),
+        "lines": len(read),
         "landed": landed.inserted,
         "quarantined": quarantined.inserted,
+        "erased": len(read) - len(lines),
         "changed": landed.changed or quarantined.changed,
     }
 
@@ -104,7 +126,10 @@ def refine_feedback(
     """
     start, end = _interval(start, end)
     lake = Lake.of(settings, application.name)
-    events = _touched(lake, start, end, settings)
+    landed = _touched(lake, start, end, settings)
+    # Read after the events: whoever is erased meanwhile is known here.
+    erased = Erased(read_erasures(lake))
+    events = [one for one in landed if not erased.covers(one.event)]
     reasons = _refused(events, application.name)
     refused = [
         {
@@ -252,21 +277,18 @@ class _Completion:
 
 def _touched(lake: Lake, start: datetime, end: datetime, settings: Settings) -> list[_Landed]:
     """All events so far of the completions that have one in the interval."""
-    key = settings.completion_key.get_secret_value().encode()
-    if not key:
-        raise SettingsError("MILLRACE_COMPLETION_KEY is empty, so completion ids can't be checked; set the gateway's")
+    keys = CompletionKeys(settings.completion_key)
     ids = set(lake.read(BRONZE_EVENTS, ["completion_id"], where=_within(start, end))["completion_id"].to_pylist())
     if not ids:
         return []
-    issued = {}
     since = _day(start)
     for completion_id in ids:
         try:
-            issued[completion_id] = verify(key, completion_id)
+            asked = keys.verify(completion_id, None).at
         except SourceError:
             continue
         # No event of a completion is older than its id: older partitions needn't be read.
-        since = min(since, _day(issued[completion_id].at))
+        since = min(since, _day(asked))
     since_then = lake.read(BRONZE_EVENTS, ["completion_id", "payload", "segment"], where=pc.field("date") >= since)
     # Not in `where`: Arrow can't compare `isin` with the string statistics of Delta files.
     rows = since_then.filter(pc.is_in(since_then["completion_id"], pa.array(sorted(ids), pa.string()))).to_pylist()
@@ -274,11 +296,17 @@ def _touched(lake: Lake, start: datetime, end: datetime, settings: Settings) -> 
     for row in rows:
         event = parse_event(row["payload"])
         assert event.occurred_at is not None
-        known = issued.get(row["completion_id"])
-        landed.append(
-            _Landed(event, event.occurred_at, row["payload"], row["segment"], known.application if known else None)
-        )
+        # When it happened, not now: what a gateway took while a key counted stays when this is run again.
+        signed_for = _signed_for(keys, row["completion_id"], event.occurred_at)
+        landed.append(_Landed(event, event.occurred_at, row["payload"], row["segment"], signed_for))
     return landed
+
+
+def _signed_for(keys: CompletionKeys, completion_id: str, at: datetime) -> str | None:
+    try:
+        return keys.verify(completion_id, at).application
+    except SourceError:
+        return None
 
 
 def _refused(events: Iterable[_Landed], application: str) -> dict[str, str]:

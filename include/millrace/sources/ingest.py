@@ -17,6 +17,7 @@ from millrace.applications import Application, Source
 from millrace.errors import SourceError
 from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.sampled import sampled_documents
 from millrace.lakehouse.tables import BRONZE_DOCUMENTS, SILVER_DOCUMENTS
 from millrace.settings import Settings
 from millrace.sources.document import Document
@@ -29,7 +30,8 @@ COMMIT_BYTES = 32 * 2**20
 
 
 def land_documents(settings: Settings, application: Application, *, run: str) -> dict[str, Any]:
-    """Append to bronze what differs from the last known state of the declared sources.
+    """Append to bronze what differs from the last known state of the declared sources. Where the environment's
+    documents are a sample of prod's, that is of those only.
 
     Returns:
         Counts: `seen`, `new` versions, `deleted` documents; `changed`.
@@ -39,6 +41,7 @@ def land_documents(settings: Settings, application: Application, *, run: str) ->
     """
     lake = Lake.of(settings, application.name)
     known = _last_states(lake)
+    taken = sampled_documents(lake)
     # Later than everything before, whatever the clock says: the order of versions hangs on it.
     before = [state["observed_at"] for state in known.values()]
     observed_at = max([datetime.now(UTC), *(time + timedelta(microseconds=1) for time in before)])
@@ -48,6 +51,8 @@ def land_documents(settings: Settings, application: Application, *, run: str) ->
     for document in _documents(application):
         if document.document_id in seen:
             continue  # two declared sources overlap
+        if taken is not None and document.document_id not in taken:
+            continue
         seen.add(document.document_id)
         state = known.get(document.document_id)
         if state and not state["deleted"] and state["version_hash"] == document.version_hash:

@@ -3,6 +3,7 @@
 It knows how to start, watch and end processes; it does not know what an application is, nor what a DAG does.
 
     home.py         the data directory: its format version, secrets, and the lock of whoever runs the stack
+    rotation.py     a new completion key, while everything runs
     environment.py  what a part's process finds in its environment
     preflight.py    what must be true of the machine before anything starts
     postgres.py     PostgreSQL from its package

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
+from millrace.secret_sources import variable_for
 from millrace.settings import Settings
 
 # Another Airflow's home, another Spark or another virtual environment in the caller's shell must not reach ours.
@@ -21,6 +22,8 @@ _FOREIGN = (
 _THREADS = (
     "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_MAX_THREADS", "RAYON_NUM_THREADS",
 )  # fmt: skip
+OF_ADMINISTRATORS = frozenset({"access_secrets", "airflow_passwords", "backup_airflow_url", "backup_mlflow_url"})
+"""Secrets that no part may know, whatever else it knows: they open every wall, and every database."""
 _QUIET = {
     "DO_NOT_TRACK": "1",
     "SCARF_ANALYTICS": "false",
@@ -64,26 +67,32 @@ def part_environment(settings: Settings, *, threads: int, keys: bool) -> dict[st
 
 
 def settings_variables(settings: Settings, *, keys: bool) -> dict[str, str]:
-    """`settings` as the `MILLRACE_` variables that read back to the same settings; without `keys`, less its keys."""
+    """`settings` as the `MILLRACE_` variables that read back to the same settings, less what is an administrator's;
+    without `keys`, less its keys."""
     variables = {}
     for name in type(settings).model_fields:
+        if name in OF_ADMINISTRATORS:
+            continue
         value = getattr(settings, name)
+        variable = f"MILLRACE_{name.upper()}"
         if isinstance(value, SecretStr):
             if not keys:
                 continue
-            text = value.get_secret_value()
+            variable, text = variable_for(variable, value)
         elif isinstance(value, (frozenset, set, tuple, list)):
             text = json.dumps(sorted(value))
+        elif isinstance(value, dict):
+            text = json.dumps(value)
         else:
             text = str(value)
-        variables[f"MILLRACE_{name.upper()}"] = text
+        variables[variable] = text
     return variables
 
 
 def lake_credential(settings: Settings) -> dict[str, str]:
     """The credential of the lake, for a part that needs no other key."""
-    names = ("lake_access_key", "lake_secret_key")
-    return {f"MILLRACE_{name.upper()}": getattr(settings, name).get_secret_value() for name in names}
+    given = {"MILLRACE_LAKE_ACCESS_KEY": settings.lake_access_key, "MILLRACE_LAKE_SECRET_KEY": settings.lake_secret_key}
+    return dict(variable_for(name, value) for name, value in given.items())
 
 
 def _mlflow_login(settings: Settings, environment: Mapping[str, str]) -> dict[str, str]:

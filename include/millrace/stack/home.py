@@ -10,12 +10,11 @@ import os
 import secrets
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
-
-from pydantic import SecretStr
 
 from millrace import FORMAT_VERSION
 from millrace.errors import StackError
+from millrace.private_files import write_json, write_private
+from millrace.secret_sources import SecretFile, is_set
 from millrace.settings import Settings
 from millrace.stack.migration import migrate
 
@@ -27,10 +26,15 @@ class Secrets:
     completion_key: str
     pseudonym_key: str
     airflow_password: str
+    airflow_service_password: str
     airflow_fernet_key: str
     airflow_jwt_secret: str
     airflow_secret_key: str
     spark_secret: str
+
+
+RESTORING = "restoring.json"
+"""File of a home whose restore from a backup has begun and not ended."""
 
 
 def prepare_home(settings: Settings) -> None:
@@ -38,9 +42,12 @@ def prepare_home(settings: Settings) -> None:
     format is left for `bring_up_to_date`.
 
     Raises:
-        StackError: a newer Millrace wrote it, its version can't be read, or it can't be written.
+        StackError: a newer Millrace wrote it, its version can't be read, it can't be written, or its restore from a
+            backup didn't end.
     """
     home = settings.home
+    if (home / RESTORING).exists():
+        raise StackError(f"{home} is half restored from a backup; repeat that `millrace restore`, which completes it")
     read_format(home)
     try:
         # As root, PostgreSQL runs as a user of its own, who must be able to pass through.
@@ -113,24 +120,36 @@ def obtain_secrets(home: Path) -> Secrets:
 
 
 def with_secrets(settings: Settings, found: Secrets) -> Settings:
-    """`settings` with its keys filled in from `found`, except those that the environment sets."""
+    """`settings` with its keys filled in from `found`, except those that the environment sets. The parts read them
+    from files in `run/secrets`, made here, so that a rotation reaches those that run."""
     keys = {
-        name: SecretStr(getattr(found, name))
+        name: SecretFile(hand_out(settings.home, name, getattr(found, name)), f"MILLRACE_{name.upper()}")
         for name in ("completion_key", "pseudonym_key")
-        if not getattr(settings, name).get_secret_value()
+        if not is_set(getattr(settings, name))
     }
     return settings.model_copy(update=keys)
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Replace `path` in one step; nobody but its owner may read it. A power cut leaves the old or the new one."""
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+def hand_out(home: Path, name: str, value: str) -> Path:
+    """The file from which the parts read a secret of `home`, with `value` in it."""
+    folder = home / "run" / "secrets"
+    folder.mkdir(exist_ok=True, mode=0o700)
+    write_private(folder / name, value)
+    return folder / name
+
+
+def keep_secret(home: Path, name: str, value: str) -> Path:
+    """Put `value` in the place of a secret that was generated, for those who run and for later starts. Returns where it
+    is kept.
+
+    Raises:
+        StackError: as `obtain_secrets`.
+    """
+    obtain_secrets(home)  # which refuses what it can't understand
+    path = home / "secrets.json"
+    write_json(path, json.loads(path.read_text()) | {name: value})
+    hand_out(home, name, value)
+    return path
 
 
 class HomeLock:

@@ -11,21 +11,21 @@ from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 
 from pydantic import SecretStr
 
-from millrace.settings import PROJECT, Settings
+from millrace.environments import airflow_access
+from millrace.private_files import write_json
+from millrace.secret_sources import is_set
+from millrace.settings import AIRFLOW_ADMIN, AIRFLOW_SERVICE, PROJECT, Settings
 from millrace.stack.environment import part_environment
-from millrace.stack.home import Secrets, registry_mark, write_json
+from millrace.stack.home import Secrets, registry_mark
 from millrace.stack.object_store import WALLED, object_store_parts
 from millrace.stack.part import Part, get, nothing
 from millrace.stack.postgres import Postgres
 from millrace.stack.spark_parts import spark_parts
 
 _KEYS_DATABASE = "gateway"
-ADMIN = "admin"
-"""Airflow's one user."""
 
 
 def all_parts(settings: Settings, secrets: Secrets) -> tuple[Part, ...]:
@@ -36,7 +36,7 @@ def all_parts(settings: Settings, secrets: Secrets) -> tuple[Part, ...]:
     """
     postgres = _postgres_of(settings)
     store = object_store_parts(settings) if settings.object_store_port else []
-    parts = [_postgres(settings, postgres)]
+    parts = [postgres_part(settings)]
     if not settings.spark_remote:
         parts += spark_parts(settings, secrets)
     if not settings.mlflow_uri:
@@ -52,21 +52,17 @@ def _with_its_lake(part: Part) -> Part:
 
 def with_keys_url(settings: Settings) -> Settings:
     """`settings` with the embedded database of API keys, unless they name another."""
-    if settings.keys_url.get_secret_value():
+    if is_set(settings.keys_url):
         return settings
     return settings.model_copy(update={"keys_url": SecretStr(_postgres_of(settings).url(_KEYS_DATABASE))})
-
-
-def password_file(home: Path) -> Path:
-    """Where a person finds the password of Airflow's user."""
-    return home / "airflow" / "password.json"
 
 
 def _postgres_of(settings: Settings) -> Postgres:
     return Postgres(settings.home / "postgres")
 
 
-def _postgres(settings: Settings, postgres: Postgres) -> Part:
+def postgres_part(settings: Settings) -> Part:
+    postgres = _postgres_of(settings)
     return Part(
         name="postgres",
         command=postgres.command(),
@@ -94,10 +90,14 @@ def _mlflow(settings: Settings, postgres: Postgres) -> Part:
         command=(
             sys.executable, "-m", "mlflow", "server",
             "--host", settings.listens_on, "--port", str(settings.mlflow_port), "--workers", "1",
-            "--backend-store-uri", postgres.url("mlflow"), "--artifacts-destination", str(artifacts),
+            "--artifacts-destination", str(artifacts),
         ),
         environment=part_environment(settings, threads=1, keys=False)
-        | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        | {
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            # An address may hold a password, and everybody on a machine sees its command lines.
+            "MLFLOW_BACKEND_STORE_URI": postgres.url("mlflow"),
+        },
         ready=lambda started: get(settings, settings.mlflow_port, "/health") is not None,
         after=("postgres",),
         prepare=prepare,
@@ -118,7 +118,8 @@ def _airflow(settings: Settings, secrets: Secrets, postgres: Postgres) -> tuple[
 
     def prepare() -> None:
         home.mkdir(exist_ok=True, mode=0o700)
-        write_json(password_file(settings.home), {ADMIN: secrets.airflow_password})
+        own = {AIRFLOW_ADMIN: secrets.airflow_password, AIRFLOW_SERVICE: secrets.airflow_service_password}
+        airflow_access.tell(settings, airflow_access.apply(settings, own), actor="service/stack")
         postgres.create_database("airflow")
 
     def healthy(component: str) -> Callable[[float], bool]:
@@ -197,9 +198,8 @@ def _airflow_variables(settings: Settings, secrets: Secrets, postgres: Postgres)
             # Unpausing is a decision: a weekly fine-tune whose hour has passed is due at that moment.
             "dags_are_paused_at_creation": True,
             "fernet_key": secrets.airflow_fernet_key,
-            "simple_auth_manager_users": f"{ADMIN}:admin",
             "simple_auth_manager_all_admins": False,
-            "simple_auth_manager_passwords_file": password_file(settings.home),
+            "simple_auth_manager_passwords_file": airflow_access.password_file(settings.home),
             "execution_api_server_url": f"{settings.airflow_url}/execution/",
         },
         "database": {"sql_alchemy_conn": postgres.url("airflow")},
@@ -229,7 +229,7 @@ def _airflow_variables(settings: Settings, secrets: Secrets, postgres: Postgres)
 
 def _gateways(settings: Settings, postgres: Postgres) -> Iterator[Part]:
     known = with_keys_url(settings)
-    embedded = known.keys_url.get_secret_value() == postgres.url(_KEYS_DATABASE)
+    embedded = not is_set(settings.keys_url) or settings.keys_url == SecretStr(postgres.url(_KEYS_DATABASE))
     needs = [name for name, here in (("mlflow", not settings.mlflow_uri), ("postgres", embedded)) if here]
     for number, port in enumerate(settings.gateway_ports, 1):
         own = known.model_copy(update={"gateway_port": port})

@@ -12,6 +12,8 @@ import pwd
 import shutil
 import stat
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -97,16 +99,30 @@ class Postgres:
         Raises:
             StackError: the server does not answer.
         """
+        with self._administering(f"{name} needs a database") as cursor:
+            cursor.execute("select 1 from pg_database where datname = %s", (name,))
+            if cursor.fetchone() is None:
+                cursor.execute(f'create database "{name}"')
+
+    def databases(self) -> set[str]:
+        """
+        Raises:
+            StackError: the server does not answer.
+        """
+        with self._administering("its databases are to be listed") as cursor:
+            cursor.execute("select datname from pg_database where not datistemplate")
+            return {name for (name,) in cursor.fetchall()}
+
+    @contextmanager
+    def _administering(self, purpose: str) -> "Iterator[psycopg2.extensions.cursor]":
         try:
             connection = self._connect("postgres")
         except psycopg2.OperationalError as error:
-            raise StackError(f"PostgreSQL does not answer, and {name} needs a database: {error}") from None
+            raise StackError(f"PostgreSQL does not answer, and {purpose}: {error}") from None
         try:
             connection.autocommit = True
             with connection.cursor() as cursor:
-                cursor.execute("select 1 from pg_database where datname = %s", (name,))
-                if cursor.fetchone() is None:
-                    cursor.execute(f'create database "{name}"')
+                yield cursor
         finally:
             connection.close()
 
@@ -142,6 +158,15 @@ class Postgres:
         except (OSError, ValueError, psutil.NoSuchProcess):
             pass
         path.unlink(missing_ok=True)
+
+
+def program(name: str) -> Path:
+    """One of PostgreSQL's programs, such as `pg_dump`.
+
+    Raises:
+        StackError: the package that holds them is not installed.
+    """
+    return _programs() / name
 
 
 def _programs() -> Path:

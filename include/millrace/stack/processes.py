@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from millrace.errors import StackError
-from millrace.stack.home import write_json
+from millrace.private_files import write_json
 
 MARK = "_MILLRACE_PART"
 _SAME_START_SECONDS = 2.0

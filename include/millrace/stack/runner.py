@@ -6,6 +6,8 @@ It does not know about other parts; `running.py` says when.
 import logging
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +21,8 @@ _LONGEST_WAIT = 60.0
 _STEADY_SECONDS = 300.0
 """A part that lived this long starts counting its deaths from zero."""
 _REVIVE_END_SECONDS = 5.0
+_END_SECONDS = 20.0
+_POLL_SECONDS = 0.1
 
 
 class Runner:
@@ -114,3 +118,23 @@ class Runner:
         self.state, self._took = "failed", time.time() - self._launched
         tail = processes.log_tail(self._home, self.part.name)
         raise StackError(f"{what}; {processes.log_path(self._home, self.part.name)} ends with:\n{tail}")
+
+
+@contextmanager
+def running_alone(part: Part, home: Path, cwd: Path) -> Iterator[None]:
+    """`part` without the rest of the stack, ready inside the block, with nothing left of it after. The caller holds
+    the home's lock.
+
+    Raises:
+        StackError: it can't be started.
+    """
+    runner = Runner(part, home, cwd)
+    try:
+        runner.launch()
+        while runner.state != "ready":
+            runner.check()
+            time.sleep(_POLL_SECONDS)
+        yield
+    finally:
+        processes.end(home, [part.name], seconds=_END_SECONDS)
+        runner.reap()

@@ -18,7 +18,8 @@ from typing import Literal, Self
 
 from millrace.airflow_api import Airflow
 from millrace.errors import StackError
-from millrace.settings import PROJECT, Settings
+from millrace.private_files import write_json
+from millrace.settings import AIRFLOW_SERVICE, PROJECT, Settings
 from millrace.stack import processes
 from millrace.stack.home import (
     HomeLock,
@@ -27,11 +28,10 @@ from millrace.stack.home import (
     obtain_secrets,
     prepare_home,
     with_secrets,
-    write_json,
 )
 from millrace.stack.interrupts import Interrupts
 from millrace.stack.part import Part
-from millrace.stack.parts import ADMIN, all_parts, with_keys_url
+from millrace.stack.parts import all_parts, with_keys_url
 from millrace.stack.preflight import check_machine
 from millrace.stack.runner import Runner
 
@@ -100,13 +100,14 @@ class Stack:
 
     @property
     def airflow_password(self) -> str:
-        """Of Airflow's user `admin`."""
+        """Of Airflow's user `admin`, where there is one."""
         assert self._secrets is not None, "the stack has not been started"
         return self._secrets.airflow_password
 
     def airflow(self) -> Airflow:
-        """A client of this stack's Airflow; close it, or use it in a `with` block."""
-        return Airflow(self.settings.airflow_url, ADMIN, self.airflow_password)
+        """A client of this stack's Airflow, as the stack itself; close it, or use it in a `with` block."""
+        assert self._secrets is not None, "the stack has not been started"
+        return Airflow(self.settings.airflow_url, AIRFLOW_SERVICE, self._secrets.airflow_service_password)
 
     def wait(self) -> None:
         """Until a signal ends the stack."""

@@ -15,11 +15,11 @@ import psutil
 
 from millrace.airflow_api import Airflow
 from millrace.errors import StackError
-from millrace.settings import PROJECT, Settings
+from millrace.settings import AIRFLOW_SERVICE, PROJECT, Settings
 from millrace.stack import processes
 from millrace.stack.environment import part_environment
 from millrace.stack.home import HomeLock, Secrets, obtain_secrets, prepare_home, read_format
-from millrace.stack.parts import ADMIN, all_parts
+from millrace.stack.parts import all_parts
 from millrace.stack.running import Progress, read_state
 
 _DOWN_SECONDS = 120.0
@@ -218,4 +218,4 @@ def _end_owner(pid: int) -> None:
 
 def airflow_of(settings: Settings) -> Airflow:
     """A client of the Airflow on `settings.home`; close it, or use it in a `with` block."""
-    return Airflow(settings.airflow_url, ADMIN, obtain_secrets(settings.home).airflow_password)
+    return Airflow(settings.airflow_url, AIRFLOW_SERVICE, obtain_secrets(settings.home).airflow_service_password)

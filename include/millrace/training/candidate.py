@@ -1,6 +1,7 @@
 """From a finished fine-tune to a candidate release."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from millrace.lakehouse.costs import attribute_cost
 from millrace.lakehouse.lake import Lake
 from millrace.releases.generator import adapter_name, open_engine, served_model, upstream_of
 from millrace.releases.manifest import Generator, ServedModel, describe_adapter, describe_weights
+from millrace.releases.recipe import Recipe
 from millrace.releases.registry import register_once
 from millrace.settings import Settings
 from millrace.training.export import verify_answers, write_full, write_merged
@@ -22,13 +24,19 @@ from millrace.training.starting import starting_manifest, starting_weights
 
 
 def release_candidate(
-    settings: Settings, application: Application, *, trained: dict[str, Any], run: str
+    settings: Settings,
+    application: Application,
+    *,
+    trained: dict[str, Any],
+    run: str,
+    form: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Export a fine-tune and register it: the champion's manifest with the new weights, or, where a server has the
     model (`MILLRACE_UPSTREAM_MODEL`), with the adapter for it.
 
     Args:
         trained: as `finetune` returns it.
+        form: what `build_set` was given beside the declaration; None: nothing.
 
     Returns:
         `version`, `release_id`, `agreement` (of the exported model's answers with the trained one's), `changed`.
@@ -55,6 +63,7 @@ def release_candidate(
         run=run,
         tags={
             "millrace.origin": "finetune",
+            **Recipe.of(application, "finetune", form or {}).tags,
             "training_set": trained["training_set"],
             "fingerprint": trained["fingerprint"],
             "mlflow_run": trained["mlflow_run"],

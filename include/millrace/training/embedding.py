@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,15 @@ from millrace.releases.declare import declare_release
 from millrace.releases.embedding import release_lineage
 from millrace.releases.manifest import Manifest, describe_embedding
 from millrace.releases.package import read_release
-from millrace.releases.registry import fetch_release, read_split, register_once, training_tags
+from millrace.releases.published_split import read_split
+from millrace.releases.recipe import Recipe
+from millrace.releases.registry import fetch_release, register_once, training_tags
 from millrace.retrieval.embed import Embedder, Lineage, lineage_name, refresh_embeddings
 from millrace.retrieval.embedding_model import MODEL_FILES, WEIGHTS, forget_converted, model_folder, weights_sha256
 from millrace.retrieval.index import build_index, builds_of, published_build
 from millrace.retrieval.search import Retriever
 from millrace.settings import Settings
+from millrace.sources.erased import erasures_seen, require_nobody_erased
 from millrace.sources.questions import derive_questions
 from millrace.training.contrastive import Embed, Found, Triple, measure, tune
 from millrace.training.pairs import Corpus, Pair, choose_pairs, seek
@@ -88,10 +91,12 @@ def tune_embedding(
     released = fetch_release(settings, application, version)
     manifest = read_release(released)
     current = release_lineage(manifest, released)
-    corpus = Corpus(Lake.of(settings, application.name).read(SILVER_CHUNKS))
+    lake = Lake.of(settings, application.name)
+    erased = erasures_seen(lake)
+    corpus = Corpus(lake.read(SILVER_CHUNKS))
     embedder = current.open(settings)
     pairs, left_out = _pairs(settings, application, current, embedder, corpus, configuration.max_examples)
-    folder, trained = _tune(settings, application, manifest, embedder, corpus, pairs, configuration, run)
+    folder, trained = _tune(settings, application, manifest, embedder, corpus, pairs, configuration, erased, run)
     told = {
         "release": version,
         "folder": str(folder),
@@ -120,12 +125,18 @@ def tune_embedding(
 
 
 def release_embedding(
-    settings: Settings, application: Application, *, tuned: dict[str, Any], run: str
+    settings: Settings,
+    application: Application,
+    *,
+    tuned: dict[str, Any],
+    run: str,
+    form: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Register the release that the embedding model was compared with, with that model and its lineage, as a candidate.
 
     Args:
         tuned: as `tune_embedding` returns it, where it is better.
+        form: what it was given beside the declaration; None: nothing.
 
     Returns:
         As `register_once`.
@@ -153,6 +164,7 @@ def release_embedding(
         tags=tags
         | {
             "millrace.origin": "embedding",
+            **Recipe.of(application, "finetune_embedding", form or {}).tags,
             "fingerprint": tuned["fingerprint"],
             "pairs": str(tuned["pairs"]),
             "simulated": str(simulated).lower(),
@@ -196,6 +208,7 @@ def _tune(
     corpus: Corpus,
     pairs: Sequence[Pair],
     configuration: EmbeddingTraining,
+    erased: int | None,
     run: str,
 ) -> tuple[Path, dict[str, Any]]:
     """The folder with the model, and what was measured; what is there already is used."""
@@ -218,6 +231,7 @@ def _tune(
                 settings, manifest.retrieval.embedding_model, building, before, corpus, pairs, configuration, depth
             )
             (building / "result.json").write_text(json.dumps(result, indent=1))
+            require_nobody_erased(Lake.of(settings, application.name), erased)
             seconds = result["seconds"]
             cost = Cost(
                 training_cost_id(folder.name, seconds),

@@ -23,6 +23,7 @@ from millrace.lakehouse.tables import GOLD_PREFERENCE_EXAMPLES, SILVER_DOCUMENTS
 from millrace.releases.pipeline import MAX_QUESTION
 from millrace.releases.prompt import render
 from millrace.settings import Settings
+from millrace.sources.erased import erasures_seen, require_nobody_erased
 from millrace.sources.questions import derive_questions
 from millrace.training.pool import LOW_RATING, MAX_CORRECTION, held_out_questions, same_words
 from millrace.training.sets import MINIMUM, refuse_near, retrieval, take
@@ -86,6 +87,7 @@ def build_preference_set(
         ReleaseError: MLflow doesn't answer.
     """
     lake = Lake.of(settings, application.name)
+    erased = erasures_seen(lake)
     manifest = starting_manifest(settings, application, run=run)
     held_out = held_out_questions(lake, derive_questions(lake.read(SILVER_DOCUMENTS), application))
     retrieve, build = retrieval(settings, application, manifest)
@@ -111,6 +113,7 @@ def build_preference_set(
     refuse_near([example.question for example in examples], held_out)
     set_id = preference_set_id(examples)
     rows = [{"training_set": set_id} | asdict(example) for example in examples]
+    require_nobody_erased(lake, erased)
     written = lake.merge(
         GOLD_PREFERENCE_EXAMPLES, pa.Table.from_pylist(rows, schema=GOLD_PREFERENCE_EXAMPLES.rows_schema), run=run
     )

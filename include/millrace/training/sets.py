@@ -25,6 +25,7 @@ from millrace.retrieval.index import builds_of
 from millrace.retrieval.search import Hit, Retriever
 from millrace.scoring.duplicates import near_duplicates
 from millrace.settings import Settings
+from millrace.sources.erased import erasures_seen, require_nobody_erased
 from millrace.sources.questions import derive_questions
 from millrace.training.pool import Asked, corrections, held_out_questions, known_answers
 from millrace.training.starting import starting_manifest, starting_weights
@@ -92,6 +93,7 @@ def build_training_set(
         ReleaseError: MLflow doesn't answer.
     """
     lake = Lake.of(settings, application.name)
+    erased = erasures_seen(lake)
     manifest = starting_manifest(settings, application, run=run)
     size = max_examples or application.training.max_examples
     derived = derive_questions(lake.read(SILVER_DOCUMENTS), application)
@@ -140,6 +142,7 @@ def build_training_set(
     refuse_leaks(examples, held_out, application.questions.evaluation_sections)
     set_id = training_set_id(examples)
     rows = [{"training_set": set_id} | asdict(example) for example in examples]
+    require_nobody_erased(lake, erased)
     written = lake.merge(
         GOLD_TRAINING_EXAMPLES, pa.Table.from_pylist(rows, schema=GOLD_TRAINING_EXAMPLES.rows_schema), run=run
     )

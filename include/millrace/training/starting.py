@@ -11,7 +11,8 @@ from millrace.lakehouse.trained import trained_sets
 from millrace.releases.declare import declare_release
 from millrace.releases.manifest import Manifest, Weights
 from millrace.releases.package import read_release
-from millrace.releases.registry import fetch_release, read_split, release_manifest, versions
+from millrace.releases.published_split import read_split
+from millrace.releases.registry import fetch_release, release_manifest, versions
 from millrace.settings import Settings
 
 

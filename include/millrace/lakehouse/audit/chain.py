@@ -131,7 +131,7 @@ def _append(lake: Lake, told: Mapping[str, Mapping[str, Any]], run: str) -> tupl
     Raises:
         ConflictError: somebody else appended since.
     """
-    uri = lake.uri(OPS_AUDIT)
+    uri = lake.own_uri(OPS_AUDIT)
     opened = open_table(uri, OPS_AUDIT) if lake.exists(OPS_AUDIT) else None
     before, known = (_last(lake, opened), _known(lake, opened, list(told))) if opened else (None, set[str]())
     missing = [event for event_id, event in told.items() if event_id not in known]

@@ -44,6 +44,8 @@ class KeyUses:
             self._cut += bool(due)
             self._waiting += [self._event(*counted, uses=self._counts.pop(counted)) for counted in sorted(due)]
             waiting = list(self._waiting)
+        if not waiting:
+            return 0
         appended = record(settings, waiting, run=run)
         done = {event.event_id for event in waiting}
         with self._lock:

@@ -48,6 +48,27 @@ OPS_EVALUATIONS = Table(
     retention_days=3650,
 )
 
+OPS_PROMOTIONS = Table(
+    "ops",
+    "promotions",
+    (
+        text("promotion_id"),  # of the run that promotes
+        text("step"),  # approved, rejected, copied, rebuilding
+        time("at"),
+        text("actor"),
+        text("reason"),
+        text("source"),  # environment that the release is from
+        text("source_version"),
+        text("release_id"),  # there
+        text("way"),  # models, code
+        text("commit", nullable=True),  # of the code that made it
+        text("recipe", nullable=True),  # JSON: what makes it again, where something does
+        text("version", nullable=True),  # here, where it was copied
+    ),
+    key=("promotion_id", "step"),
+    retention_days=3650,
+)
+
 OPS_PROMPT_TRIALS = Table(
     "ops",
     "prompt_trials",
@@ -119,6 +140,33 @@ OPS_AUDIT = Table(
     key=("sequence",),
     partition_by=("month",),
     append_only=True,
+    retention_days=3650,
+)
+
+OPS_ERASURES = Table(
+    "ops",
+    "erasures",
+    (
+        text("user"),  # keyed pseudonym
+        text("content_hash"),
+        time("until"),  # what this user did up to then is erased, also if it arrives later
+        time("done_at", nullable=True),  # null: there is more to do
+        pa.field("completions", pa.list_(pa.string()), nullable=False),  # hashes of their ids: feedback names no user
+        text("told"),  # JSON: how much of what was erased, and what was trained on it; no text of the user's
+    ),
+    key=("user",),
+    retention_days=3650,
+)
+
+OPS_ENVIRONMENT = Table(
+    "ops",
+    "environment",
+    (
+        time("described_at"),
+        text("commit"),  # empty: nobody knows
+        text("content"),  # JSON: settings, secrets as a few bits of a slow hash, declarations
+    ),
+    key=("described_at",),
     retention_days=3650,
 )
 

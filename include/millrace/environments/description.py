@@ -1,0 +1,97 @@
+"""What an environment says of itself: the commit of its code, its settings, its applications' declarations.
+
+Only its own processes know their settings, so it writes them down in its lake (`_platform/ops/environment`), where
+whoever may read that can compare them. Of a secret it says sixteen bits of a slow hash: enough to tell another one
+(wrong once in 65,536), too few to find out what it is.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import pyarrow as pa
+from pydantic import SecretStr
+
+from millrace.applications import flatten, load_applications
+from millrace.errors import LakehouseError
+from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.tables import OPS_ENVIRONMENT, PLATFORM
+from millrace.releases.recipe import running_commit
+from millrace.settings import Settings
+
+_IN_ADDRESSES = re.compile(r"(?<=//)[^/@\s]+(?=@)|(?<=token=)[^;\s]+")
+"""What an address may carry that nobody else is to know: a login, a Spark token."""
+
+
+@dataclass(frozen=True)
+class Description:
+    described_at: datetime
+    commit: str
+    """Of the code; empty: nobody knows."""
+    settings: dict[str, str]
+    """Name → value as JSON, secrets aside."""
+    secrets: dict[str, str]
+    """Name of each that is set → four hexadecimal digits."""
+    declarations: dict[str, str]
+    """Dotted field (`qa.training.epochs`) → value as JSON."""
+
+
+def describe(settings: Settings) -> Description:
+    """What this process' environment is now."""
+    public, secrets = {}, {}
+    for field in Settings.model_fields:
+        name, value = f"MILLRACE_{field.upper()}", getattr(settings, field)
+        if not isinstance(value, SecretStr):
+            public[name] = _told(settings.model_dump(mode="json", include={field})[field])
+        elif secret := value.get_secret_value():
+            secrets[name] = _digest(name, secret)
+    declarations = {
+        f"{application.name}.{field}": _told(value)
+        for application in load_applications(settings)
+        for field, value in flatten(application.model_dump(mode="json")).items()
+    }
+    return Description(datetime.now(UTC), running_commit(settings), public, secrets, declarations)
+
+
+def record_description(settings: Settings, *, run: str) -> Description:
+    """Write it into this environment's lake, for others to read.
+
+    Raises:
+        LakehouseError: it can't be written.
+    """
+    found = describe(settings)
+    content = {"settings": found.settings, "secrets": found.secrets, "declarations": found.declarations}
+    row = {
+        "described_at": found.described_at,
+        "commit": found.commit,
+        "content": json.dumps(content, ensure_ascii=False),
+    }
+    rows = pa.Table.from_pylist([row], schema=OPS_ENVIRONMENT.rows_schema)
+    Lake.of(settings, PLATFORM).merge(OPS_ENVIRONMENT, rows, run=run)
+    return found
+
+
+def recorded_description(settings: Settings) -> Description:
+    """What the environment of `settings` wrote down last.
+
+    Raises:
+        LakehouseError: it wrote nothing, or that can't be read.
+    """
+    rows = Lake.of(settings, PLATFORM).read(OPS_ENVIRONMENT).sort_by([("described_at", "descending")])
+    if not rows.num_rows:
+        raise LakehouseError(
+            f"{settings.environment} has not described itself in {PLATFORM}/{OPS_ENVIRONMENT.path}, or not where this "
+            "credential may read: let it run maintain_lakehouse or `millrace env record`"
+        )
+    row = rows.slice(0, 1).to_pylist()[0]
+    return Description(row["described_at"], row["commit"], **json.loads(row["content"]))
+
+
+def _told(value: object) -> str:
+    return _IN_ADDRESSES.sub("…", json.dumps(value, ensure_ascii=False, sort_keys=True))
+
+
+def _digest(name: str, secret: str) -> str:
+    return hashlib.scrypt(secret.encode(), salt=name.encode(), n=2**14, r=8, p=1, dklen=2).hex()

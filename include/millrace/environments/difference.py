@@ -1,0 +1,210 @@
+"""What differs between two environments: code, settings, secrets, declarations, tables, models, prompts, permissions.
+
+Each is read with the credential of whoever asks, as every other reader would read it. What that credential may not
+read is named, never taken for equal.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import pyarrow as pa
+from deltalake.exceptions import DeltaError
+
+from millrace.applications import load_applications
+from millrace.environments.description import recorded_description
+from millrace.environments.matrix import READS
+from millrace.environments.mlflow_calls import Caller, Login
+from millrace.errors import MillraceError, ReleaseError, SettingsError
+from millrace.lakehouse.commits import open_table, refusal
+from millrace.lakehouse.content import content_hash
+from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.tables import PLATFORM, TABLES, Table
+from millrace.releases.mlflow_server import mlflow_client
+from millrace.releases.published_split import read_split
+from millrace.releases.registry import RELEASE_TAG, versions
+from millrace.settings import Settings
+
+Found = TypeVar("Found")
+
+COLUMN = " column "
+"""Between the names of a table and of its column."""
+
+
+@dataclass(frozen=True)
+class Unread:
+    """What can't be compared, since one environment can't, or may not, be read there."""
+
+    environment: str
+    name: str
+    """Empty: the whole part."""
+    why: str
+
+
+@dataclass(frozen=True)
+class Difference:
+    name: str
+    left: str | None
+    """None: it isn't there."""
+    right: str | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of two environments, compared."""
+
+    name: str
+    equal: int
+    """Names that are the same in both."""
+    differences: Sequence[Difference]
+    unread: Sequence[Unread]
+
+
+Values = dict[str, str | Unread]
+"""What a part of an environment holds: name → value, or why that can't be read."""
+
+
+def compare_environments(settings: Settings, left: str, right: str) -> list[Part]:
+    """Every part of `left` and `right`.
+
+    Raises:
+        SettingsError: there is no such environment.
+    """
+    for name in (left, right):
+        if name not in READS:
+            raise SettingsError(f"there is no environment {name!r}; there are {', '.join(READS)}")
+    sides = [settings.model_copy(update={"environment": name}) for name in (left, right)]
+    said = [_read(_said, side) for side in sides]
+    parts = [
+        _compared(name, *(one if isinstance(one, Unread) else one[name] for one in said))
+        for name in ("code", "settings", "secrets", "declarations")
+    ]
+    parts.append(_compared("tables", *(_read(_tables, side) for side in sides)))
+
+    def of_mlflow(read: Callable[[Settings], Values], side: Settings) -> Values:
+        if not settings.mlflow_workspaces and side.environment != settings.environment:
+            raise ReleaseError(
+                f"MLflow at {settings.mlflow_url} has no workspaces (MILLRACE_MLFLOW_WORKSPACES), so what is in it is "
+                f"of {settings.environment} alone"
+            )
+        return read(side)
+
+    in_mlflow = {"models": _models, "prompts": _prompts, "permissions": _permissions}
+    return parts + [
+        _compared(name, *(_read(partial(of_mlflow, read), side) for side in sides)) for name, read in in_mlflow.items()
+    ]
+
+
+def _compared(name: str, left: Values | Unread, right: Values | Unread) -> Part:
+    if isinstance(left, Unread) or isinstance(right, Unread):
+        return Part(name, 0, [], [side for side in (left, right) if isinstance(side, Unread)])
+    equal, differences, unread = 0, list[Difference](), list[Unread]()
+    for one in sorted(left.keys() | right.keys()):
+        ours, theirs = left.get(one), right.get(one)
+        if isinstance(ours, Unread) or isinstance(theirs, Unread):
+            unread += [side for side in (ours, theirs) if isinstance(side, Unread)]
+        elif ours == theirs:
+            equal += 1
+        elif name == "secrets":
+            differences.append(Difference(one, ours and "set", theirs and ("another" if ours else "set")))
+        elif _whole(one, left) and _whole(one, right):
+            differences.append(Difference(one, ours, theirs))
+    return Part(name, equal, differences, unread)
+
+
+def _whole(name: str, values: Values) -> bool:
+    """Whether what `name` is a column of is there: of a table that isn't, nobody wants to read every column."""
+    table, _, column = name.partition(COLUMN)
+    return not column or isinstance(values.get(table), str)
+
+
+def _read(read: Callable[[Settings], Found], side: Settings) -> Found | Unread:
+    try:
+        return read(side)
+    except MillraceError as error:
+        return Unread(side.environment, "", str(error))
+
+
+def _said(side: Settings) -> dict[str, Values]:
+    """As the environment wrote it down: this process may be a person's, who has other settings and fewer secrets."""
+    said = recorded_description(side)
+    return {
+        "code": {"commit": said.commit or "unknown", "described at": f"{said.described_at:%Y-%m-%d %H:%M:%S} UTC"},
+        "settings": dict(said.settings),
+        "secrets": dict(said.secrets),
+        "declarations": dict(said.declarations),
+    }
+
+
+def _tables(side: Settings) -> Values:
+    found: Values = {}
+    for application in (*(one.name for one in load_applications(side)), PLATFORM):
+        lake = Lake.of(side, application)
+        for table in TABLES.values():
+            name = f"{application}/{table.path}"
+            try:
+                found |= _table(lake, table, name)
+            except MillraceError as error:
+                found[name] = Unread(side.environment, name, str(error))
+    return found
+
+
+def _table(lake: Lake, table: Table, name: str) -> dict[str, str]:
+    """Empty: it isn't there."""
+    if not lake.exists(table):
+        return {}
+    uri = lake.uri(table)
+    opened = open_table(uri, table)
+    try:
+        rows, columns = opened.count(), pa.schema(opened.schema().to_arrow())
+    except (DeltaError, OSError) as error:
+        raise refusal(table, uri, error) from error
+    types = {f"{name}{COLUMN}{one.name}": f"{one.type}{'' if one.nullable else ' not null'}" for one in columns}
+    return {name: f"version {opened.version()}, {rows:,} rows"} | types
+
+
+def _models(side: Settings) -> Values:
+    found: Values = {}
+    for application in load_applications(side):
+        registered, split = versions(side, application), read_split(side, application.name)
+        for version, tags in registered.items():
+            found[f"{application.name} {tags[RELEASE_TAG]}"] = f"version {version}"
+        for role in ("champion", "challenger"):
+            if answering := getattr(split, role, None):
+                release = registered.get(answering, {}).get(RELEASE_TAG, "removed")
+                found[f"{application.name} {role}"] = f"{release}, version {answering}"
+    return found
+
+
+def _prompts(side: Settings) -> Values:
+    """By what they say: the same text may be another version elsewhere."""
+    found: Values = {}
+    with mlflow_client(side, "list the prompts") as client:
+        for prompt in client.search_prompts():
+            for one in client.search_prompt_versions(prompt.name):
+                found[f"{prompt.name} {content_hash(str(one.template))[:12]}"] = f"version {one.version}"
+    return found
+
+
+def _permissions(side: Settings) -> Values:
+    """What MLflow lets the environment's roles do, where its administrator asks; else what it lets the caller do."""
+    from mlflow.utils.credentials import read_mlflow_creds
+
+    known = read_mlflow_creds()
+    if not side.mlflow_workspaces or not known.username:
+        raise ReleaseError(
+            f"nobody logs in to MLflow at {side.mlflow_url} (MLFLOW_TRACKING_USERNAME), or it has no workspaces: "
+            "whoever reaches it may do anything, or nothing is known of who may"
+        )
+    with Caller(side, Login(known.username, known.password or "")) as ask:
+        mine = ask("GET", "3.0/mlflow/users/current/permissions")
+        if not mine["is_admin"]:
+            here = [one for one in mine["permissions"] if one["workspace"] == side.environment]
+            return _granted(known.username, here)
+        roles = ask("GET", "3.0/mlflow/roles/list", params={"workspace": side.environment})["roles"]
+        return {name: value for role in roles for name, value in _granted(role["name"], role["permissions"]).items()}
+
+
+def _granted(who: str, permissions: Sequence[Mapping[str, str]]) -> Values:
+    return {f"{who} on {one['resource_type']} {one['resource_pattern']}": one["permission"] for one in permissions}

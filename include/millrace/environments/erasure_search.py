@@ -1,0 +1,176 @@
+"""Where an application has something of one user: found, not touched.
+
+A user is in events, exchanges and feedback by pseudonym. From there on by what was asked only: an example that was
+made of a question or a correction names nobody, so it is found by the question. Another user's example of the very
+same question is found with it. Reads everything, decides nothing.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from millrace.errors import SourceError
+from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.tables import (
+    BRONZE_EVENTS,
+    GOLD_PREFERENCE_EXAMPLES,
+    GOLD_TRAINING_EXAMPLES,
+    QUARANTINE_FEEDBACK,
+    SILVER_EXCHANGES,
+    SILVER_FEEDBACK,
+    Table,
+)
+from millrace.settings import Settings
+from millrace.sources.erased import Erasure, hashed
+from millrace.sources.event_log import HOUR, Feedback, Line, parse_event, read_events, segment_hour
+
+HOLDERS: tuple[tuple[Table, str], ...] = (
+    # In the order of erasing: what is found by something comes before that.
+    (GOLD_TRAINING_EXAMPLES, "example_id"),
+    (GOLD_PREFERENCE_EXAMPLES, "example_id"),
+    (BRONZE_EVENTS, "event_id"),
+    (QUARANTINE_FEEDBACK, "item_id"),
+    (SILVER_FEEDBACK, "completion_id"),
+    (SILVER_EXCHANGES, "completion_id"),
+)
+"""Table that may hold something of a user → the column that says which rows."""
+WORK_FILES = ("examples.jsonl", "pairs.jsonl")
+"""What fine-tunes write of their examples, in a folder of each run."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What there is of one user in one application."""
+
+    erasure: Erasure
+    """With all completions that are known now."""
+    lines: int
+    """Of the event log."""
+    rows: dict[str, frozenset[str]]
+    """Path of a table → its rows, by the column in `HOLDERS`."""
+    files: tuple[Path, ...]
+    """Of fine-tunes, with a line that has one of the user's questions."""
+    questions: frozenset[str]
+    training_sets: frozenset[str]
+    """The sets with such examples, and the names of fine-tunes whose files have them."""
+
+    @property
+    def nothing(self) -> bool:
+        return not (self.lines or self.files or any(self.rows.values()))
+
+
+def look(settings: Settings, application: str, erasure: Erasure) -> Found:
+    """Everything that `erasure` is about.
+
+    Raises:
+        LakehouseError, SourceError: a table or a segment can't be read.
+    """
+    lake = Lake.of(settings, application)
+    events, completions, said_on, questions = _events(lake, erasure)
+    asked = lake.read(
+        SILVER_EXCHANGES,
+        ["completion_id", "question"],
+        where=(pc.field("user") == erasure.user) & (pc.field("occurred_at") <= erasure.until),
+    )
+    completions |= set(asked["completion_id"].to_pylist())
+    questions |= set(asked["question"].to_pylist())
+    # Twice through the log: which lines are the user's is known once all their completions are.
+    completions |= {
+        line.event.completion_id
+        for line in _logged(settings, application)
+        if line.event is not None and not isinstance(line.event, Feedback) and erasure.covers(line.event)
+    }
+    erasure = replace(erasure, completions=erasure.completions | {hashed(one) for one in completions})
+    feedback = _feedback(lake, erasure, said_on)
+    questions |= set(feedback["question"].to_pylist())
+    questions = {question.strip() for question in questions} - {""}
+    examples = {
+        table.path: _examples(lake, table, questions) for table in (GOLD_TRAINING_EXAMPLES, GOLD_PREFERENCE_EXAMPLES)
+    }
+    files = tuple(_files(settings, application, questions))
+    rows = {
+        **{path: frozenset(found["example_id"].to_pylist()) for path, found in examples.items()},
+        BRONZE_EVENTS.path: frozenset(events | _said_on(lake, erasure)),
+        QUARANTINE_FEEDBACK.path: frozenset(_quarantined(lake, erasure)),
+        SILVER_FEEDBACK.path: frozenset(feedback["completion_id"].to_pylist()),
+        SILVER_EXCHANGES.path: frozenset(asked["completion_id"].to_pylist()),
+    }
+    sets = {one for found in examples.values() for one in found["training_set"].to_pylist()}
+    return Found(
+        erasure,
+        lines=sum(erasure.covers_line(line) for line in _logged(settings, application)),
+        rows=rows,
+        files=files,
+        questions=frozenset(questions),
+        training_sets=frozenset(sets | {path.parent.name for path in files}),
+    )
+
+
+def mentions(line: str, questions: frozenset[str]) -> bool:
+    """Whether a line of a fine-tune's file has one of the questions."""
+    return any(json.dumps(question)[1:-1] in line for question in questions)
+
+
+def _events(lake: Lake, erasure: Erasure) -> tuple[set[str], set[str], set[str], set[str]]:
+    """Of bronze: events that name the user, their completions, those that the user rated, and what was asked."""
+    named = pc.match_substring(pc.field("payload"), erasure.user)
+    events, completions, said_on, questions = set[str](), set[str](), set[str](), set[str]()
+    for row in lake.read(BRONZE_EVENTS, ["event_id", "payload"], where=named).to_pylist():
+        event = parse_event(row["payload"])
+        if not erasure.covers(event):
+            continue
+        events.add(row["event_id"])
+        if isinstance(event, Feedback):
+            said_on.add(event.completion_id)
+        else:
+            completions.add(event.completion_id)
+            questions.add(event.question)
+    return events, completions, said_on, questions
+
+
+def _said_on(lake: Lake, erasure: Erasure) -> set[str]:
+    """Events about the user's completions, whoever they name."""
+    about = lake.read(BRONZE_EVENTS, ["event_id", "completion_id"]).to_pylist()
+    return {row["event_id"] for row in about if hashed(row["completion_id"]) in erasure.completions}
+
+
+def _feedback(lake: Lake, erasure: Erasure, said_on: set[str]) -> pa.Table:
+    """Rows on the user's completions, and those that the user's ratings of other answers made."""
+    rows = lake.read(SILVER_FEEDBACK, ["completion_id", "question"])
+    ours = [hashed(one) in erasure.completions or one in said_on for one in rows["completion_id"].to_pylist()]
+    return rows.filter(pa.array(ours, pa.bool_()))
+
+
+def _quarantined(lake: Lake, erasure: Erasure) -> Iterator[str]:
+    for row in lake.read(QUARANTINE_FEEDBACK, ["item_id", "payload", "found_in"]).to_pylist():
+        try:
+            theirs = erasure.covers(parse_event(row["payload"]))
+        except SourceError:
+            theirs = erasure.user in row["payload"] and row["found_in"] <= erasure.until
+        if theirs:
+            yield row["item_id"]
+
+
+def _examples(lake: Lake, table: Table, questions: set[str]) -> pa.Table:
+    """Rows that were made of what users asked and said, with one of these questions."""
+    rows = lake.read(table, ["training_set", "example_id", "question"], where=pc.field("origin") != "document")
+    return rows.filter(pc.is_in(rows["question"], pa.array(sorted(questions), pa.string())))
+
+
+def _files(settings: Settings, application: str, questions: set[str]) -> Iterator[Path]:
+    runs = settings.home / "training" / settings.environment / application
+    for name in WORK_FILES:
+        for path in sorted(runs.glob(f"*/{name}")):
+            if mentions(path.read_text(encoding="utf-8"), frozenset(questions)):
+                yield path
+
+
+def _logged(settings: Settings, application: str) -> Iterator[Line]:
+    folder = settings.event_log(application)
+    hours = [hour for path in folder.glob("*.jsonl") if (hour := segment_hour(path))]
+    if hours:
+        yield from read_events(folder, min(hours), max(hours) + HOUR)

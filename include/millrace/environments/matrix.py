@@ -1,0 +1,56 @@
+"""Who may do what, declared once for every wall between environments; and what came of trying it.
+
+Each environment has a service identity of its name, which manages everything of its own. What it reads of others is
+`READS`; nothing else is allowed. A wall is a server that keeps this (`walls.py` lists them); this module knows none.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+READS: dict[str, tuple[str, ...]] = {"dev": ("prod",), "staging": ("dev", "prod"), "prod": ("staging",)}
+"""Environment → the others whose lake, models, prompts, experiments and index builds its identity reads: dev, to find
+out why prod answers as it does; staging, what is promoted to it and what it draws its sample from; prod, what is
+promoted to it."""
+
+DATABASES = ("airflow", "gateway")
+"""What each environment owns in PostgreSQL, as `<environment>_<name>`. `READS` does not hold there: Airflow's has
+connections in it and the gateway's API keys, so nobody enters another's."""
+
+SERVERS: dict[str, tuple[str, ...]] = {"mlflow": ("mlflow", "mlflow_auth")}
+"""Identity of a server that the environments share → the databases that it owns. No environment enters them: whoever
+writes there is above that server's own walls."""
+
+SHARED = "shared"
+"""Stands where an environment's name would, for what is no environment's."""
+
+Right = Literal["manages", "reads"]
+
+
+def right(identity: str, environment: str) -> Right | None:
+    """What `identity` may do in `environment`; None: nothing."""
+    if identity == environment:
+        return "manages"
+    return "reads" if environment in READS[identity] else None
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What became of one try."""
+
+    identity: str
+    environment: str
+    resource: str
+    action: str
+    declared: bool
+    """Whether it should be allowed."""
+    allowed: bool | None
+    """Whether it was; None: nobody tried, since there is no server that could refuse."""
+
+    @property
+    def wrong(self) -> bool:
+        return self.allowed is not None and self.allowed != self.declared
+
+    def __str__(self) -> str:
+        verdict = {True: "allowed", False: "refused", None: "not observed"}[self.allowed]
+        wrong = ", which is not as declared" if self.wrong else ""
+        return f"{self.identity}: {self.action} {self.resource} in {self.environment}: {verdict}{wrong}"
