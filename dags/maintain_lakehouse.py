@@ -54,7 +54,7 @@ def maintain_lakehouse(application: Application) -> DAG:
 
             return remove_unused(read_settings(), application)
 
-        @task(pool=HEAVY)
+        @task(pool=HEAVY, queue=HEAVY)
         def forget() -> list:
             from millrace.environments.erasure import finish_erasures
 

@@ -31,7 +31,7 @@ from tests.conftest import free_ports_in_a_row, gateway_environment
 from tests.serving.parrot import EVER
 from tests.serving.test_admission import COST
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 USERS = [f"user {number}" for number in range(30)]
 

@@ -3,7 +3,6 @@ the file of what its processes must agree on. It does not know what any of them 
 """
 
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ import sys
 from pathlib import Path
 
 from millrace.errors import LakehouseError
+from millrace.private_files import write_private
 from millrace.settings import Settings
 
 JAVA_VERSIONS = (17, 21)
@@ -98,10 +98,8 @@ def write_properties(settings: Settings, work: Path) -> Path:
         ]
     work.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = work / "cluster.conf"
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write("".join(f"{line}\n" for line in lines))
-    return new.replace(path)
+    write_private(path, "".join(f"{line}\n" for line in lines))
+    return path
 
 
 def _spark_home() -> Path:

@@ -4,7 +4,6 @@
 home can read every environment's key: walls on one machine, held by the server, for whoever comes with a key alone.
 """
 
-import os
 import secrets
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from millrace.environments.mlflow_access import READS
 from millrace.errors import MillraceError
 from millrace.lakehouse.storage import own_key, own_store
+from millrace.private_files import write_private
 from millrace.settings import Settings, read_settings
 from millrace.stack.environment import part_environment
 from millrace.stack.part import Part
@@ -72,12 +72,8 @@ def _server(settings: Settings) -> Versitygw:
 
 def _make_key(path: Path) -> None:
     path.parent.mkdir(exist_ok=True, mode=0o700)
-    if path.exists():
-        return
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(secrets.token_urlsafe(30))
-    new.replace(path)
+    if not path.exists():
+        write_private(path, secrets.token_urlsafe(30))
 
 
 if __name__ == "__main__":
