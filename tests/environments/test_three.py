@@ -58,7 +58,9 @@ def prod(open_folder: Path, walled_uri: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def in_dev(settings: Settings, application: Application) -> dict[str, str]:
-    """What dev makes: name → version."""
+    """What dev makes of fewer documents than prod has: name → version."""
+    reference = application.sources[0].model_copy(update={"sections": ("core", "triggerer")})
+    application = application.model_copy(update={"sources": (reference,)})
     index(settings, application)
     made = {"declared": declare_release(settings, application, variant=None, run="declare by ann")["version"]}
     made["broken"] = declare_release(settings, application, variant="broken", run="declare by ann")["version"]
@@ -121,6 +123,8 @@ def test_a_release_goes_from_dev_to_prod_as_bytes_or_by_its_code_and_comes_back(
         tags = registry.versions(here, application)["3"]
         assert tags["millrace.registered_by"].startswith(f"qa.finetune/{rebuild.run_id}/release")
         assert (tags["millrace.commit"], tags["millrace.recipe"]) == (COMMIT, recipe(staging, application, there))
+        learnt = registry.versions(staging, application)[there["finetuned"]]["training_set"]
+        assert tags["training_set"] != learnt, "prod has other documents"
         assert release_id(here, application, "3") != release_id(staging, application, there["finetuned"], "staging")
         assert set(answering(airflow, run)) == {"ask_for", "approve", "record", "bring", "rebuild"}
 
