@@ -27,6 +27,8 @@ from millrace.stack.postgres import Postgres
 
 KEPT = frozenset({"secrets.json", "run/secrets/completion_key", "run/secrets/pseudonym_key", "airflow/password.json"})
 """Files of a home that hold secrets, for their owner alone."""
+EMPTY = frozenset({"airflow_passwords"})
+"""Secret settings that a stack may have nothing in: these are of people, and the suite's stack declares none."""
 EMBEDDED = ("airflow", "mlflow", "postgres")
 """Databases of the embedded PostgreSQL that are there in any case."""
 _PIECE = 32 * 2**20
@@ -107,7 +109,7 @@ class Canaries:
         secret = {name: value for name, value in stack.settings if isinstance(value, SecretStr)}
         held = {name: value.get_secret_value() for name, value in secret.items()}
         held |= json.loads((stack.settings.home / "secrets.json").read_text())
-        return [name for name, value in held.items() if not self.are_in(value)]
+        return [name for name, value in held.items() if not self.are_in(value) and (value or name not in EMPTY)]
 
     def left_by(self, stack: Stack) -> list[str]:
         """Where the stack has left one but where it belongs, and kept files that others than their owner may read."""
