@@ -87,6 +87,8 @@ def command(settings: Settings) -> tuple[list[str], dict[str, str]]:
     environment = spark_environment(settings)
     if token := settings.spark_token.get_secret_value():
         environment["SPARK_CONNECT_AUTHENTICATE_TOKEN"] = token  # not an argument: those are for all to read
+    if store := store_of(settings):
+        environment |= store.variables()
     return arguments, environment
 
 
