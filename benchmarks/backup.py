@@ -21,7 +21,7 @@ from deltalake import write_deltalake
 
 from millrace.settings import Settings
 from millrace.stack.backup import restore, save, verify
-from millrace.stack.backup.databases import running_postgres
+from millrace.stack.backup.embedded import running_postgres
 from millrace.stack.home import obtain_secrets, prepare_home
 
 COMMITS = 300

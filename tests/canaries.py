@@ -19,11 +19,18 @@ import psutil
 import psycopg2
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import SecretStr
 
+from millrace.stack import Stack
 from millrace.stack.home import Secrets
+from millrace.stack.postgres import Postgres
 
 KEPT = frozenset({"secrets.json", "run/secrets/completion_key", "run/secrets/pseudonym_key", "airflow/password.json"})
 """Files of a home that hold secrets, for their owner alone."""
+EMPTY = frozenset({"airflow_passwords"})
+"""Secret settings that a stack may have nothing in: these are of people, and the suite's stack declares none."""
+EMBEDDED = ("airflow", "mlflow", "postgres")
+"""Databases of the embedded PostgreSQL that are there in any case."""
 _PIECE = 32 * 2**20
 
 
@@ -96,6 +103,20 @@ class Canaries:
                             break
             connection.close()
         return found
+
+    def not_planted(self, stack: Stack) -> list[str]:
+        """Secret settings of the stack, and what its home generated, that are no canaries."""
+        secret = {name: value for name, value in stack.settings if isinstance(value, SecretStr)}
+        held = {name: value.get_secret_value() for name, value in secret.items()}
+        held |= json.loads((stack.settings.home / "secrets.json").read_text())
+        return [name for name, value in held.items() if not self.are_in(value) and (value or name not in EMPTY)]
+
+    def left_by(self, stack: Stack) -> list[str]:
+        """Where the stack has left one but where it belongs, and kept files that others than their owner may read."""
+        home = stack.settings.home
+        embedded = Postgres(home / "postgres").url("{database}").replace("+psycopg2", "")
+        open_to_others = [name for name in sorted(KEPT) if (home / name).stat().st_mode & 0o077]
+        return [*self.in_files(home), *self.in_databases(embedded, EMBEDDED), *open_to_others]
 
 
 class CommandLines:

@@ -33,7 +33,7 @@ from millrace.stack import Stack
 from millrace.stack.home import Secrets, prepare_home
 from millrace.stack.postgres import Postgres
 from millrace.stack.versitygw import Versitygw
-from tests.canaries import Canaries, CommandLines
+from tests.canaries import EMPTY, Canaries, CommandLines
 
 if TYPE_CHECKING:
     from tests.engines.servers import Served
@@ -352,8 +352,7 @@ def running_stack(
     prepare_home(settings)
     write_json(settings.home / "secrets.json", canaries.generated())
     database = Postgres(settings.home / "postgres").url("postgres").replace("@", f":{canaries.plain('keys')}@", 1)
-    # People's passwords are for those who are declared, whom this stack has none of; its own users' are generated.
-    generated = [*(field.name for field in fields(Secrets)), "airflow_passwords"]
+    generated = EMPTY | {field.name for field in fields(Secrets)}
     secret = [name for name, field in Settings.model_fields.items() if field.annotation is SecretStr]
     planted = {name: canaries.secret(name) for name in secret if name not in generated} | {
         "alert_urls": webhook.url.replace("://", f"://alerts:{canaries.plain('alerts')}@"),

@@ -16,7 +16,7 @@ from pydantic import Field, SecretStr, ValidationError, ValidatorFunctionWrapHan
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from millrace.errors import SettingsError
-from millrace.secret_sources import SecretFile, SecretSources, SecretVariable, variables_of
+from millrace.secret_sources import SecretFile, SecretSources, SecretVariable, is_set, variables_of
 
 _PERSON = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -251,7 +251,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _a_lake_elsewhere_is_reached_whole(self) -> Self:
-        if bool(self.lake_access_key.get_secret_value()) != bool(self.lake_secret_key.get_secret_value()):
+        if is_set(self.lake_access_key) != is_set(self.lake_secret_key):
             raise ValueError("MILLRACE_LAKE_ACCESS_KEY and MILLRACE_LAKE_SECRET_KEY are one credential: set both")
         if self.lake_endpoint and not self.lake_uri:
             raise ValueError("MILLRACE_LAKE_ENDPOINT needs MILLRACE_LAKE_URI, the lake's bucket there")

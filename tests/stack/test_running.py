@@ -18,6 +18,7 @@ from millrace.settings import PROJECT
 from millrace.stack import Stack
 from millrace.stack.environment import part_environment
 from millrace.stack.processes import part_processes, recorded
+from tests.canaries import Canaries, CommandLines
 
 pytestmark = pytest.mark.stack
 
@@ -82,14 +83,6 @@ def test_airflow_knows_the_stack_and_one_person_and_only_the_owner_can_read_thei
         stranger.healthy()
 
 
-def test_no_secret_is_on_a_command_line_or_in_a_log(running_stack: Stack) -> None:
-    home = running_stack.settings.home
-    secrets = json.loads((home / "secrets.json").read_text()).values()
-    lines = [" ".join(one.cmdline()) for part in part_processes(home, recorded(home)).values() for one in part]
-    logs = [path.read_text(errors="replace") for path in (home / "logs").glob("*.log")]
-    assert not [secret for secret in secrets for text in (*lines, *logs) if secret in text]
-
-
 def test_every_dag_file_is_read_and_the_heavy_pool_has_one_slot(running_stack: Stack) -> None:
     with running_stack.airflow() as airflow:
         for application in ("qa", "handbook"):
@@ -121,6 +114,16 @@ def test_a_triggered_run_is_followed_to_its_end_and_its_log_can_be_read(running_
         assert triggered.run_id in [run.run_id for run in airflow.runs("qa.ingest_documents", since=began)]
         assert airflow.runs("qa.ingest_documents", since=began + timedelta(days=1)) == []
     assert said[-1] == "land success, refine success, chunk success"
+
+
+def test_no_secret_is_where_it_does_not_belong(
+    running_stack: Stack, canaries: Canaries, command_lines: CommandLines
+) -> None:
+    """After the runs above; `end_to_end` looks again when the whole story has been told."""
+    assert canaries.not_planted(running_stack) == []
+    assert canaries.left_by(running_stack) == []
+    assert [line for line in command_lines.seen if canaries.are_in(line)] == []
+    assert any("millrace.serving" in line for line in command_lines.seen)
 
 
 def _connections(process: psutil.Process) -> Sequence[psutil._ntuples.pconn]:

@@ -2,6 +2,7 @@
 has a prod. Where the caller names a home (`MILLRACE_HOME`), that one with all of the caller's settings; else one of its
 own, with the declarations of `tests/applications` and a prod that is made for the purpose."""
 
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from pydantic import SecretStr
 
 from millrace.airflow_api import Airflow
 from millrace.applications import Application, load_application
+from millrace.environments.airflow_access import password_file
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import SILVER_DOCUMENTS
 from millrace.serving.key_store import KeyStore
@@ -21,6 +23,14 @@ from millrace.stack import Stack
 from tests.conftest import stack_settings
 from tests.environments.production import fill_prod
 
+SAME = """same = '''
+{% for chunk in chunks %}{{ chunk.title }}
+{{ chunk.text }}
+
+{% endfor %}Question: {{ question }}
+Answer in one short sentence, only from the text above.{# A release of its own with equal answers. #}'''
+"""
+"""A variant of the declared prompt that no gate can find worse."""
 RunDag = Callable[..., dict[str, Any]]
 
 
@@ -28,7 +38,12 @@ RunDag = Callable[..., dict[str, Any]]
 def settings(open_folder: Path) -> Settings:
     if "MILLRACE_HOME" in os.environ:
         return read_settings().model_copy(update={"environment": "staging"})
-    return stack_settings(Path(tempfile.mkdtemp(dir=open_folder)), environment="staging")
+    made = stack_settings(
+        Path(tempfile.mkdtemp(dir=open_folder)), environment="staging", airflow_users={"ann": "operator"}
+    )
+    declaration = made.applications / "qa.toml"
+    declaration.write_text(declaration.read_text().replace("[prompt.variants]\n", f"[prompt.variants]\n{SAME}"))
+    return made
 
 
 @pytest.fixture(scope="session")
@@ -77,6 +92,17 @@ def api_key(stack: Stack, application: Application) -> Iterator[SecretStr]:
 @pytest.fixture(scope="session")
 def airflow(stack: Stack) -> Iterator[Airflow]:
     with stack.airflow() as airflow:
+        yield airflow
+
+
+@pytest.fixture(scope="session")
+def person(stack: Stack) -> Iterator[Airflow]:
+    """Somebody who may approve, logged in to Airflow."""
+    people = [name for name, role in stack.settings.airflow_users.items() if role != "viewer"]
+    if not people:
+        pytest.fail("nobody may approve in this staging; name an operator in MILLRACE_AIRFLOW_USERS")
+    passwords = json.loads(password_file(stack.settings.home).read_text())
+    with Airflow(stack.settings.airflow_url, people[0], passwords[people[0]]) as airflow:
         yield airflow
 
 

@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated
 
@@ -70,7 +70,7 @@ def access_check(
 
     def checked(one: "Wall") -> None:
         found[one.name] = list(one.declared()) if one.absent else list(one.check())
-        if not as_json and not one.absent:
+        if not as_json:
             _show(one.name, found[one.name])
 
     with one_sentence():
@@ -204,7 +204,9 @@ def _show(wall: str, tries: "list[Observed]") -> None:
     for (identity, resource), row in cells.items():
         of_row = (_cell(row.get(environment, [])) for environment in environments)
         rows.setdefault((identity, *of_row), []).append(resource)
-    table = Table("identity", "resource", *environments, title=wall, title_justify="left", box=None, pad_edge=False)
+    table = Table("identity", "resource", *environments, title_justify="left", box=None, pad_edge=False)
+    unseen = all(one.allowed is None for one in tries)
+    table.title = f"{wall}, as declared: not observed" if unseen else wall
     for (identity, *told), resources in rows.items():
         table.add_row(identity, ", ".join(resources), *told)
     console.print(table)
@@ -216,7 +218,9 @@ def _show(wall: str, tries: "list[Observed]") -> None:
 
 
 def _cell(tries: "list[Observed]") -> str:
-    """What was allowed; after `!`, what was not as declared."""
+    """What was allowed; after `!`, what was not as declared. What nobody tried is as it is declared, in brackets."""
+    if any(one.allowed is None for one in tries):
+        return f"({_cell([replace(one, allowed=one.declared) for one in tries])})"
     allowed = [one for one in tries if one.allowed]
     if any(one.wrong for one in tries):
         told = [f"!{one.action}" if one.wrong else one.action for one in allowed]

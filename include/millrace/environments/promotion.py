@@ -93,7 +93,7 @@ def record_answer(
         answer,
         builder=tags.get(BUILDER_TAG),
         resource=f"promotion/{promotion.promotion_id}",
-        about=f"version {promotion.source_version} of {promotion.source}",
+        about=f"version {promotion.source_version} of {application.name} in {promotion.source}",
     )
     if not said.reason.strip():
         raise ApprovalError(f"{said.actor} gave no reason; clear the task `approve`, and answer with one")

@@ -28,13 +28,13 @@ def read_answer(
             human-in-the-loop operators give them.
         builder: the person who built what was asked about; None: no person did.
         resource: that, for the audit trail.
-        about: and for the message: `version 7`.
+        about: and for the message: `version 7 of qa`.
 
     Raises:
         ApprovalError: nobody is named, who is named is no person where others reach Airflow, or who answered built it.
     """
     actor = (said["responded_by_user"] or {}).get("name") or ""
-    if why := _objection(settings, actor, builder, f"{about} of {application}"):
+    if why := _objection(settings, actor, builder, about):
         _tell_refused(settings, application, actor or "nobody", resource)
         raise ApprovalError(why)
     return Answer(actor, said["chosen_options"] == ["Approve"], said["params_input"].get("reason", ""))

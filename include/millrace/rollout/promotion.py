@@ -81,9 +81,8 @@ def record_approval(
         MillraceError: the reason is missing, or the release is not registered.
     """
     builder = registry.versions(settings, application).get(version, {}).get(registry.BUILDER_TAG)
-    said = read_answer(
-        settings, application.name, answer, builder=builder, resource=f"release/{version}", about=f"version {version}"
-    )
+    about = f"version {version} of {application.name}"
+    said = read_answer(settings, application.name, answer, builder=builder, resource=f"release/{version}", about=about)
     state = fold(read_journal(Lake.of(settings, application.name)))
     if version in state.decided or version in {admission.version for admission in state.waiting}:
         return None

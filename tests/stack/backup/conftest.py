@@ -11,7 +11,7 @@ import pytest
 from millrace.private_files import write_json
 from millrace.settings import Settings
 from millrace.stack import processes
-from millrace.stack.backup.databases import running_postgres
+from millrace.stack.backup.embedded import running_postgres
 from millrace.stack.home import bring_up_to_date, obtain_secrets, prepare_home, registry_mark
 from tests.stack.backup.reading import DATABASES, cursor_in
 from tests.stack.test_migration import OLD

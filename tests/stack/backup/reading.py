@@ -11,7 +11,7 @@ from deltalake import DeltaTable
 
 from millrace.lakehouse.commits import dataset_of
 from millrace.settings import Settings
-from millrace.stack.backup.databases import running_postgres
+from millrace.stack.backup.embedded import running_postgres
 from millrace.stack.postgres import Postgres
 
 DATABASES = ("airflow", "gateway", "mlflow")

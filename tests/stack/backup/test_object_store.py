@@ -12,14 +12,16 @@ from pydantic import SecretStr
 from millrace.errors import AccessRefused, BackupError
 from millrace.lakehouse.commits import dataset_of
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.storage import REGION, Key, Location, ObjectStore, delta_options, store_of
+from millrace.lakehouse.storage import REGION, Key, Location, ObjectStore, delta_options, own_key, store_of
 from millrace.lakehouse.tables import SILVER_CHUNKS
 from millrace.rollout.decisions import fold, read_journal
 from millrace.settings import Settings
 from millrace.stack.backup import restore, save
+from millrace.stack.backup.embedded import running_object_store
 from millrace.stack.backup.places import places_of
 from millrace.stack.backup.store import Store
 from millrace.stack.versitygw import Versitygw
+from tests.conftest import free_port
 
 pytestmark = pytest.mark.long
 
@@ -136,3 +138,19 @@ def test_who_may_not_read_the_lake_gets_one_sentence_and_no_backup(
             save(as_(replace(nobody, secret_key=secret), stored), tmp_path / "backups")
         assert str(refused.value) == said
     assert list((tmp_path / "backups" / "backups").iterdir()) == []
+
+
+def test_a_store_that_the_stack_keeps_in_its_home_is_saved_and_made_again(kept: Settings, tmp_path: Path) -> None:
+    own = kept.model_copy(update={"object_store_port": int(free_port()), "lake_uri": "s3://lakehouse/lake"})
+    with running_object_store(own):
+        move(own.home / "lake", places_of(own).tables.store)
+        before = tables(own)
+    key = own_key(own, "dev")
+    saved = save(own, tmp_path / "backups", secrets=True)
+    assert not [what for what in saved.missing if "database" not in what]
+    shutil.rmtree(own.home)
+    restore(own, tmp_path / "backups")
+    assert own_key(own, "dev") == key
+    with running_object_store(own):
+        assert tables(own) == before
+    assert len(before) >= 8

@@ -5,6 +5,7 @@ It knows what a home and the servers around it hold; it does not know what any o
     store.py        where files are read and written: a folder or an object store
     repository.py   a folder of backups, whose bytes are kept once, by their hash
     databases.py    PostgreSQL's databases, by `pg_dump` and `pg_restore`
+    embedded.py     the stores of the embedded stack, running alone where the stack doesn't
     delta.py        Delta tables at a version, while others go on writing
     collections.py  a Qdrant server's collections, by its snapshots
     places.py       where this deployment keeps what a backup holds

@@ -9,7 +9,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import IO
 
 import psycopg2
@@ -17,11 +17,8 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from millrace.errors import BackupError
-from millrace.settings import PROJECT, Settings
 from millrace.stack.backup.store import CHUNK
-from millrace.stack.parts import postgres_part
-from millrace.stack.postgres import Postgres, program
-from millrace.stack.runner import running_alone
+from millrace.stack.postgres import program
 
 _RELATIONS = """
 select count(*) from pg_class join pg_namespace on pg_namespace.oid = relnamespace
@@ -132,22 +129,6 @@ class Database:
             "PGSSLROOTCERT": query.get("sslrootcert"),
         }
         return inherited | {name: str(value) for name, value in told.items() if value}
-
-
-@contextmanager
-def running_postgres(settings: Settings) -> Iterator[Postgres]:
-    """The PostgreSQL of the home: the one that runs, or else one that runs as long as the block. The caller holds the
-    home's lock unless it runs.
-
-    Raises:
-        StackError: it can't be started.
-    """
-    postgres = Postgres(settings.home / "postgres")
-    if postgres.answers():
-        yield postgres
-        return
-    with running_alone(postgres_part(settings), settings.home, PROJECT):
-        yield postgres
 
 
 def _last_line(said: IO[bytes]) -> str:

@@ -14,10 +14,9 @@ from millrace import FORMAT_VERSION
 from millrace.errors import BackupError
 from millrace.private_files import write_json
 from millrace.settings import Settings
-from millrace.stack.backup.databases import running_postgres
+from millrace.stack.backup.embedded import locked, running_object_store, running_postgres
 from millrace.stack.backup.places import NAMED_BY, Places, places_of
 from millrace.stack.backup.repository import Files, Manifest, Repository
-from millrace.stack.backup.saving import locked
 from millrace.stack.backup.store import Store, only_for_its_owner
 from millrace.stack.home import RESTORING
 
@@ -90,14 +89,15 @@ def _write(repository: Repository, manifest: Manifest, places: Places) -> None:
         for path, blob in manifest.parts.get(part, {}).items():
             store.write(path, repository.get(blob))
 
-    tables = places.tables
-    write("lake", tables.store)  # in the order of the backup: each table's log after its files
-    for path, at in manifest.tables.items():
-        tables.check(path, at)
+    write("secrets", Store.at(places.home))  # before the object store makes keys of its own
+    with running_object_store(places.settings):
+        tables = places.tables
+        write("lake", tables.store)  # in the order of the backup: each table's log after its files
+        for path, at in manifest.tables.items():
+            tables.check(path, at)
     if places.artifacts is not None:
         write("artifacts", places.artifacts)
     write("home", Store.at(places.home))
-    write("secrets", Store.at(places.home))
     if (collections := places.collections) is not None:
         for name, blob in manifest.parts.get("collections", {}).items():
             collections.restore(name, repository.path(blob), blob.sha256)
@@ -151,7 +151,8 @@ def _check_empty(manifest: Manifest, places: Places) -> None:
             f"{places.home} is not empty (it has {found.path}), and a restore would mix two deployments; move it away, "
             "or set MILLRACE_HOME to a new folder"
         )
-    for path in manifest.tables:
+    # A store that the stack keeps is in the home, which is empty.
+    for path in manifest.tables if not places.settings.object_store_port else ():
         if next(places.tables.store.files(path), None) is not None:
             raise BackupError(f"table {path} is there already; restore to a lake that is empty")
     if places.artifacts is not None and next(places.artifacts.files(), None) is not None:

@@ -28,21 +28,23 @@ from millrace.errors import BackupError
 from millrace.lakehouse.tables import OPS_DECISIONS, PLATFORM
 from millrace.retrieval.library import LibraryBuilds
 from millrace.settings import Settings
-from millrace.stack.backup.databases import running_postgres
+from millrace.stack.backup.embedded import locked, running_object_store, running_postgres, runs
 from millrace.stack.backup.places import NAMED_BY, Places, places_of
 from millrace.stack.backup.repository import Blob, Files, Manifest, Repository
 from millrace.stack.backup.store import Found, Store, only_for_its_owner
-from millrace.stack.home import RESTORING, HomeLock, read_format
+from millrace.stack.home import RESTORING, read_format
 from millrace.stack.postgres import Postgres
 
 NOTED = ("audit", "mlflow/environment.json", "format.json")
 """Of a home, what is read before the tables."""
+SECRETS = ("secrets.json", "object-store/keys")
+"""The home's keys; and each environment's in the object store that the stack keeps."""
 NOT_SAVED = frozenset(
-    {"airflow", "backups", "logs", "postgres", "releases", "report.html", "report.json", "run", "spark", "streams",
-     "training"}
+    {"airflow", "backups", "logs", "object-store", "postgres", "releases", "report.html", "report.json", "run",
+     "spark", "streams", "training"}
 )  # fmt: skip
-"""What a home has beside it: made again at the next start, by training or from the registry, saved another way
-(`postgres`), or of no use elsewhere."""
+"""What a home has beside it: made again at the next start, by training or from the registry, saved through its
+server (`postgres`, `object-store`), or of no use elsewhere."""
 _SAVED = frozenset(
     {"audit", "events", "format.json", "indexes", "lake", "mlflow", "mlflow/artifacts", "mlflow/environment.json",
      "secrets.json"}
@@ -86,7 +88,7 @@ def save(settings: Settings, folder: Path, *, secrets: bool = False, keep: int |
         raise BackupError(f"{folder} is in the home that it would save, and lost with it; choose a folder elsewhere")
     repository = Repository(folder)
     try:
-        with only_for_its_owner(), repository.writing(), _postgres(places) as postgres:
+        with only_for_its_owner(), repository.writing(), _stores(places) as postgres:
             known = repository.read(names[-1]).parts if (names := repository.names()) else {}
             saving = _Saving(places, repository, known, postgres)
             manifest = saving.run(secrets)
@@ -125,7 +127,8 @@ class _Saving:
         self._artifacts()
         self._keep("home", self._home, self._below("events"))
         if secrets:
-            self._keep("secrets", self._home, self._below("secrets.json"))
+            for under in SECRETS:
+                self._keep("secrets", self._home, self._below(under))
         self._tell_what_is_missing()
         return Manifest(
             made_at=made_at,
@@ -249,30 +252,11 @@ def _check_home(home: Path) -> None:
 
 
 @contextmanager
-def _postgres(places: Places) -> Iterator[Postgres | None]:
-    """The home's PostgreSQL, running; None: it has none."""
-    if not places.embedded or not (places.home / "postgres" / "data").exists():
-        yield None
-        return
+def _stores(places: Places) -> Iterator[Postgres | None]:
+    """The home's stores, running; its PostgreSQL, or None where it has none."""
+    databases = bool(places.embedded) and (places.home / "postgres" / "data").exists()
     with ExitStack() as held:
-        if not Postgres(places.home / "postgres").answers():
+        if not runs(places.settings, databases=databases):
             held.enter_context(locked(places.home))
-        yield held.enter_context(running_postgres(places.settings))
-
-
-@contextmanager
-def locked(home: Path) -> Iterator[None]:
-    """Nobody else starts the stack of `home` meanwhile.
-
-    Raises:
-        BackupError: somebody does.
-    """
-    (home / "run").mkdir(exist_ok=True, mode=0o700)
-    (home / "logs").mkdir(exist_ok=True, mode=0o700)
-    lock = HomeLock(home)
-    if not lock.acquire():
-        raise BackupError(f"the stack of {home} is starting or ending; try again when it has")
-    try:
-        yield
-    finally:
-        lock.release()
+        held.enter_context(running_object_store(places.settings))
+        yield held.enter_context(running_postgres(places.settings)) if databases else None
