@@ -152,7 +152,8 @@ def test_models_prompts_and_permissions_are_read_with_the_callers_credential_and
     assert told["staging on registered_model *"] == ("MANAGE", None)
 
     found = asked_by("admin", "staging")
-    assert (values(found["permissions"]), found["permissions"].equal) == ({}, 7)
+    assert [name for name in values(found["permissions"]) if name.startswith("millrace-")] == []
+    assert found["permissions"].equal >= 7
 
 
 def test_a_person_reads_the_difference_and_a_program_gets_it_as_json(
