@@ -352,7 +352,8 @@ def running_stack(
     prepare_home(settings)
     write_json(settings.home / "secrets.json", canaries.generated())
     database = Postgres(settings.home / "postgres").url("postgres").replace("@", f":{canaries.plain('keys')}@", 1)
-    generated = [field.name for field in fields(Secrets)]
+    # People's passwords are for those who are declared, whom this stack has none of; its own users' are generated.
+    generated = [*(field.name for field in fields(Secrets)), "airflow_passwords"]
     secret = [name for name, field in Settings.model_fields.items() if field.annotation is SecretStr]
     planted = {name: canaries.secret(name) for name in secret if name not in generated} | {
         "alert_urls": webhook.url.replace("://", f"://alerts:{canaries.plain('alerts')}@"),

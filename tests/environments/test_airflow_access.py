@@ -135,10 +135,10 @@ def test_who_may_log_in_since_when_is_in_the_audit_trail(staged: Stack) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_viewer_can_trigger_clear_and_approve_nothing_and_an_operator_can(staged: Stack) -> None:
-    url, dag = staged.settings.airflow_url, "handbook.promote"
+    url, dag = staged.settings.airflow_url, "handbook.approve"
     with Airflow(url, "vera", PASSWORDS["vera"]) as vera, Airflow(url, "otto", PASSWORDS["otto"]) as otto:
         vera.wait_for_dag(dag)
-        with pytest.raises(StackError, match=r"does not let vera POST /dags/handbook.promote/dagRuns"):
+        with pytest.raises(StackError, match=r"does not let vera POST /dags/handbook.approve/dagRuns"):
             vera.trigger(dag)
         run = otto.trigger(dag, note="an operator may")
         assert vera.wait_for_run(dag, run.run_id, timeout=240).state == "success"  # nothing waits for an answer
@@ -193,19 +193,19 @@ def test_an_approval_is_an_operators_and_has_that_persons_name_in_journal_and_au
         Airflow(url, "vera", PASSWORDS["vera"]) as vera,
         Airflow(url, "otto", PASSWORDS["otto"]) as otto,
     ):
-        otto.wait_for_dag("qa.promote")
-        run = otto.trigger("qa.promote").run_id
+        otto.wait_for_dag("qa.approve")
+        run = otto.trigger("qa.approve").run_id
         deadline = time.monotonic() + 180
-        while {task.task_id: task.state for task in otto.tasks("qa.promote", run)}["approve"] != "awaiting_input":
+        while {task.task_id: task.state for task in otto.tasks("qa.approve", run)}["approve"] != "awaiting_input":
             assert time.monotonic() < deadline
             time.sleep(1)
         time.sleep(5)  # Airflow fails a task that is answered before its worker has left.
         for refused in (vera, stack):
             with pytest.raises(StackError, match=r"does not let (vera|millrace) PATCH"):
-                refused.answer("qa.promote", run, "approve", "Approve", reason="mine is fine")
-        otto.answer("qa.promote", run, "approve", "Approve", reason="looks right")
-        ended = otto.wait_for_run("qa.promote", run, timeout=240)
-        logs = [otto.log_tail("qa.promote", run, task) for task in otto.tasks("qa.promote", run)]
+                refused.answer("qa.approve", run, "approve", "Approve", reason="mine is fine")
+        otto.answer("qa.approve", run, "approve", "Approve", reason="looks right")
+        ended = otto.wait_for_run("qa.approve", run, timeout=240)
+        logs = [otto.log_tail("qa.approve", run, task) for task in otto.tasks("qa.approve", run)]
         assert ended.state == "success", logs
     admitted = read_journal(waiting)[-1]
     assert (admitted.kind, admitted.challenger, admitted.actor) == ("admit", "2", "otto")
@@ -222,7 +222,7 @@ def test_a_password_is_another_from_the_next_login_on_without_a_restart(staged: 
     with Airflow(url, "vera", PASSWORDS["vera"]) as old, pytest.raises(StackError, match="refused the login of vera"):
         old.healthy()
     with Airflow(url, "vera", "another password") as new:
-        assert new.runs("handbook.promote", since=began) == []
+        assert new.runs("handbook.approve", since=began) == []
 
 
 @pytest.mark.long
