@@ -143,13 +143,13 @@ def test_models_prompts_and_permissions_are_read_with_the_callers_credential_and
     told = values(found["permissions"])
     assert told["prod on registered_model *"] == ("READ", "MANAGE")
 
-    found = asked_by("staging", "staging")  # staging doesn't read prod
+    found = asked_by("dev", "dev")  # dev doesn't read staging
     for name in ("models", "prompts"):
         (unread,) = found[name].unread
-        assert (unread.environment, found[name].equal, values(found[name])) == ("prod", 0, {})
-        assert "does not let staging" in unread.why
+        assert (unread.environment, found[name].equal, values(found[name])) == ("staging", 0, {})
+        assert "does not let dev" in unread.why
     told = values(found["permissions"])
-    assert told["staging on registered_model *"] == ("MANAGE", None)
+    assert told["dev on registered_model *"] == (None, "READ")
 
     found = asked_by("admin", "staging")
     assert [name for name in values(found["permissions"]) if name.startswith("millrace-")] == []

@@ -91,7 +91,9 @@ def test_a_release_is_asked_about_approved_copied_and_written_into_the_audit_tra
         ("service/promotion", "promotion", "copied", release_id, "1"),
     ]
     assert entries[1]["details"] == {"source": "dev", "source_version": "1", "way": "models", "commit": COMMIT}
-    assert verify(staging).entries == 2
+    (refused,) = search(staging, actor="ann")
+    assert (refused["action"], refused["outcome"]) == ("approval", "refused")
+    assert verify(staging).entries == 3
 
 
 def test_what_a_person_rejects_does_not_come_and_may_be_asked_about_again(
