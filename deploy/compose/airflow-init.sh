@@ -10,7 +10,6 @@ import sys
 
 from millrace.environments import airflow_access
 from millrace.errors import MillraceError
-from millrace.private_files import write_json
 from millrace.settings import read_settings
 from millrace.stack.home import HomeLock, bring_up_to_date, prepare_home
 

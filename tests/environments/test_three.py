@@ -12,6 +12,7 @@ import pytest
 
 from millrace.airflow_api import Airflow
 from millrace.applications import Application, load_application
+from millrace.environments.airflow_access import known_passwords
 from millrace.environments.audit import search, verify
 from millrace.environments.difference import compare_environments
 from millrace.errors import ReleaseError
@@ -48,6 +49,7 @@ def prod(open_folder: Path, walled_uri: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "prod")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORDS["prod"])
     shared = {"mlflow_uri": walled_uri, "mlflow_workspaces": True, "commit": COMMIT}
+    shared |= {"airflow_users": {"otto": "operator"}}
     settings = stack_settings(Path(tempfile.mkdtemp(dir=open_folder)), environment="prod", **shared)
     declaration = settings.applications / "qa.toml"
     # Twice on two cores: what is learnt is nothing here.
@@ -70,8 +72,8 @@ def in_dev(settings: Settings, application: Application) -> dict[str, str]:
     return made | {"finetuned": tuned["version"]}
 
 
-def promote(airflow: Airflow, version: str) -> str:
-    """The id of a promotion that the one user of prod's Airflow approved of, and that succeeded."""
+def promote(airflow: Airflow, person: Airflow, version: str) -> str:
+    """The id of a promotion that a person approved of, and that succeeded."""
     run = airflow.trigger("qa.promote", {"version": version}).run_id
 
     def states() -> dict[str, str | None]:
@@ -79,7 +81,7 @@ def promote(airflow: Airflow, version: str) -> str:
 
     until(lambda: states()["approve"] == "awaiting_input" or states()["ask_for"] == "failed", 120)
     time.sleep(15)  # Airflow fails a task that is answered before its worker has left; no person is that quick.
-    airflow.answer("qa.promote", run, "approve", "Approve", reason="asked and answered")
+    person.answer("qa.promote", run, "approve", "Approve", reason="asked and answered")
     ends(airflow, "qa.promote", run, "success")
     return run
 
@@ -96,7 +98,7 @@ def test_a_release_goes_from_dev_to_prod_as_bytes_or_by_its_code_and_comes_back(
     assert all(there.values())
     log_in("prod")
 
-    with prod.airflow() as airflow:
+    with prod.airflow() as airflow, Airflow(here.airflow_url, "otto", known_passwords(here)["otto"]) as person:
         for dag in ("refresh_embeddings", "evaluate_candidate", "rollout", "finetune", "promote"):
             airflow.wait_for_dag(f"qa.{dag}")
             airflow.unpause(f"qa.{dag}")
@@ -106,16 +108,16 @@ def test_a_release_goes_from_dev_to_prod_as_bytes_or_by_its_code_and_comes_back(
         ends(airflow, embedded.dag_id, embedded.run_id, "success")
 
         # As bytes: the first release of prod, and then one that is worse.
-        promote(airflow, there["declared"])
+        promote(airflow, person, there["declared"])
         until(lambda: champion(here) == "1", 180)
         assert release_id(here, application, "1") == release_id(dev, application, made["declared"], "dev")
-        promote(airflow, there["broken"])
+        promote(airflow, person, there["broken"])
         until(lambda: verdicts(lake).get("2") is not None, 600)
         assert not verdicts(lake)["2"]
         assert release_id(here, application, "2") == release_id(staging, application, there["broken"], "staging")
 
         # By its code: prod trains it again, and it is another release.
-        run = promote(airflow, there["finetuned"])
+        run = promote(airflow, person, there["finetuned"])
         (rebuild,) = (one for one in airflow.runs("qa.finetune") if one.run_id.startswith("promotion__"))
         assert rebuild.conf == FORM
         ends(airflow, "qa.finetune", rebuild.run_id, "success")
@@ -144,9 +146,9 @@ def test_a_release_goes_from_dev_to_prod_as_bytes_or_by_its_code_and_comes_back(
     verify(here)
     told = [(one["actor"], one["outcome"]) for one in search(here, application="qa", resource="ops/promotions")]
     assert told == [
-        ("person/admin", "approved"), ("service/promotion", "copied"),
-        ("person/admin", "approved"), ("service/promotion", "copied"),
-        ("person/admin", "approved"), ("service/promotion", "rebuilding"),
+        ("person/otto", "approved"), ("service/promotion", "copied"),
+        ("person/otto", "approved"), ("service/promotion", "copied"),
+        ("person/otto", "approved"), ("service/promotion", "rebuilding"),
     ]  # fmt: skip
     last = search(here, application="qa", actor="person/eve")[-1]
     assert (last["outcome"], last["details"]["champion"]) == ("rollback", "1")

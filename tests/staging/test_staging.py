@@ -90,7 +90,7 @@ def test_the_gateway_answers_to_a_key_only_and_from_the_sample(
 @pytest.fixture(scope="session")
 def visits(stack: Stack, application: Application, api_key: SecretStr, staging: Lake) -> list[Visit]:
     users = SimulatedUsers(
-        stack.settings.gateway_url,
+        stack.settings.gateway_urls,
         application.name,
         questions(staging, application),
         application.demo,

@@ -53,14 +53,14 @@ DAGS = (
     "ingest_feedback",
     "finetune",
     "evaluate_candidate",
-    "promote",
+    "approve",
     "rollout",
     "batch_inference",
     "optimize_prompt",
     "monitor",
     "maintain_lakehouse",
 )
-ASSET_DRIVEN = ("refresh_embeddings", "evaluate_candidate", "promote")
+ASSET_DRIVEN = ("refresh_embeddings", "evaluate_candidate", "approve")
 """They start by themselves once they are unpaused; the others are unpaused when their turn comes."""
 
 

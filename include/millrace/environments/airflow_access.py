@@ -95,7 +95,8 @@ def apply(settings: Settings, passwords: Mapping[str, str] | None = None) -> lis
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     # Passwords first: of a name that is in the other file alone, Airflow would make a password and print it.
     write_json(path, kept)
-    write_private(_configuration(settings.home), _written({name: AIRFLOW_ROLES[role] for name, role in roles.items()}))
+    users = {name: AIRFLOW_ROLES[role] for name, role in roles.items()}
+    write_private(_configuration(settings.home), _written(settings.home, users))
     return changes
 
 
@@ -186,10 +187,13 @@ def _changes(
     return found + [Change("remove", name) for name in sorted({*roles, *passwords} - set(declared))]
 
 
-def _written(roles: Mapping[str, str]) -> str:
-    """As Airflow's own configuration file: what the environment doesn't set."""
+def _written(home: Path, roles: Mapping[str, str]) -> str:
+    """Airflow's own configuration file with these users. What else is in it stays, such as a vault (docs/secrets.md)."""
     parser = ConfigParser(interpolation=None)
-    parser["core"] = {"simple_auth_manager_users": ",".join(f"{name}:{role}" for name, role in roles.items())}
+    parser.read(_configuration(home))  # which `_known_roles` could
+    if not parser.has_section("core"):
+        parser.add_section("core")
+    parser.set("core", "simple_auth_manager_users", ",".join(f"{name}:{role}" for name, role in roles.items()))
     written = StringIO()
     parser.write(written)
     return written.getvalue()

@@ -159,7 +159,7 @@ def _table(lake: Lake, table: Table, name: str) -> dict[str, str]:
     try:
         rows, columns = opened.count(), pa.schema(opened.schema().to_arrow())
     except (DeltaError, OSError) as error:
-        raise refusal(table, uri, error) from error
+        raise refusal(table, uri, error, "read") from error
     types = {f"{name}{COLUMN}{one.name}": f"{one.type}{'' if one.nullable else ' not null'}" for one in columns}
     return {name: f"version {opened.version()}, {rows:,} rows"} | types
 

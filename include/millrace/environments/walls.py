@@ -150,6 +150,18 @@ def _qdrant(of: Deployment) -> Wall:
     )
 
 
+def _no_store(settings: Settings) -> str:
+    """Why no server of an administrator's keeps the lake; empty: one does."""
+    if settings.object_store_port:
+        return (
+            "MILLRACE_OBJECT_STORE_PORT: the stack keeps the store in its home and walls it at each start; whoever "
+            "reads that home reads every environment's key"
+        )
+    if not settings.lake_uri:
+        return "MILLRACE_LAKE_URI is empty: the lake is a folder, and whoever may open it reads and writes it"
+    return ""
+
+
 def _lake(of: Deployment) -> Wall:
     settings = of.settings
 
@@ -158,9 +170,7 @@ def _lake(of: Deployment) -> Wall:
 
     return Wall(
         "lake",
-        ""
-        if settings.lake_uri
-        else "MILLRACE_LAKE_URI is empty: the lake is a folder, and whoever may open it reads and writes it",
+        _no_store(settings),
         lake_check.declared,
         lambda: lake_access.plan(settings, of.key(ADMIN)[0], principals()),
         lambda: lake_access.apply(settings, of.key(ADMIN)[0], principals()),

@@ -9,9 +9,11 @@ It knows how to start, watch and end processes; it does not know what an applica
     postgres.py     PostgreSQL from its package
     part.py         what a part is: command, environment, readiness, what it needs
     parts.py        which parts there are; spark_parts.py has Spark's
+    object_store.py an object store that the stack keeps, walled; versitygw.py is its server
     processes.py    start, record, find and end processes, so that none is left behind
     running.py      `Stack`: the order of things, and what to do when one dies
     supervisor.py   the process behind `millrace up`
+    backup/         all of it saved, and restored to an empty place
     history.py      the part that keeps Airflow's database bounded
     status.py       what is running, asked from outside
 """

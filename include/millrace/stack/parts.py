@@ -46,7 +46,7 @@ def all_parts(settings: Settings, secrets: Secrets) -> tuple[Part, ...]:
 
 
 def _with_its_lake(part: Part) -> Part:
-    uses = part.name in ("spark", "airflow-scheduler") or part.name.startswith("gateway")
+    uses = part.name in ("spark", "airflow-database", "airflow-scheduler") or part.name.startswith("gateway")
     return replace(part, after=(*part.after, WALLED)) if uses else part
 
 

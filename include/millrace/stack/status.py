@@ -15,6 +15,7 @@ import psutil
 
 from millrace.airflow_api import Airflow
 from millrace.errors import StackError
+from millrace.secret_sources import variable_for
 from millrace.settings import AIRFLOW_SERVICE, PROJECT, Settings
 from millrace.stack import processes
 from millrace.stack.environment import part_environment
@@ -125,7 +126,9 @@ def up(settings: Settings, *, on_progress: Callable[[tuple[Progress, ...]], None
     with processes.log_path(home, "supervisor").open("ab") as log:
         supervisor = subprocess.Popen(
             [sys.executable, "-m", "millrace.stack.supervisor"],
-            env=part_environment(settings, threads=1, keys=True),
+            # It sets Airflow's passwords; its parts aren't told them.
+            env=part_environment(settings, threads=1, keys=True)
+            | dict([variable_for("MILLRACE_AIRFLOW_PASSWORDS", settings.airflow_passwords)]),
             cwd=PROJECT,
             stdin=subprocess.DEVNULL,
             stdout=log,

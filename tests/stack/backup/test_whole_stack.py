@@ -59,7 +59,7 @@ def test_a_stack_is_saved_while_it_works_destroyed_and_restored_and_goes_on(own:
     ended = save(own, tmp_path / "backups", secrets=True)
     held = delta_tables(own.home / "lake"), databases(own), files(own.home)
     assert {name.split(".")[0] for name, rows in held[1].items() if rows} == {"airflow", "gateway", "mlflow"}
-    assert len(held[0]) > 10
+    assert len(held[0]) >= 8
 
     # What was saved when nothing ran any more, is what there was.
     shutil.rmtree(own.home)

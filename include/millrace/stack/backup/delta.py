@@ -1,7 +1,9 @@
 """Delta tables at a version: the files of their logs up to it and whatever these may name, while others go on writing.
 
 Files of a table are never rewritten, and none that its newest version needs goes before its retention is over, so a
-version that was read a moment ago is still whole in the listing that follows. It does not know which tables there are.
+version that was read a moment ago is still whole in the listing that follows. Only an erasure
+(`lakehouse/forgetting.py`) rewrites log entries and removes files at once: a backup that meets one is run again. It does
+not know which tables there are.
 """
 
 import re
