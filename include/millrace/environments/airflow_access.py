@@ -188,7 +188,7 @@ def _changes(
 
 
 def _written(home: Path, roles: Mapping[str, str]) -> str:
-    """Airflow's own configuration file with these users. What else is in it stays, such as a vault (docs/secrets.md)."""
+    """Airflow's own configuration file with these users. What else is in it stays, such as a vault."""
     parser = ConfigParser(interpolation=None)
     parser.read(_configuration(home))  # which `_known_roles` could
     if not parser.has_section("core"):

@@ -2,8 +2,8 @@
 
 Files of a table are never rewritten, and none that its newest version needs goes before its retention is over, so a
 version that was read a moment ago is still whole in the listing that follows. Only an erasure
-(`lakehouse/forgetting.py`) rewrites log entries and removes files at once: a backup that meets one is run again. It does
-not know which tables there are.
+(`lakehouse/forgetting.py`) rewrites log entries and removes files at once: a backup that meets one is run again. It
+does not know which tables there are.
 """
 
 import re
