@@ -131,16 +131,16 @@ def test_publishing_moves_the_pointer_once_and_remembers_the_way_back(kept: Kept
 @pytest.mark.slow
 def test_the_way_back_publishes_the_build_before_and_a_second_time_leads_forward_again(kept: Kept, notes: Path) -> None:
     with pytest.raises(RetrievalError, match=r"nothing is published in .*, so there is no way back"):
-        publish_previous(kept.settings, kept.application)
+        publish_previous(kept.settings, kept.application, actor="person/ann")
     first = built(kept)
     kept.builds.publish(first)
     with pytest.raises(RetrievalError, match=f"only {first} was ever published"):
-        publish_previous(kept.settings, kept.application)
+        publish_previous(kept.settings, kept.application, actor="person/ann")
     write_note(notes, "Bread falls when the oven opens.")
     second = built(kept)
     kept.builds.publish(second)
     for there, before in ((first, second), (second, first)):
-        moved = publish_previous(kept.settings, kept.application)
+        moved = publish_previous(kept.settings, kept.application, actor="person/ann")
         assert (moved.build, moved.previous) == (there, before)
         assert current(kept.builds) == there
 
