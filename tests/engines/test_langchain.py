@@ -88,6 +88,7 @@ def test_streamed_pieces_are_the_whole_text_and_are_counted_too(made: LangChainE
     assert stream.result == made.generate(CAPITAL, Generation(max_new_tokens=32))
 
 
+@pytest.mark.long
 def test_closing_a_stream_hangs_up_and_leaves_the_chain_usable(made: LangChainEngine) -> None:
     stream = made.stream(COUNT, Generation(max_new_tokens=200))
     first = next(stream)

@@ -102,6 +102,7 @@ def test_a_champion_that_can_not_be_loaded_ends_the_study_and_fails_no_trial(
         search(space, SEARCH, Optimize(), answering.prepare, [], lambda _: pytest.fail("a trial was kept"))
 
 
+@pytest.mark.long  # the loop holds one, through Airflow
 @pytest.mark.model
 @pytest.mark.timeout(300)
 def test_a_real_study_is_held_once_and_says_with_an_interval_whether_its_best_is_better(

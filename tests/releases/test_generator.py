@@ -30,6 +30,7 @@ def served(answering: Answering, model_server: Served) -> tuple[Settings, Applic
     return Settings.model_validate(answering.settings.model_dump() | changes), answering.application
 
 
+@pytest.mark.long
 def test_one_setting_makes_new_releases_answer_from_the_server(
     served: tuple[Settings, Application], answering: Answering, monkeypatch: pytest.MonkeyPatch
 ) -> None:
