@@ -167,7 +167,10 @@ def copy_by_hand(
     _, tags = find_release(settings, application, version, source=source)
     copied = copy_release(settings, application, version, source=source, run=f"millrace release copy by {actor}")
     promotion = Promotion(
-        promotion_id=content_hash("by hand", settings.environment, application.name, source, version)[:12],
+        # With the release's: under a version's number there may be another one later.
+        promotion_id=content_hash(
+            "by hand", settings.environment, application.name, source, version, copied["release_id"]
+        )[:12],
         source=source,
         source_version=version,
         release_id=copied["release_id"],
