@@ -2,16 +2,12 @@
 
 from datetime import timedelta
 
-from airflow.providers.standard.operators.hitl import HITLOperator
-from airflow.sdk import DAG, Param, task
+from airflow.sdk import DAG, task
 from airflow.sdk.exceptions import AirflowSkipException
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import START, AlertNotifier, approvers, asset, stage
-
-ASKS = "{{ ti.xcom_pull(task_ids='choose')['asks'] }}"
-TOLD = "{{ ti.xcom_pull(task_ids='choose')['told'] }}"
+from millrace_airflow import START, Approval, asset, stage
 
 RUNBOOK = """
 ### What it does
@@ -23,8 +19,8 @@ decision in the journal; an approval admits the release to the rollout. Elsewher
 Green, or waiting in *approve* (an alert says so, and reminds). Skipped: nothing waits for an answer.
 
 ### When it fails
-*approve* timed out: nobody answered, nothing reaches users; clear it to ask again, or `millrace release admit`.
-*record*: who answered built the release, or gave no reason; clear *approve* to ask again.
+*approve*: nobody answered in time, or who answered built the release or gave no reason; nothing reaches users. Clear it
+to ask again, or `millrace release admit`.
 """
 
 
@@ -41,37 +37,30 @@ def approve(application: Application) -> DAG:
         start_date=START,
     ) as dag:
 
-        @task(outlets=[] if asks else [promotions])
-        def choose() -> dict:
+        def waiting() -> dict:
             from millrace.rollout.promotion import next_promotion
 
-            waiting = next_promotion(read_settings(), application)
-            if waiting is None:
+            found = next_promotion(read_settings(), application)
+            if found is None:
                 raise AirflowSkipException("no release that passed the gate waits for an answer")
-            return waiting
+            return found
 
-        chosen = choose()
+        def record(asked: dict, said: dict) -> None:
+            from millrace.rollout.promotion import record_approval
+
+            record_approval(read_settings(), application, asked["candidate"], said)
+
+        chosen = task(task_id="choose", outlets=[] if asks else [promotions])(waiting)()
         if asks:
-            answer = HITLOperator(
+            hours = timedelta(hours=policy.timeout_hours)
+            # It looks again at what waits: what *choose* returned, an operator may have rewritten.
+            chosen >> Approval(
                 task_id="approve",
-                subject=ASKS,
-                body=TOLD,
-                options=["Approve", "Reject"],
-                assigned_users=approvers(),
-                params={"reason": Param("", type="string", description="Why; kept in the journal")},
-                response_timeout=timedelta(hours=policy.timeout_hours),
-                notifiers=[AlertNotifier(f"{dag.dag_id} waits: {ASKS}", TOLD)],
-                retries=0,
+                ask=lambda context: waiting(),
+                record=record,
+                response_timeout=hours,
+                outlets=[promotions],
             )
-
-            @task(outlets=[promotions], retries=0)
-            def record(waiting: dict, said: dict) -> None:
-                from millrace.rollout.promotion import record_approval
-
-                record_approval(read_settings(), application, waiting["candidate"], said)
-
-            chosen >> answer
-            record(chosen, answer.output)
     return dag
 
 

@@ -2,16 +2,14 @@
 
 from datetime import timedelta
 
-from airflow.providers.standard.operators.hitl import HITLOperator
 from airflow.providers.standard.operators.trigger_dagrun import TriggerDagRunOperator
 from airflow.sdk import DAG, AssetAlias, Param, task
 from airflow.sdk.exceptions import AirflowSkipException
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import AlertNotifier, approvers, asset, run_name, stage
+from millrace_airflow import Approval, asset, run_name, stage
 
-ASKS, TOLD = ("{{ ti.xcom_pull(task_ids='ask_for')['" + name + "'] }}" for name in ("asks", "told"))
 RUNBOOK = """
 ### What it does
 By hand, with the `version` that a release has in the environment before (dev → staging → prod). Where `approval_in`
@@ -25,8 +23,8 @@ Green, or waiting in *approve* (an alert says so). *rebuild* is skipped where th
 
 ### When it fails
 *ask_for*, *bring*: the message says why it can't come in (another commit runs here, another declaration, a server
-refuses); put that right, then clear. *approve* timed out, or *record* refuses who answered: clear *approve*. A run of
-another DAG that *rebuild* started and that stays queued: that DAG is paused.
+refuses); put that right, then clear. *approve* timed out, or refuses who answered: clear it. A run of another DAG that
+*rebuild* started and that stays queued: that DAG is paused.
 """
 
 
@@ -37,19 +35,21 @@ def promote(application: Application) -> DAG:
     options = {"schedule": None, "params": params, "max_active_runs": 8}
     with stage(application, "promote", RUNBOOK, tag="releases", **options) as dag:
 
-        @task
-        def ask_for(*, params: dict, run_id: str) -> dict:
+        def ask(context: dict) -> dict:
             from millrace.environments.promotion import request
 
-            if not params["version"]:
+            if not context["params"]["version"]:
                 raise AirflowSkipException("no version is named")
-            return request(read_settings(), application, params["version"], run_id=run_id)
+            return request(read_settings(), application, context["params"]["version"], run_id=context["run_id"])
 
-        @task(retries=0)
         def record(asked: dict, said: dict) -> None:
             from millrace.environments.promotion import record_answer
 
             record_answer(read_settings(), application, asked["promotion"], said)
+
+        @task
+        def ask_for(**context) -> dict:
+            return ask(context)
 
         @task(outlets=[releases])
         def bring(asked: dict, *, outlet_events) -> list[dict]:
@@ -63,13 +63,9 @@ def promote(application: Application) -> DAG:
         brought = bring(asked := ask_for())
         if read_settings().environment in application.promotion.approval_in:
             hours = timedelta(hours=application.promotion.timeout_hours)
-            alert = AlertNotifier(f"{dag.dag_id} waits: {ASKS}", TOLD)
-            form = {"reason": Param("", type="string", description="Why; kept in the journal")}
-            shown = {"subject": ASKS, "body": TOLD, "options": ["Approve", "Reject"], "params": form}
-            shown |= {"assigned_users": approvers()}
-            answer = HITLOperator(task_id="approve", **shown, response_timeout=hours, notifiers=[alert], retries=0)
-            asked >> answer
-            record(asked, answer.output) >> brought
+            # It asks of itself, and `bring` wants what was approved: what *ask_for* returned, an operator may rewrite.
+            answer = Approval(task_id="approve", ask=ask, record=record, response_timeout=hours)
+            asked >> answer >> brought
         TriggerDagRunOperator.partial(task_id="rebuild", skip_when_already_exists=True).expand_kwargs(brought)
     return dag
 

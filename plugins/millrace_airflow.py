@@ -3,12 +3,22 @@
 Airflow puts the plugins folder on the import path, so DAG files import this module by its name.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from airflow.sdk import DAG, Asset, BaseNotifier, DeadlineAlert, DeadlineReference, SyncCallback, get_current_context
-from airflow.sdk.exceptions import AirflowFailException
+from airflow.providers.standard.operators.hitl import HITLOperator
+from airflow.sdk import (
+    DAG,
+    Asset,
+    BaseNotifier,
+    DeadlineAlert,
+    DeadlineReference,
+    Param,
+    SyncCallback,
+    get_current_context,
+)
+from airflow.sdk.exceptions import AirflowFailException, TaskAwaitingInput
 
 from millrace.applications import Application
 from millrace.settings import read_settings
@@ -68,6 +78,42 @@ def approvers() -> list[dict[str, str]] | None:
     if not settings.reached_by_others:
         return None
     return [{"id": name, "name": name} for name, role in settings.airflow_users.items() if role != "viewer"] or None
+
+
+class Approval(HITLOperator):
+    """Asks a person, and writes the answer down itself: what was asked and who answered stay in Airflow's own record,
+    which no XCom is in. Any operator may rewrite an XCom."""
+
+    def __init__(
+        self,
+        *,
+        ask: Callable[[Any], dict[str, Any]],
+        record: Callable[[dict[str, Any], Mapping[str, Any]], object],
+        **options: Any,
+    ) -> None:
+        """
+        Args:
+            ask: takes the task's context; `asks` and `told` of what it returns are shown.
+            record: takes what `ask` returned, and the answer.
+        """
+        form = {"reason": Param("", type="string", description="Why; kept in the journal")}
+        shown = {"subject": "", "options": ["Approve", "Reject"], "params": form, "assigned_users": approvers()}
+        super().__init__(**options | shown | {"retries": 0})
+        self.ask = ask
+        self.record = record
+
+    def execute(self, context: Any) -> None:
+        asked = self.ask(context)
+        self.subject, self.body = asked["asks"], asked["told"]
+        try:
+            super().execute(context)
+        except TaskAwaitingInput as waiting:
+            _alert(f"{self.dag_id} waits: {self.subject}", self.body, self.dag_id, context["run_id"])
+            waiting.kwargs = {"asked": asked}
+            raise
+
+    def execute_complete(self, context: Any, event: dict[str, Any], *, asked: dict[str, Any]) -> None:
+        self.record(asked, super().execute_complete(context, event))
 
 
 def hide_secrets(context: Any) -> None:

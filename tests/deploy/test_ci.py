@@ -61,6 +61,12 @@ def test_promoting_takes_its_release_as_it_is_said_and_nothing_else() -> None:
     )
 
 
+def test_what_reads_and_writes_the_lake_is_told_where_it_is_and_by_which_key(jobs: dict[str, dict[str, Any]]) -> None:
+    for name in ("staging", "promote"):
+        for setting in ("URI", "ENDPOINT", "ACCESS_KEY", "SECRET_KEY"):
+            assert f"MILLRACE_LAKE_{setting}" in jobs[name]["env"], name
+
+
 def test_every_setting_in_it_is_one_and_nothing_secret_is_in_it(jobs: dict[str, dict[str, Any]]) -> None:
     given = {name: value for job in jobs.values() for name, value in job.get("env", {}).items()}
     known = {f"MILLRACE_{name}".upper() for name in Settings.model_fields}

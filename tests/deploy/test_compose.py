@@ -294,6 +294,11 @@ def test_the_gateway_has_the_paths_that_are_asked(settings, compose: Compose) ->
     assert any("/healthz" in argument for argument in compose.services["gateway"].probe)
 
 
+def test_the_proxy_is_healthy_by_itself_before_any_gateway_is_ready(compose: Compose) -> None:
+    (answered,) = re.findall(r"^\trespond (\S+) 200$", (FOLDER / "Caddyfile").read_text(), re.MULTILINE)
+    assert compose.services["gateways"].probe[-1] == f"http://127.0.0.1:8080{answered}"
+
+
 def test_the_image_is_made_of_what_is_there_and_runs_as_a_user_without_rights() -> None:
     lines = re.sub(r"\\\n", " ", (PROJECT / "Dockerfile").read_text()).splitlines()
     steps = [line.split(" ", 1) for line in lines if line and not line.startswith("#")]

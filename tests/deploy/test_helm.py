@@ -110,8 +110,15 @@ def test_airflows_chart_runs_our_image_and_a_worker_for_each_queue_of_ours() -> 
     # The queue that tests/dags sees in the DAG files, and Airflow's own.
     assert {one["queue"] for one in chart["workers"]["celery"]["sets"]} == {"default", "heavy"}
     pod = next(one for one in manifests() if one["kind"] == "Pod")["spec"]["containers"][0]
-    in_pod = {one["name"]: one["valueFrom"]["secretKeyRef"]["key"] for one in pod["env"]}
+    in_pod = {one["name"]: one["valueFrom"]["secretKeyRef"]["key"] for one in pod["env"] if "valueFrom" in one}
     assert in_pod == {one["envName"]: one["secretKey"] for one in chart["secret"]}
+    # Such a pod has nothing of the chart's: what finds the DAGs, the plugin, Spark and the API server is its own.
+    told = {one["name"]: one["value"] for one in pod["env"] if "value" in one}
+    given = {one["name"]: one["value"] for one in chart["env"]} | {"AIRFLOW_HOME": chart["airflowHome"]}
+    assert told.pop("AIRFLOW__CORE__EXECUTION_API_SERVER_URL") == "http://airflow-api-server:8080/execution/"
+    assert told == {name: given[name] for name in told}
+    assert {"AIRFLOW_HOME", "MILLRACE_SPARK_REMOTE"} < told.keys()
+    assert {"AIRFLOW__CORE__DAGS_FOLDER", "AIRFLOW__CORE__PLUGINS_FOLDER"} < told.keys()
 
 
 def test_qdrants_chart_runs_the_version_that_the_client_is_of() -> None:

@@ -12,9 +12,11 @@ from typer.testing import CliRunner, Result
 
 from millrace.cli import app
 from millrace.environments import audit
+from millrace.environments.airflow_access import password_file
 from millrace.environments.matrix import READS, Observed, right
 from millrace.environments.mlflow_calls import Caller, Login
 from millrace.environments.postgres_calls import Refused, connected, rows
+from millrace.private_files import write_json
 from millrace.settings import Settings
 from millrace.stack.environment import settings_variables
 from tests.environments.conftest import ADMINISTRATOR, DATABASE_PASSWORDS, PASSWORDS
@@ -81,6 +83,16 @@ def test_where_there_are_no_servers_each_wall_says_that_it_is_only_code(alone: C
         "airflow": 48,
     }
     assert {one["allowed"] for some in tries.values() for one in some} == {None}
+
+
+def test_a_server_that_is_there_and_does_not_answer_fails_the_check(
+    alone: Callable[..., Result], settings: Settings
+) -> None:
+    password_file(settings.home).parent.mkdir(parents=True)
+    write_json(password_file(settings.home), {"admin": "a password", "millrace": "another one"})
+    done = alone("access check --wall airflow", MILLRACE_AIRFLOW_PORT="1")
+    assert done.exit_code == 1
+    assert "airflow: Airflow at http://127.0.0.1:1 does not answer" in done.stderr
 
 
 def test_what_is_wrong_with_what_was_given_is_one_sentence(alone: Callable[..., Result]) -> None:

@@ -6,7 +6,9 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import quote
 
+import httpx
 import mlflow
 import pyarrow as pa
 import pytest
@@ -203,6 +205,17 @@ def test_an_approval_is_an_operators_and_has_that_persons_name_in_journal_and_au
         for refused in (vera, stack):
             with pytest.raises(StackError, match=r"does not let (vera|millrace) PATCH"):
                 refused.answer("qa.approve", run, "approve", "Approve", reason="mine is fine")
+        # An operator may rewrite what a task returned: nothing that is approved is taken from there.
+        token = httpx.post(
+            f"{url}/auth/token", json={"username": "otto", "password": PASSWORDS["otto"]}, trust_env=False
+        )
+        rewritten = httpx.patch(
+            f"{url}/api/v2/dags/qa.approve/dagRuns/{quote(run, safe='')}/taskInstances/choose/xcomEntries/return_value",
+            json={"value": {"candidate": "1", "asks": "?", "told": "-"}},
+            headers={"Authorization": f"Bearer {token.json()['access_token']}"},
+            trust_env=False,
+        )
+        assert rewritten.status_code == 200, rewritten.text
         otto.answer("qa.approve", run, "approve", "Approve", reason="looks right")
         ended = otto.wait_for_run("qa.approve", run, timeout=240)
         logs = [otto.log_tail("qa.approve", run, task) for task in otto.tasks("qa.approve", run)]

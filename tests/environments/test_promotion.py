@@ -96,6 +96,20 @@ def test_a_release_is_asked_about_approved_copied_and_written_into_the_audit_tra
     assert verify(staging).entries == 3
 
 
+@pytest.mark.parametrize(
+    "changed", [{"release_id": "rel-forged"}, {"source_version": "2"}, {"way": "code", "recipe": "{}"}]
+)
+def test_nothing_comes_but_what_the_journal_says_was_approved(
+    ask_as: As, application: Application, in_dev: str, changed: dict[str, str]
+) -> None:
+    staging = ask_as("staging")
+    asked = request(staging, application, in_dev, run_id="r1")["promotion"]
+    record_answer(staging, application, asked, answer("Approve", "eve"))
+    with pytest.raises(ApprovalError, match=f"eve approved of another {', '.join(changed)} than promotion"):
+        bring(staging, application, asked | changed, run="test")
+    assert registry.versions(staging, application) == {}
+
+
 def test_what_a_person_rejects_does_not_come_and_may_be_asked_about_again(
     ask_as: As, application: Application, in_dev: str
 ) -> None:

@@ -16,6 +16,7 @@ from millrace.rollout.controller import tick
 from millrace.rollout.decisions import read_journal
 from millrace.rollout.promotion import record_approval
 from millrace.settings import Settings
+from tests.rollout.conftest import passes_gate
 from tests.rollout.killed import PLACES, freeze_until, tick_until
 
 ANN = {"actor": "ann", "reason": "erika@example.org complained"}
@@ -31,6 +32,7 @@ def test_each_decision_promotion_and_approval_is_an_entry_as_it_happens(
 ) -> None:
     asking = application.model_copy(update={"promotion": Promotion(approval_in=("dev",))})
     tick(tracked, asking, run="scheduled__1")
+    passes_gate(tracked, asking, "2")
     answer = {"params_input": {"reason": ANN["reason"]}, "responded_by_user": {"name": "bob"}}
     record_approval(tracked, asking, "2", answer | {"chosen_options": ["Approve"]})
     record_approval(tracked, asking, "3", answer | {"chosen_options": ["Reject"]})

@@ -1,22 +1,19 @@
 """From the gate to the rollout: with a person where the environment asks for one, by itself elsewhere."""
 
-from datetime import UTC, datetime
-
 import mlflow
-import pyarrow as pa
 import pytest
 
 from millrace.applications import Application, Promotion
 from millrace.environments.audit import search
 from millrace.errors import ApprovalError, MillraceError
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import OPS_EVALUATIONS
 from millrace.releases.registry import BUILDER_TAG
 from millrace.rollout import people
 from millrace.rollout.controller import tick
 from millrace.rollout.decisions import read_journal
 from millrace.rollout.promotion import next_promotion, record_approval
 from millrace.settings import Settings
+from tests.rollout.conftest import passes_gate
 
 
 @pytest.fixture
@@ -31,16 +28,8 @@ def passed(tracked: Settings, application: Application) -> Lake:
     tick(tracked, application, run="test")
     client = mlflow.MlflowClient(tracking_uri=tracked.mlflow_url, registry_uri=tracked.mlflow_url)
     client.set_model_version_tag(application.name, "2", BUILDER_TAG, "bob")
-    lake = Lake.of(tracked, application.name)
-    row = {field.name: "x" for field in OPS_EVALUATIONS.columns} | {
-        "champion": "1",
-        "candidate": "2",
-        "passed": True,
-        "criteria": "[]",
-        "evaluated_at": datetime.now(UTC),
-    }
-    lake.merge(OPS_EVALUATIONS, pa.Table.from_pylist([row], schema=OPS_EVALUATIONS.rows_schema), run="test")
-    return lake
+    passes_gate(tracked, application, "2")
+    return Lake.of(tracked, application.name)
 
 
 def answer(option: str, name: str | None, reason: str = "looks right") -> dict:
@@ -74,6 +63,15 @@ def test_a_release_waits_until_somebody_else_than_its_builder_approves(
     admit, start = read_journal(passed)[-2:]
     assert (admit.kind, admit.actor, admit.reason, admit.challenger) == ("admit", "ann", "looks right", "2")
     assert start.challenger == "2"
+
+
+def test_what_never_passed_the_gate_is_not_admitted_by_an_answer(
+    passed: Lake, tracked: Settings, asking: Application
+) -> None:
+    before = read_journal(passed)
+    with pytest.raises(ApprovalError, match=r"version 3 of .* never passed the gate; `millrace release admit` is for"):
+        record_approval(tracked, asking, "3", answer("Approve", "ann"))
+    assert read_journal(passed) == before
 
 
 def test_an_answer_is_recorded_once_however_often_the_task_runs(

@@ -64,7 +64,8 @@ def access_check(
 ) -> None:
     """Every identity tries every action on every resource; the matrix as observed.
 
-    The exit status is 0 only if what was tried went as declared. What stands on no server is said to be not observed.
+    The exit status is 0 only if what was tried went as declared and every configured server answered. What stands on no
+    server is said to be not observed.
     """
     found: dict[str, list[Observed]] = {}
 

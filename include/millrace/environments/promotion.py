@@ -120,7 +120,7 @@ def bring(settings: Settings, application: Application, asked: Mapping[str, Any]
         `trigger_run_id`, `conf`.
 
     Raises:
-        ApprovalError: this environment asks a person, and nobody has answered.
+        ApprovalError: this environment asks a person, and nobody has answered, or about something else.
         ReleaseError: as `request` and `copy_release`.
     """
     promotion, lake = Promotion(**asked), Lake.of(settings, application.name)
@@ -133,6 +133,13 @@ def bring(settings: Settings, application: Application, asked: Mapping[str, Any]
             f"nobody approved of promotion {promotion.promotion_id}, and {settings.environment} asks for that; clear "
             "the task `approve`, and let somebody answer"
         )
+    if approved := steps.get("approved"):
+        other = [name for name, value in asdict(promotion).items() if approved[name] != value]
+        if other:
+            raise ApprovalError(
+                f"{approved['actor']} approved of another {', '.join(other)} than promotion {promotion.promotion_id} "
+                "has now; start another promotion"
+            )
     if promotion.recipe is None:
         version, source = promotion.source_version, promotion.source
         copied = copy_release(settings, application, version, source=source, run=run, approved=promotion.release_id)
@@ -167,7 +174,10 @@ def copy_by_hand(
     _, tags = find_release(settings, application, version, source=source)
     copied = copy_release(settings, application, version, source=source, run=f"millrace release copy by {actor}")
     promotion = Promotion(
-        promotion_id=content_hash("by hand", settings.environment, application.name, source, version)[:12],
+        # With the release's: under a version's number there may be another one later.
+        promotion_id=content_hash(
+            "by hand", settings.environment, application.name, source, version, copied["release_id"]
+        )[:12],
         source=source,
         source_version=version,
         release_id=copied["release_id"],

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from millrace.applications import Application
+from millrace.errors import ApprovalError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import OPS_EVALUATIONS
 from millrace.releases import registry
@@ -76,15 +77,19 @@ def record_approval(
         answer: as `read_answer` takes it.
 
     Raises:
-        ApprovalError: nobody is named, who is named is no person where others reach Airflow, or who answered built the
-            release.
+        ApprovalError: nobody is named, who is named is no person where others reach Airflow, who answered built the
+            release, or what is approved never passed the gate.
         MillraceError: the reason is missing, or the release is not registered.
     """
     builder = registry.versions(settings, application).get(version, {}).get(registry.BUILDER_TAG)
     about = f"version {version} of {application.name}"
     said = read_answer(settings, application.name, answer, builder=builder, resource=f"release/{version}", about=about)
-    state = fold(read_journal(Lake.of(settings, application.name)))
+    lake = Lake.of(settings, application.name)
+    state = fold(read_journal(lake))
     if version in state.decided or version in {admission.version for admission in state.waiting}:
         return None
+    passed = lake.read(OPS_EVALUATIONS, ["candidate"], where=pc.field("passed") & (pc.field("candidate") == version))
+    if said.approved and not passed.num_rows:
+        raise ApprovalError(f"{about} never passed the gate; `millrace release admit` is for that")
     act = people.admit if said.approved else people.reject
     return act(settings, application, version, actor=said.actor, reason=said.reason)
