@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +127,18 @@ def test_half_a_rotation_leaves_the_secret_what_it_was_and_is_said_once(
     assert secret.get_secret_value() == SECRET
     file.chmod(0o600)
     assert secret.get_secret_value() == "a new one"
+
+
+def test_a_rotation_that_a_process_without_descriptors_could_not_read_is_read_by_the_next_use(file: Path) -> None:
+    secret = SecretFile(file, "MILLRACE_API_KEY")
+    written(file, "a new one")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        during = secret.get_secret_value()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert (during, secret.get_secret_value()) == (SECRET, "a new one")
 
 
 def test_a_secret_that_kubernetes_exchanges_is_followed(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ class SecretFile(SecretStr):
         self.earlier: frozenset[str] = frozenset()
         """What this object has held before: it was in requests, and answers to them may still say it."""
         self._name = name
-        self._seen = _stamp(path)
+        self._seen = self._told = _stamp(path)
         super().__init__(_read(path, name))
 
     def get_secret_value(self) -> str:
@@ -56,11 +56,14 @@ class SecretFile(SecretStr):
             try:
                 new = _read(self.path, self._name)
             except SettingsError as error:
-                log.error("%s; what it held before goes on", error)
+                # Tried again at each use: it may have failed for a reason that no stamp tells, such as no descriptor.
+                if stamp != self._told:
+                    log.error("%s; what it held before goes on", error)
+                self._told = stamp
             else:
                 self.earlier |= {self._secret_value}
                 self._secret_value = new
-            self._seen = stamp
+                self._seen = self._told = stamp
         return self._secret_value
 
 
