@@ -168,6 +168,20 @@ def test_a_key_is_hidden_after_its_rotation_too(file: Path) -> None:
     assert hide(f"no such key: {SECRET}, another secret, a third secret", secret) == "no such key: …, …, …"
 
 
+@pytest.mark.parametrize(
+    ("secret", "said", "shown"),
+    [
+        ("new-key\nold-key-1 until 2026-12-04T09:00:00+00:00", "old-key-1 until 2026-12-04", "… until 2026-12-04"),
+        ("slack://a/b/c jsons://host/path", "can't reach jsons://host/path", "can't reach …"),
+        ("postgresql://ann:hidden@host/keys", "ann may not, not with hidden", "ann may not, not with …"),
+        ('{"postgres": {"dev": "hidden \\"1\\""}}', 'dev of postgres has hidden "1"', "dev of postgres has …"),
+        ('{"lake": {"dev": "access:hidden"}}', "no such pair: access, hidden", "no such pair: …, …"),
+    ],
+)
+def test_what_is_of_use_alone_is_hidden_alone(secret: str, said: str, shown: str) -> None:
+    assert hide(said, SecretStr(secret)) == shown
+
+
 def test_a_variable_of_airflow_is_not_asked_for_until_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MILLRACE_QDRANT_API_KEY_VARIABLE", "qdrant")
     monkeypatch.setattr(SecretVariable, "_looked_up", lambda self: pytest.fail("a vault was asked"))
