@@ -106,6 +106,12 @@ def test_what_is_wrong_with_what_was_given_is_one_sentence(alone: Callable[..., 
     )
     assert away.exit_code == 1
     assert "postgres: PostgreSQL of MILLRACE_POSTGRES_URL doesn't answer" in away.stderr
+    none = alone(
+        "access plan",
+        MILLRACE_POSTGRES_URL="postgresql://postgres@127.0.0.1:1/postgres?nosuch=1",
+        MILLRACE_ACCESS_SECRETS=secrets,
+    )
+    assert (none.exit_code, 'invalid URI query parameter: "nosuch"' in none.stderr) == (1, True)
     checked = alone(
         "access check",
         MILLRACE_POSTGRES_URL="postgresql://postgres@127.0.0.1:1/postgres",

@@ -210,6 +210,12 @@ def test_a_backup_that_was_damaged_keeps_no_other_from_being_made_and_what_it_ma
     assert (said.exit_code, "Removed: " in said.output) == (0, True)
 
 
+def test_an_address_that_libpq_does_not_understand_is_one_sentence_without_its_password() -> None:
+    with pytest.raises(BackupError, match="the address of gateway's database is none; write") as refused:
+        Database("gateway", "postgresql://ann:hidden@host/db?nosuch=1").is_empty()
+    assert "hidden" not in str(refused.value)
+
+
 def test_a_home_that_holds_something_is_not_restored_to(kept: Settings, tmp_path: Path) -> None:
     save(kept, tmp_path / "backups")
     before = files(kept.home)
