@@ -13,8 +13,7 @@ from millrace.lakehouse.storage import ObjectStore, bucket_and_prefix
 
 
 def check_store(store: ObjectStore, folder: str) -> None:
-    """Write one small object to `folder` (`s3://…`), and try to write it again as if it weren't there, and as if it were
-    another.
+    """Write one small object to `folder` (`s3://…`), and try to write it again as if it weren't there, or were another.
 
     Raises:
         LakehouseError: the store can't hold a lake.

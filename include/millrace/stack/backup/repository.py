@@ -209,9 +209,7 @@ class Repository:
             BackupError: one that stays can't be read, so nobody knows what it needs; nothing was removed.
         """
         gone, stay = self.names()[:-keep], self.names()[-keep:]
-        needed = {
-            blob.sha256 for name in stay for files in self.read(name).parts.values() for blob in files.values()
-        }
+        needed = {blob.sha256 for name in stay for files in self.read(name).parts.values() for blob in files.values()}
         for name in gone:
             (self._backups / f"{name}.json").unlink()
         for path in self._objects.glob("??/*"):
