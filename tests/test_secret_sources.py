@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -128,6 +129,18 @@ def test_half_a_rotation_leaves_the_secret_what_it_was_and_is_said_once(
     assert secret.get_secret_value() == "a new one"
 
 
+def test_a_rotation_that_a_process_without_descriptors_could_not_read_is_read_by_the_next_use(file: Path) -> None:
+    secret = SecretFile(file, "MILLRACE_API_KEY")
+    written(file, "a new one")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        during = secret.get_secret_value()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert (during, secret.get_secret_value()) == (SECRET, "a new one")
+
+
 def test_a_secret_that_kubernetes_exchanges_is_followed(tmp_path: Path) -> None:
     """It writes a new folder beside the old one, and moves one link from one to the other."""
     for number, text in enumerate(("old", "new")):
@@ -153,6 +166,20 @@ def test_a_key_is_hidden_after_its_rotation_too(file: Path) -> None:
         written(file, new)
         assert secret.get_secret_value() == new
     assert hide(f"no such key: {SECRET}, another secret, a third secret", secret) == "no such key: …, …, …"
+
+
+@pytest.mark.parametrize(
+    ("secret", "said", "shown"),
+    [
+        ("new-key\nold-key-1 until 2026-12-04T09:00:00+00:00", "old-key-1 until 2026-12-04", "… until 2026-12-04"),
+        ("slack://a/b/c jsons://host/path", "can't reach jsons://host/path", "can't reach …"),
+        ("postgresql://ann:hidden@host/keys", "ann may not, not with hidden", "ann may not, not with …"),
+        ('{"postgres": {"dev": "hidden \\"1\\""}}', 'dev of postgres has hidden "1"', "dev of postgres has …"),
+        ('{"lake": {"dev": "access:hidden"}}', "no such pair: access, hidden", "no such pair: …, …"),
+    ],
+)
+def test_what_is_of_use_alone_is_hidden_alone(secret: str, said: str, shown: str) -> None:
+    assert hide(said, SecretStr(secret)) == shown
 
 
 def test_a_variable_of_airflow_is_not_asked_for_until_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

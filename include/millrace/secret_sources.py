@@ -6,8 +6,10 @@ gives a secret that is read where it is used, not where the settings are: a file
 use on, and a DAG file that is parsed asks no vault. It does not know which secrets there are, nor what they open.
 """
 
+import json
 import logging
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ FROM_FILE, FROM_AIRFLOW = "_FILE", "_VARIABLE"
 NO_SECRET = SecretStr("")
 _SHORTEST = 6
 """Characters of a secret that is looked for in a text: a shorter one would be found where it isn't."""
+_PASSWORD = re.compile(r"://[^\s/:@]*:([^\s/@]+)@")
 
 log = logging.getLogger("millrace.secrets")
 
@@ -46,7 +49,7 @@ class SecretFile(SecretStr):
         self.earlier: frozenset[str] = frozenset()
         """What this object has held before: it was in requests, and answers to them may still say it."""
         self._name = name
-        self._seen = _stamp(path)
+        self._seen = self._told = _stamp(path)
         super().__init__(_read(path, name))
 
     def get_secret_value(self) -> str:
@@ -56,11 +59,14 @@ class SecretFile(SecretStr):
             try:
                 new = _read(self.path, self._name)
             except SettingsError as error:
-                log.error("%s; what it held before goes on", error)
+                # Tried again at each use: it may have failed for a reason that no stamp tells, such as no descriptor.
+                if stamp != self._told:
+                    log.error("%s; what it held before goes on", error)
+                self._told = stamp
             else:
                 self.earlier |= {self._secret_value}
                 self._secret_value = new
-            self._seen = stamp
+                self._seen = self._told = stamp
         return self._secret_value
 
 
@@ -148,18 +154,41 @@ def is_set(secret: SecretStr) -> bool:
 
 def hide(text: str, *secrets: SecretStr) -> str:
     """`text` without the secrets, should a server have said them back."""
-    for secret in secrets:
-        for value in values_of(secret):
-            text = text.replace(value, "…")
+    for value in sorted({value for secret in secrets for value in values_of(secret)}, key=len, reverse=True):
+        text = text.replace(value, "…")
     return text
 
 
-def values_of(secret: SecretStr) -> list[str]:
-    """What must not be seen of it: each of its lines, since some secrets are several. Asks no vault."""
+def values_of(secret: SecretStr) -> set[str]:
+    """What must not be seen of it: each of its lines, since some secrets are several, and what is of use without the
+    rest of a line: a key without its end, one of several addresses, a password in one, a text in JSON. Asks no vault.
+    """
     held = {secret.get_secret_value()} if not isinstance(secret, SecretVariable) else set()
     if isinstance(secret, SecretFile):
         held |= secret.earlier
-    return [line for text in held for line in text.splitlines() if len(line) >= _SHORTEST]
+    parts = {part for text in held for line in text.splitlines() for part in _parts(line)}
+    parts |= {part for text in held for part in _texts(text)}
+    return {part for part in parts if len(part) >= _SHORTEST}
+
+
+def _parts(line: str) -> set[str]:
+    addresses = (word for word in line.split() if "://" in word)
+    return {line, line.partition(" until ")[0], *addresses, *_PASSWORD.findall(line)}
+
+
+def _texts(text: str) -> set[str]:
+    """The values of a JSON object, of any depth; no names. Of `access-key:secret-key` each alone, too."""
+    try:
+        left, found = [json.loads(text)], set[str]()
+    except ValueError:
+        return set()
+    while left:
+        match left.pop():
+            case str(value):
+                found |= {value, *value.split(":")}
+            case dict(values):
+                left += values.values()
+    return found
 
 
 class WithoutSecrets(logging.Formatter):

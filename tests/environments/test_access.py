@@ -16,6 +16,7 @@ from millrace.environments.airflow_access import password_file
 from millrace.environments.matrix import READS, Observed, right
 from millrace.environments.mlflow_calls import Caller, Login
 from millrace.environments.postgres_calls import Refused, connected, rows
+from millrace.environments.walls import Wall, put_up
 from millrace.private_files import write_json
 from millrace.settings import Settings
 from millrace.stack.environment import settings_variables
@@ -118,6 +119,12 @@ def test_what_is_wrong_with_what_was_given_is_one_sentence(alone: Callable[..., 
     )
     assert away.exit_code == 1
     assert "postgres: PostgreSQL of MILLRACE_POSTGRES_URL doesn't answer" in away.stderr
+    none = alone(
+        "access plan",
+        MILLRACE_POSTGRES_URL="postgresql://postgres@127.0.0.1:1/postgres?nosuch=1",
+        MILLRACE_ACCESS_SECRETS=secrets,
+    )
+    assert (none.exit_code, 'invalid URI query parameter: "nosuch"' in none.stderr) == (1, True)
     checked = alone(
         "access check",
         MILLRACE_POSTGRES_URL="postgresql://postgres@127.0.0.1:1/postgres",
@@ -127,6 +134,17 @@ def test_what_is_wrong_with_what_was_given_is_one_sentence(alone: Callable[..., 
     assert "postgres: to try what dev, mlflow, prod, staging may do on PostgreSQL needs its password" in checked.stderr
     none = alone("access token dev")
     assert (none.exit_code, "which no token opens" in none.stderr) == (1, True)
+
+
+def test_what_was_begun_is_in_the_audit_trail_even_if_nobody_lived_to_say_how_it_ended(settings: Settings) -> None:
+    def apply() -> list[str]:
+        raise KeyboardInterrupt
+
+    wall = Wall("postgres", "", list, lambda: ["create role ann@example.com"], apply, list)
+    with pytest.raises(KeyboardInterrupt):
+        put_up(settings, wall, actor="person/ann")
+    (entry,) = audit.search(settings, action="permission")
+    assert (entry["outcome"], entry["details"]) == ("attempted", {"change": "create role ann at example.com"})
 
 
 def test_both_walls_are_planned_put_up_told_to_the_audit_trail_and_checked(
@@ -140,11 +158,12 @@ def test_both_walls_are_planned_put_up_told_to_the_audit_trail_and_checked(
     assert walled("access plan", changed).stdout == "mlflow: nothing to change\npostgres: nothing to change\n"
     assert walled("access apply").stdout == told
     entries = audit.search(shared, action="permission")
-    assert Counter(entry["resource"] for entry in entries) == {"access/mlflow": 2, "access/postgres": 2}
+    assert Counter(entry["resource"] for entry in entries) == {"access/mlflow": 4, "access/postgres": 4}
     assert {(entry["outcome"], entry["details"]["change"]) for entry in entries} == {
-        ("changed", "set the password of staging")
+        ("attempted", "set the password of staging"),
+        ("changed", "set the password of staging"),
     }
-    assert audit.verify(shared).entries == 4
+    assert audit.verify(shared).entries == 8
 
     done = walled("access check")
     assert done.exit_code == 0, done.output
@@ -202,7 +221,7 @@ def test_whoever_stole_devs_credential_reads_prods_models_and_changes_nothing_un
     finally:
         walled("access apply")
     told = [entry["details"]["change"] for entry in audit.search(shared, action="permission")]
-    assert told == ["set the password of dev"] * 4
+    assert told == ["set the password of dev"] * 8
 
 
 def _tried_as_administrator(shared: Settings) -> list[str]:

@@ -9,14 +9,19 @@ from typer.testing import CliRunner
 
 from millrace.applications import load_application
 from millrace.cli import app
+from millrace.environments import lake_access
 from millrace.environments.description import record_description, recorded_description
 from millrace.environments.difference import Part, compare_environments
+from millrace.environments.matrix import READS
 from millrace.errors import LakehouseError, SettingsError
 from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.storage import Key, own_store
 from millrace.lakehouse.tables import OPS_CURSORS, OPS_ENVIRONMENT, PLATFORM
+from millrace.private_files import write_private
 from millrace.releases import prompt_registry, published_split, registry
 from millrace.releases.split import Split
 from millrace.settings import Settings
+from millrace.stack.versitygw import Versitygw
 from tests.conftest import COMMIT, TEMPLATE, copy_declarations
 from tests.environments.conftest import As
 from tests.environments.test_walls import register
@@ -112,6 +117,27 @@ def test_tables_are_compared_by_version_rows_and_columns(alone: Settings) -> Non
     told = values(compared(alone)["tables"])
     assert told[f"{name} column lag"] == (None, "int64")
     assert told[f"{name} column written_by"] == ("string not null", None)
+
+
+@pytest.mark.slow
+def test_a_lake_in_a_store_that_the_stack_keeps_is_read_with_the_callers_credential_too(
+    alone: Settings, object_store: Versitygw
+) -> None:
+    in_store = {"lake_uri": "s3://kept-by-the-stack/lake", "object_store_port": object_store.port}
+    dev = Settings(**alone.model_dump() | in_store)
+    keys = {identity: Key(identity, f"the kept secret of {identity}") for identity in READS}
+    for identity, key in keys.items():
+        (path := own_store(dev) / "keys" / identity).parent.mkdir(parents=True, exist_ok=True)
+        write_private(path, key.secret_key)
+        object_store.create_user(key)
+    known = dev.model_copy(update={"object_store_port": 0, "lake_endpoint": object_store.url})
+    lake_access.apply(known, object_store.root, {identity: identity for identity in READS})
+    for environment in ("staging", "prod"):
+        record_description(dev.model_copy(update={"environment": environment}), run="test")
+    found = compared(dev, "staging", "prod")  # dev reads prod, and not staging
+    (unread,) = found["settings"].unread
+    assert (unread.environment, "does not let dev read" in unread.why) == ("staging", True)
+    assert {one.environment for one in found["tables"].unread} == {"staging"}
 
 
 def test_models_prompts_and_permissions_are_read_with_the_callers_credential_and_what_it_may_not_read_is_named(

@@ -158,16 +158,27 @@ def test_a_store_is_tried_before_anything_starts(in_object_store: Settings, obje
         check_store(replace(store, endpoint="http://127.0.0.1:9"), folder)
 
 
-def test_a_store_that_ignores_conditions_is_refused(in_object_store: Settings) -> None:
+@pytest.mark.parametrize(
+    ("ignored", "said"),
+    [
+        (("If-None-Match", "If-Match"), "ignores conditional writes, so it would lose commits"),
+        (("If-Match",), "ignores If-Match, so two Spark servers could hold one lease"),
+    ],
+)
+def test_a_store_that_ignores_conditions_is_refused(ignored: tuple[str, ...], said: str) -> None:
     """No such store is at hand; this answers as one would."""
 
     class Ignorant(BaseHTTPRequestHandler):
         def do_PUT(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(200)
+            kept = {"If-None-Match", "If-Match"} - set(ignored)
+            refused = any(self.headers[name] for name in kept)
+            body = b"<Error><Code>PreconditionFailed</Code></Error>" if refused else b""
+            self.send_response(412 if refused else 200)
             self.send_header("ETag", '"x"')
-            self.send_header("Content-Length", "0")
+            self.send_header("Content-Length", str(len(body)))
             self.end_headers()
+            self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
             pass
@@ -175,7 +186,7 @@ def test_a_store_that_ignores_conditions_is_refused(in_object_store: Settings) -
     with ThreadingHTTPServer(("127.0.0.1", 0), Ignorant) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         store = ObjectStore(f"http://127.0.0.1:{server.server_port}", REGION, Key("a", "b"))
-        with pytest.raises(LakehouseError, match="ignores conditional writes, so it would lose commits"):
+        with pytest.raises(LakehouseError, match=said):
             check_store(store, "s3://lakehouse/x")
         server.shutdown()
 

@@ -261,6 +261,19 @@ def test_an_address_that_is_none_is_one_sentence_without_its_password(settings: 
     assert "hidden" not in str(refused.value)
 
 
+def test_an_address_that_was_rotated_to_none_is_one_sentence_without_its_password(
+    settings: Settings, tmp_path: Path
+) -> None:
+    write_private(tmp_path / "url", "postgresql://user:hidden@host/db")
+    url = SecretFile(tmp_path / "url", "MILLRACE_KEYS_URL")
+    store = KeyStore(settings.model_copy(update={"keys_url": url}))
+    for none in ("postgresql://user:hidden@[host/db", "postgresql://user:hid%zzden@host/db"):
+        write_private(tmp_path / "url", none)
+        with pytest.raises(ApiKeyError, match="MILLRACE_KEYS_URL is no address of PostgreSQL; write") as refused:
+            store.all()
+        assert "hid" not in str(refused.value)
+
+
 def test_a_password_is_in_no_message(settings: Settings) -> None:
     url = SecretStr("postgresql://ann:hidden@127.0.0.1:9/keys")
     with pytest.raises(KeysAway, match=r"keys at 127\.0\.0\.1, does not answer") as refused:

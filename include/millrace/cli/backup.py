@@ -31,6 +31,7 @@ def backup_command(
         f"databases {', '.join(manifest.parts.get('databases', {})) or 'none'}."
     ]
     told += [f"Removed: {name}." for name in saved.removed]
+    told += [f"Older ones were kept: {saved.stayed}."] if saved.stayed else []
     told += [f"Not in it: {what}." for what in saved.missing]
     console.print("\n".join(told), markup=False, soft_wrap=True)
 

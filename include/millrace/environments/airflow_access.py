@@ -101,27 +101,29 @@ def apply(settings: Settings, passwords: Mapping[str, str] | None = None) -> lis
 
 
 def tell(settings: Settings, changes: Iterable[Change], *, actor: str) -> None:
-    """Write what was changed into the audit trail.
+    """Write what will be changed into the audit trail, before it is: nothing changes without a trace.
 
     Raises:
-        LakehouseError: it can't be written; the changes stand.
+        LakehouseError: it can't be written.
     """
     from millrace.lakehouse.audit.chain import Event, record  # the stack's start needs no lake until then
 
     at = datetime.now(UTC)
+    # A name that was given elsewhere may be an address, and the trail holds none.
+    names = {change: change.name.replace("@", " at ") for change in changes}
     events = [
         Event(
-            event_id=f"airflow/{change.name}/{change.act}/{at.isoformat()}",
+            event_id=f"airflow/{name}/{change.act}/{at.isoformat()}",
             occurred_at=at,
             actor=actor,
             action="permission",
             application="_platform",
-            resource=f"airflow/{change.name}",
+            resource=f"airflow/{name}",
             outcome=change.act,
             run=actor,
             details={"role": change.role} if change.role else {},
         )
-        for change in changes
+        for change, name in names.items()
     ]
     record(settings, events, run=actor)
 

@@ -73,16 +73,20 @@ def record_description(settings: Settings, *, run: str) -> Description:
     return found
 
 
-def recorded_description(settings: Settings) -> Description:
-    """What the environment of `settings` wrote down last.
+def recorded_description(settings: Settings, *, environment: str = "") -> Description:
+    """What an environment wrote down last.
+
+    Args:
+        environment: another one, read with the credential of `settings`; empty: the one of `settings`.
 
     Raises:
         LakehouseError: it wrote nothing, or that can't be read.
     """
-    rows = Lake.of(settings, PLATFORM).read(OPS_ENVIRONMENT).sort_by([("described_at", "descending")])
+    lake = Lake.of(settings, PLATFORM, environment=environment)
+    rows = lake.read(OPS_ENVIRONMENT).sort_by([("described_at", "descending")])
     if not rows.num_rows:
         raise LakehouseError(
-            f"{settings.environment} has not described itself in {PLATFORM}/{OPS_ENVIRONMENT.path}, or not where this "
+            f"{lake.environment} has not described itself in {PLATFORM}/{OPS_ENVIRONMENT.path}, or not where this "
             "credential may read: let it run maintain_lakehouse or `millrace env record`"
         )
     row = rows.slice(0, 1).to_pylist()[0]

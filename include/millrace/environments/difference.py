@@ -75,12 +75,12 @@ def compare_environments(settings: Settings, left: str, right: str) -> list[Part
         if name not in READS:
             raise SettingsError(f"there is no environment {name!r}; there are {', '.join(READS)}")
     sides = [settings.model_copy(update={"environment": name}) for name in (left, right)]
-    said = [_read(_said, side) for side in sides]
+    said = [_read(partial(_said, settings), side) for side in sides]
     parts = [
         _compared(name, *(one if isinstance(one, Unread) else one[name] for one in said))
         for name in ("code", "settings", "secrets", "declarations")
     ]
-    parts.append(_compared("tables", *(_read(_tables, side) for side in sides)))
+    parts.append(_compared("tables", *(_read(partial(_tables, settings), side) for side in sides)))
 
     def of_mlflow(read: Callable[[Settings], Values], side: Settings) -> Values:
         if not settings.mlflow_workspaces and side.environment != settings.environment:
@@ -126,9 +126,9 @@ def _read(read: Callable[[Settings], Found], side: Settings) -> Found | Unread:
         return Unread(side.environment, "", str(error))
 
 
-def _said(side: Settings) -> dict[str, Values]:
+def _said(caller: Settings, side: Settings) -> dict[str, Values]:
     """As the environment wrote it down: this process may be a person's, who has other settings and fewer secrets."""
-    said = recorded_description(side)
+    said = recorded_description(caller, environment=side.environment)
     return {
         "code": {"commit": said.commit or "unknown", "described at": f"{said.described_at:%Y-%m-%d %H:%M:%S} UTC"},
         "settings": dict(said.settings),
@@ -137,10 +137,10 @@ def _said(side: Settings) -> dict[str, Values]:
     }
 
 
-def _tables(side: Settings) -> Values:
+def _tables(caller: Settings, side: Settings) -> Values:
     found: Values = {}
     for application in (*(one.name for one in load_applications(side)), PLATFORM):
-        lake = Lake.of(side, application)
+        lake = Lake.of(caller, application, environment=side.environment)
         for table in TABLES.values():
             name = f"{application}/{table.path}"
             try:

@@ -133,7 +133,10 @@ def _changes(workspaces: set[str], roles: list[dict[str, Any]], users: list[dict
             yield Change("user", identity=identity)
         elif user["is_admin"]:
             yield Change("demote", identity=identity)
-        yield from _assignments(identity, user["roles"] if user else [])
+        yield from _assignments(identity, declared_roles(identity), user["roles"] if user else [])
+    for name in sorted(found.keys() - READS.keys()):
+        if not found[name]["is_admin"]:  # whom the server refuses nothing, whatever roles are taken away
+            yield from _assignments(name, {}, found[name]["roles"])
 
 
 def _grants(environment: str, name: str, role: dict[str, Any] | None, grants: Mapping[str, str]) -> Iterator[Change]:
@@ -149,8 +152,7 @@ def _grants(environment: str, name: str, role: dict[str, Any] | None, grants: Ma
         yield Change("grant", environment, name, kind, permission)
 
 
-def _assignments(identity: str, roles: list[dict[str, Any]]) -> Iterator[Change]:
-    wanted = declared_roles(identity)
+def _assignments(identity: str, wanted: Mapping[str, str], roles: list[dict[str, Any]]) -> Iterator[Change]:
     given = {(role["workspace"], role["name"]) for role in roles}
     for environment, name in wanted.items():
         if (environment, name) not in given:

@@ -39,7 +39,7 @@ def connected(url: str, *, role: str = "", password: str = "", database: str = "
             application_name="millrace access",
             **chosen,
         )
-    except psycopg2.OperationalError as error:
+    except psycopg2.Error as error:
         said = _first_line(error)
         if any(refusal in said for refusal in _REFUSALS):
             raise Refused(

@@ -179,13 +179,17 @@ def _leased(settings: Settings, store: ObjectStore, arguments: list[str], enviro
     """Run the server for as long as this process has the lease of it; its exit code.
 
     Raises:
-        LakehouseError: another server has the lease, or got it.
+        LakehouseError: another server has the lease, or got it; or the store can't keep one.
+        AccessRefused: this environment's credential may not write it.
     """
     from millrace.lakehouse.lease import Lease
+    from millrace.lakehouse.store_check import check_store
 
+    folder = f"{settings.lake}/{settings.environment}/{PLATFORM}/leases"
+    check_store(store, folder)  # a container starts this without `millrace up`
     lease = Lease(
         store,
-        f"{settings.lake}/{settings.environment}/{PLATFORM}/leases/spark.json",
+        f"{folder}/spark.json",
         f"the Spark Connect server of {settings.environment}",
         f"process {os.getpid()} on {socket.gethostname()}, port {settings.spark_port},",
     )

@@ -81,6 +81,7 @@ _AWAY = (psycopg2.OperationalError, psycopg2.InterfaceError, psycopg2.InternalEr
 """What passes when a database is back: lost connections, a full disk, a standby that can't be written yet."""
 _REFUSALS = ("permission denied for database", "password authentication failed")
 """Of an error before there is a connection, which has no code: the database is there, and lets this role not in."""
+_NO_ADDRESS = "MILLRACE_KEYS_URL is no address of PostgreSQL; write postgresql://user:password@host/database"
 
 Rows = list[tuple[Any, ...]]
 
@@ -269,7 +270,7 @@ class KeyStore:
         raise AssertionError("a second try returns or raises")
 
     def _refused(self, error: psycopg2.Error) -> ApiKeyError:
-        role = psycopg2.extensions.parse_dsn(self._url).get("user", "this user")
+        role = _parts(self._url).get("user", "this user")
         return ApiKeyError(
             f"the database of API keys, {self._where}, refuses {role} ({_first_line(error)}); "
             "correct what its role may do, or MILLRACE_KEYS_URL"
@@ -294,16 +295,19 @@ class KeyStore:
 
 def _connect(url: str) -> "psycopg2.extensions.connection":
     """Raises:
-    ApiKeyError: a newer Millrace wrote the keys there.
+    ApiKeyError: a newer Millrace wrote the keys there, or the address was rotated to none.
     """
-    connection = psycopg2.connect(
-        url,
-        connect_timeout=2,
-        # A server that is gone without a word is noticed, and one that waits for a lock is not waited for.
-        tcp_user_timeout=3000,
-        options="-c statement_timeout=3000 -c lock_timeout=2000 -c timezone=UTC",
-        application_name="millrace keys",
-    )
+    try:
+        connection = psycopg2.connect(
+            url,
+            connect_timeout=2,
+            # A server that is gone without a word is noticed, and one that waits for a lock is not waited for.
+            tcp_user_timeout=3000,
+            options="-c statement_timeout=3000 -c lock_timeout=2000 -c timezone=UTC",
+            application_name="millrace keys",
+        )
+    except psycopg2.ProgrammingError:  # its text has the address, and with it the password
+        raise ApiKeyError(_NO_ADDRESS) from None
     try:
         with connection, connection.cursor() as cursor:
             cursor.execute("select pg_advisory_xact_lock(%s)", (_SCHEMA_LOCK,))
@@ -323,6 +327,14 @@ def _connect(url: str) -> "psycopg2.extensions.connection":
     return connection
 
 
+def _parts(url: str) -> dict[str, str]:
+    """Of an address; nothing: it is none."""
+    try:
+        return psycopg2.extensions.parse_dsn(url)
+    except psycopg2.Error:
+        return {}
+
+
 def _where(url: str) -> str:
     """Host and database of an address, without who logs in and how.
 
@@ -334,14 +346,9 @@ def _where(url: str) -> str:
             "MILLRACE_KEYS_URL is empty, and callers of the gateway need API keys here: `millrace up` keeps them in "
             "its own PostgreSQL; elsewhere set postgresql://user:password@host/database"
         )
-    try:
-        parts = psycopg2.extensions.parse_dsn(url)
-    except psycopg2.Error:
-        parts = {}
+    parts = _parts(url)
     if not url.startswith(("postgresql://", "postgres://")) or not parts:
-        raise SettingsError(
-            "MILLRACE_KEYS_URL is no address of PostgreSQL; write postgresql://user:password@host/database"
-        )
+        raise SettingsError(_NO_ADDRESS)
     return f"{parts.get('dbname', '')} at {parts.get('host', 'localhost')}"
 
 

@@ -119,7 +119,8 @@ def _airflow(settings: Settings, secrets: Secrets, postgres: Postgres) -> tuple[
     def prepare() -> None:
         home.mkdir(exist_ok=True, mode=0o700)
         own = {AIRFLOW_ADMIN: secrets.airflow_password, AIRFLOW_SERVICE: secrets.airflow_service_password}
-        airflow_access.tell(settings, airflow_access.apply(settings, own), actor="service/stack")
+        airflow_access.tell(settings, airflow_access.plan(settings, own), actor="service/stack")
+        airflow_access.apply(settings, own)
         postgres.create_database("airflow")
 
     def healthy(component: str) -> Callable[[float], bool]:

@@ -93,3 +93,12 @@ def test_what_only_older_backups_needed_goes_with_them(tmp_path: Path) -> None:
     assert len(list(repository.folder.glob("objects/??/*"))) == 3
     for name in names[1:]:
         repository.verify(repository.read(name))
+    (repository.folder / "backups" / f"{names[1]}.json").write_text("damaged")
+    with repository.writing():
+        last = repository.finish(manifest({}, at=MADE_AT + timedelta(seconds=1)))
+        with pytest.raises(BackupError, match="was changed after the backup"):
+            repository.prune(3)
+    assert repository.names() == [*names[1:], last]
+    assert len(list(repository.folder.glob("objects/??/*"))) == 3
+    with repository.writing():
+        assert repository.prune(2) == names[1:2]

@@ -195,6 +195,27 @@ def test_a_backup_that_was_damaged_is_refused_before_anything_is_written(kept: S
     assert not kept.home.exists()
 
 
+def test_a_backup_that_was_damaged_keeps_no_other_from_being_made_and_what_it_may_need_stays(
+    kept: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "backups"
+    first, second = save(kept, folder), save(kept, folder)
+    (folder / "backups" / f"{second.name}.json").write_text("damaged")
+    third = save(kept, folder, keep=2)
+    assert (third.written, third.removed) == (0, ())  # by the first, whose bytes need not be written again
+    assert "was changed after the backup" in third.stayed
+    assert Repository(folder).names() == [first.name, second.name, third.name]
+    monkeypatch.setenv("MILLRACE_HOME", str(kept.home))
+    said = CliRunner().invoke(app, ["backup", str(folder), "--keep", "2"])
+    assert (said.exit_code, "Removed: " in said.output) == (0, True)
+
+
+def test_an_address_that_libpq_does_not_understand_is_one_sentence_without_its_password() -> None:
+    with pytest.raises(BackupError, match="the address of gateway's database is none; write") as refused:
+        Database("gateway", "postgresql://ann:hidden@host/db?nosuch=1").is_empty()
+    assert "hidden" not in str(refused.value)
+
+
 def test_a_home_that_holds_something_is_not_restored_to(kept: Settings, tmp_path: Path) -> None:
     save(kept, tmp_path / "backups")
     before = files(kept.home)

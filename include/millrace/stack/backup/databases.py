@@ -38,10 +38,8 @@ class Database:
         self.name = name
         try:
             self._url = make_url(address)
-        except ArgumentError:  # its text has the address, and with it the password
-            raise BackupError(
-                f"the address of {name}'s database is none; write postgresql://user:password@host/database"
-            ) from None
+        except ArgumentError:
+            raise _no_address(name) from None
 
     @property
     def where(self) -> str:
@@ -103,6 +101,8 @@ class Database:
             connection = psycopg2.connect(self._libpq_address())
         except psycopg2.OperationalError as error:
             raise BackupError(f"{self.where} does not let me in: {' '.join(str(error).split())}") from None
+        except psycopg2.ProgrammingError:  # libpq understands less than SQLAlchemy
+            raise _no_address(self.name) from None
         try:
             with connection.cursor() as cursor:
                 cursor.execute(_RELATIONS)
@@ -129,6 +129,11 @@ class Database:
             "PGSSLROOTCERT": query.get("sslrootcert"),
         }
         return inherited | {name: str(value) for name, value in told.items() if value}
+
+
+def _no_address(name: str) -> BackupError:
+    """Without the text of the error that says so: it has the address, and with it the password."""
+    return BackupError(f"the address of {name}'s database is none; write postgresql://user:password@host/database")
 
 
 def _last_line(said: IO[bytes]) -> str:

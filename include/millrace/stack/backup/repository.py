@@ -203,13 +203,15 @@ class Repository:
             )
 
     def prune(self, keep: int) -> list[str]:
-        """Remove all but the newest backups, and what only they needed; their names. Called inside `writing`."""
-        gone = self.names()[:-keep]
+        """Remove all but the newest backups, and what only they needed; their names. Called inside `writing`.
+
+        Raises:
+            BackupError: one that stays can't be read, so nobody knows what it needs; nothing was removed.
+        """
+        gone, stay = self.names()[:-keep], self.names()[-keep:]
+        needed = {blob.sha256 for name in stay for files in self.read(name).parts.values() for blob in files.values()}
         for name in gone:
             (self._backups / f"{name}.json").unlink()
-        needed = {
-            blob.sha256 for name in self.names() for files in self.read(name).parts.values() for blob in files.values()
-        }
         for path in self._objects.glob("??/*"):
             if path.parent.name + path.name not in needed:
                 path.unlink()

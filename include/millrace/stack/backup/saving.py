@@ -17,7 +17,7 @@ Whatever runs may go on; what is written meanwhile is in the next backup.
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -65,6 +65,8 @@ class Saved:
     """Bytes that the folder did not have."""
     removed: tuple[str, ...]
     """Older backups that went."""
+    stayed: str
+    """Why more than `keep` stay; empty: they don't."""
     missing: tuple[str, ...]
     """What the deployment has and the backup has not, a sentence each."""
 
@@ -89,14 +91,25 @@ def save(settings: Settings, folder: Path, *, secrets: bool = False, keep: int |
     repository = Repository(folder)
     try:
         with only_for_its_owner(), repository.writing(), _stores(places) as postgres:
-            known = repository.read(names[-1]).parts if (names := repository.names()) else {}
-            saving = _Saving(places, repository, known, postgres)
+            saving = _Saving(places, repository, _newest_parts(repository), postgres)
             manifest = saving.run(secrets)
-            name = repository.finish(manifest)
-            removed = repository.prune(keep) if keep else []
+            name, removed, stayed = repository.finish(manifest), list[str](), ""
+            if keep:
+                try:
+                    removed = repository.prune(keep)
+                except BackupError as error:
+                    stayed = str(error)
     except OSError as error:
         raise BackupError(f"there is no new backup in {folder}: {error}; correct that, then run it again") from error
-    return Saved(name, manifest, repository.written, tuple(removed), tuple(saving.missing))
+    return Saved(name, manifest, repository.written, tuple(removed), stayed, tuple(saving.missing))
+
+
+def _newest_parts(repository: Repository) -> dict[str, Files]:
+    """Of the newest backup that can be read: one that was damaged stops no later one."""
+    for name in reversed(repository.names()):
+        with suppress(BackupError):
+            return repository.read(name).parts
+    return {}
 
 
 class _Saving:
