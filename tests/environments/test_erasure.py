@@ -23,7 +23,8 @@ from millrace.cli import app
 from millrace.environments import erasure
 from millrace.environments.audit import search, verify
 from millrace.environments.erasure import erase, finish_erasures, preview
-from millrace.errors import ConflictError, ErasureError
+from millrace.environments.erasure_search import Found
+from millrace.errors import ConflictError, ErasureError, LakehouseError
 from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.cursors import move_cursor, read_cursor
 from millrace.lakehouse.lake import Lake
@@ -42,7 +43,7 @@ from millrace.serving.metrics import Metrics
 from millrace.serving.traces import ExchangeTraces
 from millrace.settings import Settings
 from millrace.sources.completion_id import issue
-from millrace.sources.erased import erasures_seen, require_nobody_erased
+from millrace.sources.erased import Erasure, erasures_seen, read_erasures, require_nobody_erased, write_erasures
 from millrace.sources.event_log import Accepted, Completed, EventLog, Feedback, read_events
 from millrace.sources.feedback import land_events, refine_feedback
 from millrace.sources.pseudonym import note_key, noted_in, pseudonym
@@ -492,3 +493,25 @@ def test_somebody_who_writes_all_the_time_is_named_a_reason(
         ErasureError, match=r"was written 5 times .* pause \w+.ingest_feedback, then run `millrace erase`"
     ):
         erase(prod, own, ANN, actor="person/otto", run="test")
+
+
+def test_one_users_erasure_that_fails_stops_nobody_elses(
+    talk: Talk, ingest: Callable[[], object], prod: Settings, own: Application, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything(talk, ingest, prod)
+    for user in (ANN, BOB):
+        begun = Erasure(user, datetime.now(UTC), None, frozenset(), {})
+        write_erasures(talk.lake, [begun], run="test")
+    first = read_erasures(talk.lake)[0].user
+    real = erasure._delete
+
+    def fails(settings: Settings, application: Application, found: Found) -> dict[str, int]:
+        if found.erasure.user == first:
+            raise LakehouseError("the disk is full")
+        return real(settings, application, found)
+
+    monkeypatch.setattr(erasure, "_delete", fails)
+    with pytest.raises(ErasureError, match=f"^{own.name}: user {first}: the disk is full$"):
+        finish_erasures(prod, own, run="nightly")
+    assert {one.user: one.done_at is None for one in read_erasures(talk.lake)} == {ANN: first == ANN, BOB: first == BOB}
+    assert set(talk.lake.read(SILVER_EXCHANGES)["user"].to_pylist()) == {first}
