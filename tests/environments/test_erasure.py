@@ -23,7 +23,7 @@ from millrace.cli import app
 from millrace.environments import erasure
 from millrace.environments.audit import search, verify
 from millrace.environments.erasure import erase, finish_erasures, preview
-from millrace.environments.erasure_search import Found
+from millrace.environments.erasure_search import Found, mentions
 from millrace.errors import ConflictError, ErasureError, LakehouseError
 from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.cursors import move_cursor, read_cursor
@@ -188,7 +188,7 @@ def everything(talk: Talk, ingest: Callable[[], object], settings: Settings) -> 
         run = settings.home / "training" / "prod" / talk.application / "run-1"
         run.mkdir(parents=True, exist_ok=True)
         with (run / "examples.jsonl").open("a") as file:
-            file.write(json.dumps({"prompt": f"Answer: {question}", "answer": "a"}) + "\n")
+            file.write(json.dumps({"question": question, "prompt": f"Answer: {question}", "answer": "a"}) + "\n")
         talk.at = START + 5 * HOUR  # of an hour that nobody has ingested
         talk.exchange(ANN if name.startswith("Ann") else BOB, f"{name}, late")
         talk.at = START
@@ -515,3 +515,21 @@ def test_one_users_erasure_that_fails_stops_nobody_elses(
         finish_erasures(prod, own, run="nightly")
     assert {one.user: one.done_at is None for one in read_erasures(talk.lake)} == {ANN: first == ANN, BOB: first == BOB}
     assert set(talk.lake.read(SILVER_EXCHANGES)["user"].to_pylist()) == {first}
+
+
+@pytest.mark.parametrize(
+    ("line", "theirs"),
+    [
+        ({"question": " Why? ", "prompt": "Answer: Why?", "answer": "So."}, True),
+        ({"question": "It fails. Why?", "prompt": "Answer: It fails. Why?", "answer": "So."}, False),
+        ({"question": "What now?", "prompt": "Somebody asks: Why?\nWhat now?", "answer": "So."}, False),
+        ({"prompt": "Answer:\nWhy?", "answer": "as files once were"}, True),
+        ({"prompt": "Answer:\nAnyWhy?s", "answer": "as files once were"}, False),
+    ],
+)
+def test_a_short_question_takes_nobody_elses_line(line: dict[str, str], theirs: bool) -> None:
+    assert mentions(json.dumps(line), frozenset({"Why?"})) == theirs
+
+
+def test_a_torn_line_goes_with_what_is_left_of_the_question() -> None:
+    assert mentions('{"prompt": "Answer:\\nWhy?", "answ', frozenset({"Why?"}))

@@ -6,6 +6,7 @@ same question is found with it. Reads everything, decides nothing.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +40,7 @@ HOLDERS: tuple[tuple[Table, str], ...] = (
 )
 """Table that may hold something of a user → the column that says which rows."""
 WORK_FILES = ("examples.jsonl", "pairs.jsonl")
-"""What fine-tunes write of their examples, in a folder of each run."""
+"""What fine-tunes write of their examples, JSON with the `question` in each line, in a folder of each run."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,16 @@ def look(settings: Settings, application: str, erasure: Erasure) -> Found:
 
 
 def mentions(line: str, questions: frozenset[str]) -> bool:
-    """Whether a line of a fine-tune's file has one of the questions."""
-    return any(json.dumps(question)[1:-1] in line for question in questions)
+    """Whether a line of a fine-tune's file was made of one of the questions."""
+    try:
+        told = json.loads(line)
+    except ValueError:  # torn, and of no use to anybody
+        return any(json.dumps(question)[1:-1] in line for question in questions)
+    if "question" in told:
+        return told["question"].strip() in questions
+    # Written before its lines had the question: a short one is in others' texts, too, so it must stand alone there.
+    text = "\n".join(value for value in told.values() if isinstance(value, str))
+    return any(re.search(rf"(?<!\w){re.escape(question)}(?!\w)", text) for question in questions)
 
 
 def _events(lake: Lake, erasure: Erasure) -> tuple[set[str], set[str], set[str], set[str]]:
