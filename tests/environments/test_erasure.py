@@ -533,3 +533,13 @@ def test_a_short_question_takes_nobody_elses_line(line: dict[str, str], theirs: 
 
 def test_a_torn_line_goes_with_what_is_left_of_the_question() -> None:
     assert mentions('{"prompt": "Answer:\\nWhy?", "answ', frozenset({"Why?"}))
+
+
+def test_a_file_is_found_by_its_lines_alone(prod: Settings, qa: Application) -> None:
+    run = prod.home / "training" / "prod" / qa.name / "run-1"
+    run.mkdir(parents=True)
+    lines = [{"question": question, "prompt": question, "answer": "So."} for question in ("It fails. Why?", "What now?")]
+    (run / "examples.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    Talk(prod, qa.name).exchange(ANN, "Ann of Arc")
+    for asked, files in (("Why?", []), ("What now?", [run / "examples.jsonl"])):
+        assert list(erasure_search._files(prod, qa.name, {asked})) == files

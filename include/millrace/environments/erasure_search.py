@@ -174,7 +174,8 @@ def _files(settings: Settings, application: str, questions: set[str]) -> Iterato
     runs = settings.home / "training" / settings.environment / application
     for name in WORK_FILES:
         for path in sorted(runs.glob(f"*/{name}")):
-            if mentions(path.read_text(encoding="utf-8"), frozenset(questions)):
+            lines = path.read_text(encoding="utf-8").splitlines()
+            if any(mentions(line, frozenset(questions)) for line in lines):
                 yield path
 
 
