@@ -131,7 +131,8 @@ def _erase(settings: Settings, application: Application, found: Found, *, actor:
     for _ in range(ROUNDS):
         sets |= found.training_sets
         # Before anything goes: what it leads to is known to whoever has to finish this.
-        told |= {"training_sets": sorted(sets), "counts": totals}
+        questions = found.erasure.told["questions"]
+        told |= {"training_sets": sorted(sets), "counts": totals, "questions": questions}
         touched = {path for path, rows in found.rows.items() if rows}
         told["tables"] = sorted({*told.get("tables", ()), *touched})
         begun = replace(found.erasure, done_at=None, told=told)
