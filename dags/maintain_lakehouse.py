@@ -22,7 +22,7 @@ Green every night. `kept_hours` in the result of *tidy* far above a table's rete
 `ops/cursors` for which.
 
 ### When it fails
-*forget*: a user is not wholly erased yet; the message says why.
+*forget*: the message names each user who is not wholly erased yet, and why; the others are.
 *tidy*: the message names the table and why; the others were done. *remove*: MLflow or a model server doesn't
 answer; the rest was removed. Clear either any time: what is done is not done again. A full disk: free some space
 first, a compaction writes before it removes.

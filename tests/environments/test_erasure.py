@@ -20,10 +20,11 @@ from typer.testing import CliRunner
 
 from millrace.applications import Application
 from millrace.cli import app
-from millrace.environments import erasure
+from millrace.environments import erasure, erasure_search
 from millrace.environments.audit import search, verify
 from millrace.environments.erasure import erase, finish_erasures, preview
-from millrace.errors import ConflictError, ErasureError
+from millrace.environments.erasure_search import Found, mentions
+from millrace.errors import ConflictError, ErasureError, LakehouseError
 from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.cursors import move_cursor, read_cursor
 from millrace.lakehouse.lake import Lake
@@ -42,7 +43,15 @@ from millrace.serving.metrics import Metrics
 from millrace.serving.traces import ExchangeTraces
 from millrace.settings import Settings
 from millrace.sources.completion_id import issue
-from millrace.sources.erased import erasures_seen, require_nobody_erased
+from millrace.sources.erased import (
+    Erasure,
+    Questions,
+    erasures_seen,
+    hashed_question,
+    read_erasures,
+    require_nobody_erased,
+    write_erasures,
+)
 from millrace.sources.event_log import Accepted, Completed, EventLog, Feedback, read_events
 from millrace.sources.feedback import land_events, refine_feedback
 from millrace.sources.pseudonym import note_key, noted_in, pseudonym
@@ -51,6 +60,7 @@ from tests.lakehouse import test_forgetting
 KEY = b"test completion key"
 HOUR = timedelta(hours=1)
 START = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) - 5 * HOUR
+WHY = Questions(frozenset({"Why?"}), frozenset(), b"")
 ANN, BOB = (pseudonym(b"test pseudonym key", name) for name in ("ann", "bob"))
 
 
@@ -187,7 +197,7 @@ def everything(talk: Talk, ingest: Callable[[], object], settings: Settings) -> 
         run = settings.home / "training" / "prod" / talk.application / "run-1"
         run.mkdir(parents=True, exist_ok=True)
         with (run / "examples.jsonl").open("a") as file:
-            file.write(json.dumps({"prompt": f"Answer: {question}", "answer": "a"}) + "\n")
+            file.write(json.dumps({"question": question, "prompt": f"Answer: {question}", "answer": "a"}) + "\n")
         talk.at = START + 5 * HOUR  # of an hour that nobody has ingested
         talk.exchange(ANN if name.startswith("Ann") else BOB, f"{name}, late")
         talk.at = START
@@ -380,7 +390,7 @@ def test_the_bytes_wait_for_a_reader_that_has_not_read_and_go_when_it_has(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from millrace.environments import erasure
+from millrace.environments import erasure, erasure_search
 from millrace.applications import Application
 from millrace.settings import Settings
 
@@ -492,3 +502,91 @@ def test_somebody_who_writes_all_the_time_is_named_a_reason(
         ErasureError, match=r"was written 5 times .* pause \w+.ingest_feedback, then run `millrace erase`"
     ):
         erase(prod, own, ANN, actor="person/otto", run="test")
+
+
+def test_one_users_erasure_that_fails_stops_nobody_elses(
+    talk: Talk, ingest: Callable[[], object], prod: Settings, own: Application, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything(talk, ingest, prod)
+    for user in (ANN, BOB):
+        begun = Erasure(user, datetime.now(UTC), None, frozenset(), {})
+        write_erasures(talk.lake, [begun], run="test")
+    first = read_erasures(talk.lake)[0].user
+    real = erasure._delete
+
+    def fails(settings: Settings, application: Application, found: Found) -> dict[str, int]:
+        if found.erasure.user == first:
+            raise LakehouseError("the disk is full")
+        return real(settings, application, found)
+
+    monkeypatch.setattr(erasure, "_delete", fails)
+    with pytest.raises(ErasureError, match=f"^{own.name}: user {first}: the disk is full$"):
+        finish_erasures(prod, own, run="nightly")
+    assert {one.user: one.done_at is None for one in read_erasures(talk.lake)} == {ANN: first == ANN, BOB: first == BOB}
+    assert set(talk.lake.read(SILVER_EXCHANGES)["user"].to_pylist()) == {first}
+
+
+@pytest.mark.parametrize(
+    ("line", "theirs"),
+    [
+        ({"question": " Why? ", "prompt": "Answer: Why?", "answer": "So."}, True),
+        ({"question": "It fails. Why?", "prompt": "Answer: It fails. Why?", "answer": "So."}, False),
+        ({"question": "What now?", "prompt": "Somebody asks: Why?\nWhat now?", "answer": "So."}, False),
+        ({"prompt": "Answer:\nWhy?", "answer": "as files once were"}, True),
+        ({"prompt": "Answer:\nAnyWhy?s", "answer": "as files once were"}, False),
+    ],
+)
+def test_a_short_question_takes_nobody_elses_line(line: dict[str, str], theirs: bool) -> None:
+    assert mentions(json.dumps(line), WHY) == theirs
+
+
+def test_a_torn_line_goes_with_what_is_left_of_the_question() -> None:
+    assert mentions('{"prompt": "Answer:\\nWhy?", "answ', WHY)
+
+
+def test_a_file_is_found_by_its_lines_alone(prod: Settings, qa: Application) -> None:
+    run = prod.home / "training" / "prod" / qa.name / "run-1"
+    run.mkdir(parents=True)
+    lines = [json.dumps({"question": one, "prompt": one}) for one in ("It fails. Why?", "What now?")]
+    (run / "examples.jsonl").write_text("\n".join(lines))
+    for asked, files in (("Why?", []), ("What now?", [run / "examples.jsonl"])):
+        assert list(erasure_search._files(prod, qa.name, Questions(frozenset({asked}), frozenset(), b""))) == files
+
+
+def test_what_comes_back_in_gold_after_the_questions_are_gone_is_found_by_their_hashes(
+    talk: Talk, ingest: Callable[[], object], prod: Settings, own: Application
+) -> None:
+    everything(talk, ingest, prod)
+    erase(prod, own, ANN, actor="person/otto", run="test")
+    assert finish_erasures(prod, own, run="nightly") == []
+    # A set that was being merged at that moment, and what a fine-tune wrote of it.
+    question = "what does Ann of Arc ask?"
+    rows = [example(f"{question} ", "correction"), example("what does Bob Moog ask?", "correction")]
+    talk.lake.merge(
+        GOLD_TRAINING_EXAMPLES, pa.Table.from_pylist(rows, schema=GOLD_TRAINING_EXAMPLES.rows_schema), run="test"
+    )
+    file = prod.home / "training" / "prod" / own.name / "run-1" / "examples.jsonl"
+    file.write_text("".join(json.dumps({"question": row["question"], "prompt": "p"}) + "\n" for row in rows))
+    (told,) = finish_erasures(prod, own, run="nightly")
+    assert told["rows"][GOLD_TRAINING_EXAMPLES.path] == 1
+    left = [one for one in talk.lake.read(GOLD_TRAINING_EXAMPLES)["question"].to_pylist() if "document" not in one]
+    assert left == ["what does Bob Moog ask?"]
+    assert "Ann of Arc" not in file.read_text()
+    assert "Bob Moog" in file.read_text()
+    assert finish_erasures(prod, own, run="nightly") == []
+
+
+def test_a_question_that_others_have_asked_since_is_theirs(
+    talk: Talk, ingest: Callable[[], object], prod: Settings, own: Application
+) -> None:
+    everything(talk, ingest, prod)
+    erase(prod, own, ANN, actor="person/otto", run="test")
+    Talk(prod, own.name).exchange(BOB, "Ann of Arc", correction="Bob Moog knows better")  # the same question
+    ingest()
+    rows = [example("what does Ann of Arc ask?", "correction")]
+    talk.lake.merge(
+        GOLD_TRAINING_EXAMPLES, pa.Table.from_pylist(rows, schema=GOLD_TRAINING_EXAMPLES.rows_schema), run="test"
+    )
+    assert finish_erasures(prod, own, run="nightly") == []
+    (known,) = read_erasures(talk.lake)
+    assert hashed_question(b"test pseudonym key", "what does Ann of Arc ask?") in known.told["questions"]

@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from millrace.environments.scrub import Scrubber
@@ -15,6 +15,8 @@ SCRUB = Scrubber(["US", "DE"])
         ("call +44 20 7946 0958", "call [phone]"),
         ("call (415) 555-2671 or 030/901820.", "call [phone] or [phone]."),
         ("card 4111-1111-1111-1111 or 378282246310005", "card [card] or [card]"),
+        ("4111 1111 1111 1111 12/26 123", "[card] 12/26 123"),
+        ("2 4111 1111 1111 1111, 4111111111111111 4111-1111-1111-1111 4", "2 [card], [card] [card] 4"),
         ("from 203.0.113.7:8080 and fe80::1ff:fe23:4567:890a", "from [ip]:8080 and [ip]"),
         ("10.1.2.3.", "[ip]."),
     ],
@@ -39,6 +41,7 @@ def test_what_leads_to_nobody_stays(text: str) -> None:
 
 
 @given(st.text("0123456789.:-+@ ()/abcdef", max_size=60))
+@example("-56465 3173 4 0895359 45-3 558846163-7-933577004286148925567")
 def test_scrubbing_twice_changes_nothing_more(text: str) -> None:
     once = SCRUB(text)
     assert SCRUB(once) == once

@@ -1,16 +1,19 @@
 import getpass
 import hashlib
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 from mlflow import MlflowClient
+from pydantic import SecretStr
 from typer.testing import CliRunner
 
 from millrace.applications import Application, load_application
 from millrace.cli import app
+from millrace.environments import transfer
 from millrace.environments.audit import search
 from millrace.environments.transfer import copy_release
 from millrace.errors import ReleaseError
@@ -21,10 +24,13 @@ from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import GOLD_TRAINING_EXAMPLES
 from millrace.releases import registry
 from millrace.releases.manifest import PromptVersion, declared_manifest, describe_weights
+from millrace.releases.registry import RELEASE_TAG
 from millrace.settings import Settings
+from millrace.sources.erased import Erasure, hashed_question, write_erasures
 from tests.conftest import COMMIT, copy_declarations
 from tests.environments.conftest import As
 
+START = datetime(2026, 11, 24, tzinfo=UTC)
 QUESTION = "Where is the DAG folder?"
 
 
@@ -109,6 +115,27 @@ def test_a_release_goes_from_dev_to_prod_as_it_is_with_what_is_known_of_it(
     assert brought.data.tags["millrace.evaluation_id"] == "eval-1"
     asked = Example("x1", None, QUESTION, "In the home.", "d1")
     assert find_leaks(Lake.of(prod, application.name), "set-1", [asked]) == [(QUESTION, asked)]
+
+
+def test_what_an_erased_user_asked_does_not_come_back_with_a_release(settings: Settings, qa: Application) -> None:
+    dev, prod = (settings.model_copy(update={"environment": name}) for name in ("dev", "prod"))
+    there, here = Lake.of(dev, qa.name), Lake.of(prod, qa.name)
+    asked = {("document", "Why?"), ("correction", "Why?"), ("correction", "What now?")}
+    row = {
+        "training_set": "set-1", "simulated": False, "section": None, "answer": "So.", "chunk_ids": [], "prompt": "p",
+    }  # fmt: skip
+    rows = [row | {"example_id": f"{of} {one}", "origin": of, "question": one} for of, one in asked]
+    there.merge(GOLD_TRAINING_EXAMPLES, pa.Table.from_pylist(rows, schema=GOLD_TRAINING_EXAMPLES.rows_schema), run="t")
+    hashes = [hashed_question(settings.pseudonym_key.get_secret_value().encode(), "Why?")]
+    write_erasures(here, [Erasure("f" * 32, START, START, frozenset(), {"questions": hashes})], run="test")
+
+    tags = {RELEASE_TAG: "r", "training_set": "set-1"}
+    keyless = prod.model_copy(update={"pseudonym_key": SecretStr("")})
+    with pytest.raises(ReleaseError, match="set MILLRACE_PSEUDONYM_KEY to the gateway's"):
+        transfer._copy_training_sets(keyless, dev, qa, tags, "test")
+    transfer._copy_training_sets(prod, dev, qa, tags, "test")
+    found = here.read(GOLD_TRAINING_EXAMPLES).to_pylist()
+    assert {(one["origin"], one["question"]) for one in found} == asked - {("correction", "Why?")}
 
 
 def test_a_person_copies_a_release_by_one_command(

@@ -98,14 +98,15 @@ def test_doing_it_again_changes_nothing(lake: Lake) -> None:
     assert lake.version(SILVER_FEEDBACK) == version
 
 
+@pytest.mark.parametrize("folder", ["", "_change_data/"])
 def test_a_file_that_nobody_committed_goes_once_nobody_can_be_about_to(
-    lake: Lake, monkeypatch: pytest.MonkeyPatch
+    lake: Lake, monkeypatch: pytest.MonkeyPatch, folder: str
 ) -> None:
     write(lake, feedback(1, "bob"))
     uri = lake.uri(SILVER_FEEDBACK)
     forget_removed(uri, SILVER_FEEDBACK)
     files = files_for_upkeep(uri)
-    name = "part-of-a-commit-that-lost.parquet"
+    name = f"{folder}part-of-a-commit-that-lost.parquet"
     with closing(files.handler._handler.open_output_stream(name)) as stream:
         stream.write(SECRET.encode())
     assert forget_removed(uri, SILVER_FEEDBACK) == 0

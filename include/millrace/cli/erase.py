@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from pydantic import SecretStr
 
 from millrace.applications import load_application, load_applications
 from millrace.cli.terminal import console, one_sentence
@@ -37,6 +38,7 @@ def erase_command(
 
     with one_sentence():
         settings = read_settings()
+        settings = _with_key(settings)
         name = _pseudonym(settings, user, is_pseudonym)
         ours = [load_application(settings, application)] if application else load_applications(settings)
         found = [preview(settings, one, name) for one in ours]
@@ -54,6 +56,14 @@ def erase_command(
         raise typer.Exit(1)
 
 
+def _with_key(settings: Settings) -> Settings:
+    """`settings` with the key of pseudonyms that its home has, unless the environment sets one."""
+    if settings.pseudonym_key.get_secret_value() or not (settings.home / "secrets.json").exists():
+        return settings
+    key = SecretStr(obtain_secrets(settings.home).pseudonym_key)
+    return settings.model_copy(update={"pseudonym_key": key})
+
+
 def _pseudonym(settings: Settings, user: str, is_pseudonym: bool) -> str:
     """Raises:
     ErasureError: it is none, or there is no key to make it with.
@@ -64,8 +74,6 @@ def _pseudonym(settings: Settings, user: str, is_pseudonym: bool) -> str:
             raise ErasureError(f"{user!r} is no pseudonym, which is 32 hexadecimal digits; leave --pseudonym out")
         return user
     key = settings.pseudonym_key.get_secret_value()
-    if not key and (settings.home / "secrets.json").exists():
-        key = obtain_secrets(settings.home).pseudonym_key
     if not key:
         raise ErasureError(
             f"there is no key to make pseudonyms with in {settings.home}; set MILLRACE_PSEUDONYM_KEY to the gateway's, "

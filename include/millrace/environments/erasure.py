@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from millrace.applications import Application
 from millrace.environments.erasure_search import HOLDERS, Found, look, mentions
-from millrace.errors import ErasureError, LakehouseError
+from millrace.errors import ErasureError, LakehouseError, MillraceError
 from millrace.lakehouse.audit.chain import Event, record
 from millrace.lakehouse.cursors import move_cursor
 from millrace.lakehouse.forgetting import forget_removed
@@ -97,16 +97,22 @@ def finish_erasures(settings: Settings, application: Application, *, run: str) -
     Returns: for each user of whom there was something left, `user`, `rows`, `waiting`.
 
     Raises:
-        MillraceError: as `erase`.
+        ErasureError: users of whom it couldn't be done, and why; the others' was.
+        MillraceError: who they are can't be read.
     """
-    told = []
+    told, failed = [], []
     for known in read_erasures(Lake.of(settings, application.name)):
         if known.done_at is not None and datetime.now(UTC) - known.until > WAITS:
             continue  # Whoever read an event before the erasure has long written it.
-        found = look(settings, application.name, known)
-        if known.done_at is None or not found.nothing:
-            report = _erase(settings, application, found, actor="service/erasure", run=run)
-            told.append({"user": report.user, "rows": dict(report.rows), "waiting": dict(report.waiting)})
+        try:
+            found = look(settings, application.name, known)
+            if known.done_at is None or not found.nothing:
+                report = _erase(settings, application, found, actor="service/erasure", run=run)
+                told.append({"user": report.user, "rows": dict(report.rows), "waiting": dict(report.waiting)})
+        except MillraceError as error:
+            failed.append(f"user {known.user}: {error}")
+    if failed:
+        raise ErasureError(f"{application.name}: {'; '.join(failed)}")
     return told
 
 
@@ -125,7 +131,8 @@ def _erase(settings: Settings, application: Application, found: Found, *, actor:
     for _ in range(ROUNDS):
         sets |= found.training_sets
         # Before anything goes: what it leads to is known to whoever has to finish this.
-        told |= {"training_sets": sorted(sets), "counts": totals}
+        questions = found.erasure.told["questions"]
+        told |= {"training_sets": sorted(sets), "counts": totals, "questions": questions}
         touched = {path for path, rows in found.rows.items() if rows}
         told["tables"] = sorted({*told.get("tables", ()), *touched})
         begun = replace(found.erasure, done_at=None, told=told)

@@ -1,11 +1,13 @@
 """Where an application has something of one user: found, not touched.
 
 A user is in events, exchanges and feedback by pseudonym. From there on by what was asked only: an example that was
-made of a question or a correction names nobody, so it is found by the question. Another user's example of the very
-same question is found with it. Reads everything, decides nothing.
+made of a question or a correction names nobody, so it is found by the question, and by its hash once the question is
+gone. Another user's example of the very same question is found with it; by the hash, unless others' feedback is on
+that question. Reads everything, decides nothing.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +27,7 @@ from millrace.lakehouse.tables import (
     Table,
 )
 from millrace.settings import Settings
-from millrace.sources.erased import Erasure, hashed
+from millrace.sources.erased import Erasure, Questions, hashed, hashed_question
 from millrace.sources.event_log import HOUR, Feedback, Line, parse_event, read_events, segment_hour
 
 HOLDERS: tuple[tuple[Table, str], ...] = (
@@ -39,7 +41,7 @@ HOLDERS: tuple[tuple[Table, str], ...] = (
 )
 """Table that may hold something of a user → the column that says which rows."""
 WORK_FILES = ("examples.jsonl", "pairs.jsonl")
-"""What fine-tunes write of their examples, in a folder of each run."""
+"""What fine-tunes write of their examples, JSON with the `question` in each line, in a folder of each run."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,14 @@ class Found:
     """What there is of one user in one application."""
 
     erasure: Erasure
-    """With all completions that are known now."""
+    """With all completions and hashes of questions that are known now."""
     lines: int
     """Of the event log."""
     rows: dict[str, frozenset[str]]
     """Path of a table → its rows, by the column in `HOLDERS`."""
     files: tuple[Path, ...]
     """Of fine-tunes, with a line that has one of the user's questions."""
-    questions: frozenset[str]
+    questions: Questions
     training_sets: frozenset[str]
     """The sets with such examples, and the names of fine-tunes whose files have them."""
 
@@ -85,13 +87,15 @@ def look(settings: Settings, application: str, erasure: Erasure) -> Found:
         if line.event is not None and not isinstance(line.event, Feedback) and erasure.covers(line.event)
     }
     erasure = replace(erasure, completions=erasure.completions | {hashed(one) for one in completions})
-    feedback = _feedback(lake, erasure, said_on)
+    feedback, of_others = _feedback(lake, erasure, said_on)
     questions |= set(feedback["question"].to_pylist())
-    questions = {question.strip() for question in questions} - {""}
+    asked_for = _questions(settings, erasure, questions, of_others)
+    kept = asked_for.hashes | set(erasure.told.get("questions", ()))
+    erasure = replace(erasure, told=dict(erasure.told) | {"questions": sorted(kept)})
     examples = {
-        table.path: _examples(lake, table, questions) for table in (GOLD_TRAINING_EXAMPLES, GOLD_PREFERENCE_EXAMPLES)
+        table.path: _examples(lake, table, asked_for) for table in (GOLD_TRAINING_EXAMPLES, GOLD_PREFERENCE_EXAMPLES)
     }
-    files = tuple(_files(settings, application, questions))
+    files = tuple(_files(settings, application, asked_for))
     rows = {
         **{path: frozenset(found["example_id"].to_pylist()) for path, found in examples.items()},
         BRONZE_EVENTS.path: frozenset(events | _said_on(lake, erasure)),
@@ -105,14 +109,22 @@ def look(settings: Settings, application: str, erasure: Erasure) -> Found:
         lines=sum(erasure.covers_line(line) for line in _logged(settings, application)),
         rows=rows,
         files=files,
-        questions=frozenset(questions),
+        questions=asked_for,
         training_sets=frozenset(sets | {path.parent.name for path in files}),
     )
 
 
-def mentions(line: str, questions: frozenset[str]) -> bool:
-    """Whether a line of a fine-tune's file has one of the questions."""
-    return any(json.dumps(question)[1:-1] in line for question in questions)
+def mentions(line: str, questions: Questions) -> bool:
+    """Whether a line of a fine-tune's file was made of one of the questions."""
+    try:
+        told = json.loads(line)
+    except ValueError:  # torn, and of no use to anybody
+        return any(json.dumps(question)[1:-1] in line for question in questions.texts)
+    if "question" in told:
+        return told["question"] in questions
+    # Written before its lines had the question: a short one is in others' texts, too, so it must stand alone there.
+    text = "\n".join(value for value in told.values() if isinstance(value, str))
+    return any(re.search(rf"(?<!\w){re.escape(question)}(?!\w)", text) for question in questions.texts)
 
 
 def _events(lake: Lake, erasure: Erasure) -> tuple[set[str], set[str], set[str], set[str]]:
@@ -138,11 +150,21 @@ def _said_on(lake: Lake, erasure: Erasure) -> set[str]:
     return {row["event_id"] for row in about if hashed(row["completion_id"]) in erasure.completions}
 
 
-def _feedback(lake: Lake, erasure: Erasure, said_on: set[str]) -> pa.Table:
-    """Rows on the user's completions, and those that the user's ratings of other answers made."""
+def _questions(settings: Settings, erasure: Erasure, texts: set[str], of_others: set[str]) -> Questions:
+    """Those of `texts`, and those that earlier looks found, less what by now only others are known to have asked."""
+    key = settings.pseudonym_key.get_secret_value().encode()
+    texts = {text.strip() for text in texts} - {""}
+    earlier = set(erasure.told.get("questions", ())) - {hashed_question(key, one) for one in of_others}
+    found = {hashed_question(key, one) for one in texts} if key else set[str]()
+    return Questions(frozenset(texts), frozenset(earlier | found), key)
+
+
+def _feedback(lake: Lake, erasure: Erasure, said_on: set[str]) -> tuple[pa.Table, set[str]]:
+    """Rows on the user's completions, and those that the user's ratings of other answers made; what others' are on."""
     rows = lake.read(SILVER_FEEDBACK, ["completion_id", "question"])
     ours = [hashed(one) in erasure.completions or one in said_on for one in rows["completion_id"].to_pylist()]
-    return rows.filter(pa.array(ours, pa.bool_()))
+    mask = pa.array(ours, pa.bool_())
+    return rows.filter(mask), set(rows.filter(pc.invert(mask))["question"].to_pylist())
 
 
 def _quarantined(lake: Lake, erasure: Erasure) -> Iterator[str]:
@@ -155,17 +177,18 @@ def _quarantined(lake: Lake, erasure: Erasure) -> Iterator[str]:
             yield row["item_id"]
 
 
-def _examples(lake: Lake, table: Table, questions: set[str]) -> pa.Table:
+def _examples(lake: Lake, table: Table, questions: Questions) -> pa.Table:
     """Rows that were made of what users asked and said, with one of these questions."""
     rows = lake.read(table, ["training_set", "example_id", "question"], where=pc.field("origin") != "document")
-    return rows.filter(pc.is_in(rows["question"], pa.array(sorted(questions), pa.string())))
+    return rows.filter(pa.array([one in questions for one in rows["question"].to_pylist()], pa.bool_()))
 
 
-def _files(settings: Settings, application: str, questions: set[str]) -> Iterator[Path]:
+def _files(settings: Settings, application: str, questions: Questions) -> Iterator[Path]:
     runs = settings.home / "training" / settings.environment / application
     for name in WORK_FILES:
         for path in sorted(runs.glob(f"*/{name}")):
-            if mentions(path.read_text(encoding="utf-8"), frozenset(questions)):
+            lines = path.read_text(encoding="utf-8").splitlines()
+            if any(mentions(line, questions) for line in lines):
                 yield path
 
 

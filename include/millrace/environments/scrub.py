@@ -16,7 +16,9 @@ _EMAIL = re.compile(r"[\w.+'-]{1,64}@(?:[\w-]{1,63}\.){1,8}\w{2,24}")
 # Not within a longer run of digits and dots, which is a version or a number.
 _IPV4 = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w.]*\d)")
 _IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])")
-_CARD = re.compile(r"(?<!\d)\d(?:[ -]?\d){12,18}(?!\d)")
+_CARD = re.compile(r"(?<!\d)\d(?:[ -]?\d){12,}(?!\d)")
+"""At least; a date may follow the number, or a count stand before it."""
+_CARD_DIGITS = range(13, 20)
 _SHORTEST_PHONE = 7
 """Digits."""
 
@@ -43,6 +45,12 @@ class Scrubber:
     def __call__(self, text: str | None) -> str | None:
         if not text:
             return text
+        # What is left beside a find may be one itself. Each find takes digits, colons or an @, so it ends.
+        while (scrubbed := self._once(text)) != text:
+            text = scrubbed
+        return text
+
+    def _once(self, text: str) -> str:
         text = _EMAIL.sub("[e-mail]", text)
         text = _IPV4.sub(_address, text)
         text = _IPV6.sub(_address, text)
@@ -69,6 +77,23 @@ def _address(found: re.Match[str]) -> str:
 
 
 def _card(found: re.Match[str]) -> str:
-    digits = [int(digit) for digit in reversed(found[0]) if digit.isdigit()]
+    """Each card number in a run of groups of digits replaced; it is whole groups, the most from where it begins."""
+    text, groups = found[0], list(re.finditer(r"\d+", found[0]))
+    kept, after, first = "", 0, 0
+    while first < len(groups):
+        begin = groups[first].start()
+        ends = [group.end() for group in groups[first : first + _CARD_DIGITS[-1]]]
+        end = next((end for end in reversed(ends) if _is_card(text[begin:end])), None)
+        if end is None:
+            first += 1
+        else:
+            kept, after = f"{kept}{text[after:begin]}[card]", end
+            first += ends.index(end) + 1
+    return kept + text[after:]
+
+
+def _is_card(text: str) -> bool:
+    """Whether it has a card number's count of digits, and its check digit (Luhn, US patent 2,950,048)."""
+    digits = [int(digit) for digit in reversed(text) if digit.isdigit()]
     doubled = (sum(divmod(2 * digit, 10)) for digit in digits[1::2])
-    return "[card]" if (sum(digits[::2]) + sum(doubled)) % 10 == 0 else found[0]
+    return len(digits) in _CARD_DIGITS and (sum(digits[::2]) + sum(doubled)) % 10 == 0

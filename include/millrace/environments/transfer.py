@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from millrace.applications import Application
@@ -27,6 +28,7 @@ from millrace.releases.registry import (
     versions,
 )
 from millrace.settings import Settings
+from millrace.sources.erased import Questions, read_erasures
 
 COPIED_TAG = "millrace.copied_from"
 """Of a release, where it has been, oldest first: `dev/qa@7 staging/qa@3`. Of a run, the one that it is a copy of:
@@ -60,7 +62,8 @@ def copy_release(
 
     Raises:
         ReleaseError: there is no such version, or it is another release now; its bytes are not those of its manifest;
-            what it was trained on isn't in reach; or a server doesn't answer or refuses.
+            what it was trained on isn't in reach, or can't be told from what erased users asked; or a server doesn't
+            answer or refuses.
     """
     origin, tags = find_release(settings, application, version, source=source)
     release_id = tags[RELEASE_TAG]
@@ -138,17 +141,34 @@ def _copy_training_sets(
 ) -> None:
     ours = Lake.of(settings, application.name)
     theirs = Lake.of(settings, application.name, environment=origin.environment)
+    erased = _asked_by_erased(settings, ours)
     for training_set in trained_sets(tags):
+        found = 0
         for table in (GOLD_TRAINING_EXAMPLES, GOLD_PREFERENCE_EXAMPLES):
             rows = theirs.read(table, table.rows_schema.names, where=pc.field("training_set") == training_set)
+            found += rows.num_rows
+            asked = zip(rows["origin"].to_pylist(), rows["question"].to_pylist(), strict=True)
+            rows = rows.filter(pa.array([of == "document" or one not in erased for of, one in asked], pa.bool_()))
             if rows.num_rows:
                 ours.merge(table, rows, run=run)
-        if not trained_questions(ours, training_set):
+        if not found and not trained_questions(ours, training_set):
             raise ReleaseError(
                 f"training set {training_set} of release {tags[RELEASE_TAG]} is not in {theirs.root}/"
                 f"{origin.environment}, so nobody could tell whether it was trained on what it is asked here; the "
                 "environments need one lake"
             )
+
+
+def _asked_by_erased(settings: Settings, lake: Lake) -> Questions:
+    """What users asked who were erased here: it doesn't come back with what was made of it elsewhere."""
+    key = settings.pseudonym_key.get_secret_value().encode()
+    hashes = frozenset(one for known in read_erasures(lake) for one in known.told.get("questions", ()))
+    if hashes and not key:
+        raise ReleaseError(
+            f"users of {lake.application} were erased here, and what they asked can't be told from the rest without "
+            "the key; set MILLRACE_PSEUDONYM_KEY to the gateway's"
+        )
+    return Questions(frozenset(), hashes, key)
 
 
 def _copy_evaluations(

@@ -21,7 +21,7 @@ from millrace.lakehouse.commits import open_table, refusal
 from millrace.lakehouse.storage import files_for_upkeep
 from millrace.lakehouse.tables import Table
 
-LOG, CHANGES = "_delta_log", "_change_data"
+LOG = "_delta_log"
 UNCOMMITTED = timedelta(hours=1)
 """A file that no version names is left so long: its writer may be about to commit it."""
 
@@ -44,7 +44,8 @@ def forget_removed(uri: str, table: Table) -> int:
 
 
 def _remove_files(opened: DeltaTable, files: FileSystem) -> int:
-    """Everything that the present version doesn't name, less what may yet be committed; the whole change feed."""
+    """Everything that the present version doesn't name, the change feed too, less what may yet be committed."""
+    fed = _fed(opened.version(), files)
     removed = set(opened.vacuum(retention_hours=0, dry_run=True, enforce_retention_duration=False))
     current = {name.rpartition("/")[2] for name in opened.file_uris()}  # each is unique
     now = datetime.now(UTC)
@@ -53,12 +54,25 @@ def _remove_files(opened: DeltaTable, files: FileSystem) -> int:
         path = found.path
         if found.type != FileType.File or not path.endswith(".parquet") or path.startswith(LOG):
             continue
-        forgotten = path.rpartition("/")[2] not in current and found.mtime < now - UNCOMMITTED
-        fed = path.startswith(CHANGES) and found.mtime <= now
-        if path in removed or fed or forgotten:
+        name = path.rpartition("/")[2]
+        forgotten = name not in current and found.mtime < now - UNCOMMITTED
+        if path in removed or name in fed or forgotten:
             _delete(files, path)
             gone += 1
     return gone
+
+
+def _fed(version: int, files: FileSystem) -> set[str]:
+    """Names of the change feed's files of the versions up to `version`, as far back as the log goes."""
+    named = set[str]()
+    for found in files.get_file_info(FileSelector(LOG)):
+        number, _, kind = found.path.rpartition("/")[2].partition(".")
+        if kind != "json" or not number.isdigit() or int(number) > version:
+            continue
+        with files.open_input_stream(found.path) as stream:
+            actions = [json.loads(line) for line in stream.read().decode().splitlines()]
+        named |= {action["cdc"]["path"].rpartition("/")[2] for action in actions if "cdc" in action}
+    return named
 
 
 def _scrub_log(version: int, files: FileSystem) -> int:

@@ -8,7 +8,7 @@ somebody does after that moment counts again: they have come back. Who is erased
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,6 +19,7 @@ from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import OPS_ERASURES
 from millrace.sources.event_log import Accepted, Completed, Failed, Feedback, Line
+from millrace.sources.pseudonym import pseudonym
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Erasure:
     completions: frozenset[str]
     """Hashes of the ids of the user's completions: feedback on one need not name the user."""
     told: Mapping[str, Any]
+    """`questions`: keyed hashes of what the user asked, where the key was known; and what the report is made of."""
 
     def covers(self, event: Accepted | Completed | Failed | Feedback) -> bool:
         """Whether nothing may be stored of `event`."""
@@ -45,6 +47,18 @@ class Erasure:
         if line.event is not None:
             return self.covers(line.event)
         return self.user in line.text and line.at <= self.until
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What somebody asked: as it was, and as keyed hashes, which outlive it and without the key tell nothing."""
+
+    texts: frozenset[str]
+    hashes: frozenset[str]
+    key: bytes = field(repr=False)
+
+    def __contains__(self, question: str) -> bool:
+        return question.strip() in self.texts or hashed_question(self.key, question) in self.hashes
 
 
 class Erased:
@@ -103,6 +117,11 @@ def require_nobody_erased(lake: Lake, seen: int | None) -> None:
 def hashed(completion_id: str) -> str:
     """An id that says nothing of when and where; the end of the id of the exchange's trace, too."""
     return hashlib.sha256(completion_id.encode()).hexdigest()[:32]
+
+
+def hashed_question(key: bytes, question: str) -> str:
+    """By the pseudonyms' key: questions can be guessed, ids can't."""
+    return pseudonym(key, f"question {question.strip()}")
 
 
 def read_erasures(lake: Lake) -> list[Erasure]:

@@ -65,8 +65,8 @@ class PreferenceExample:
 
     @property
     def learnt(self) -> dict[str, str]:
-        """What the training program is given."""
-        return {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
+        """What the training program is given; the question is for whoever erases a user."""
+        return {"question": self.question, "prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
 
 
 def build_preference_set(

@@ -62,8 +62,8 @@ class Example:
 
     @property
     def learnt(self) -> dict[str, str]:
-        """What the training program is given."""
-        return {"prompt": self.prompt, "answer": self.answer}
+        """What the training program is given; the question is for whoever erases a user."""
+        return {"question": self.question, "prompt": self.prompt, "answer": self.answer}
 
 
 def build_training_set(

@@ -152,7 +152,7 @@ OPS_ERASURES = Table(
         time("until"),  # what this user did up to then is erased, also if it arrives later
         time("done_at", nullable=True),  # null: there is more to do
         pa.field("completions", pa.list_(pa.string()), nullable=False),  # hashes of their ids: feedback names no user
-        text("told"),  # JSON: how much of what was erased, and what was trained on it; no text of the user's
+        text("told"),  # JSON: how much of what was erased, and what was trained on it, questions as keyed hashes
     ),
     key=("user",),
     retention_days=3650,
