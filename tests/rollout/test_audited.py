@@ -43,6 +43,7 @@ def test_each_decision_promotion_and_approval_is_an_entry_as_it_happens(
     people.roll_back(tracked, asking, **ANN)
     assert told(tracked, application) == [
         ("service/controller", "promotion", "bootstrap", "1"),
+        ("service/gate", "gate", "passed", "2"),
         ("person/bob", "approval", "admit", "2"),
         ("person/bob", "approval", "reject", "3"),
         ("service/controller", "decision", "start", "2"),
@@ -51,12 +52,12 @@ def test_each_decision_promotion_and_approval_is_an_entry_as_it_happens(
         ("person/ann", "promotion", "skip", "2"),
         ("person/ann", "decision", "rollback", "2"),
     ]
-    entries = search(tracked, application=application.name)
+    entries = [one for one in search(tracked, application=application.name) if one["action"] != "gate"]
     assert [entry["resource"] for entry in entries] == [f"ops/decisions/{number}" for number in range(8)]
     assert [entry["run"] for entry in entries][::3] == ["scheduled__1", "scheduled__2", "person/ann"]
     assert entries[3]["details"]["share"] == asking.rollout.steps[0].share
     trail = verify(tracked)
-    assert (trail.entries, trail.waiting) == (8, 0)
+    assert (trail.entries, trail.waiting) == (9, 0)
     tick(tracked, asking, run="scheduled__3")
     assert verify(tracked) == trail, "a tick without a decision tells nothing"
 
