@@ -89,7 +89,7 @@ def test_the_loop_turns_on_the_object_store_the_spark_cluster_and_both_gateways(
     for table in (SILVER_CHUNKS, SILVER_EXCHANGES, GOLD_ANSWERS):
         assert lake.uri(table).startswith("s3://lakehouse/lake/dev/qa/")
         assert lake.read(table).num_rows, table.path
-    key = own_key(settings, "staging")
+    key = own_key(settings, "prod")  # which reads staging and no dev
     other = boto3.client(
         "s3", endpoint_url=f"http://127.0.0.1:{settings.object_store_port}", region_name="us-east-1",
         aws_access_key_id=key.access_key, aws_secret_access_key=key.secret_key,
