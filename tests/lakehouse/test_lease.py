@@ -125,7 +125,10 @@ def test_an_answer_that_got_lost_loses_no_lease(first: Lease) -> None:
     first.renew()
     first._etag = before  # as if the renewal's answer had not arrived
     first.renew()
+    kept = first._etag
+    assert kept != before
     first.renew()
+    assert first._etag != kept
 
 
 def test_who_may_not_write_there_is_told_so(store: ObjectStore, object_store: Versitygw) -> None:
