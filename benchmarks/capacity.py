@@ -120,6 +120,8 @@ def postgres(folder: Path) -> Iterator[str]:
     )
     try:
         while not server.answers():
+            if process.poll() is not None:
+                raise SystemExit(f"PostgreSQL ended with status {process.returncode}")
             time.sleep(0.05)
         server.create_database("keys")
         yield server.url("keys")
@@ -134,7 +136,7 @@ def keys(settings: Settings, url: str) -> dict[str, float]:
     stores = [KeyStore(known) for _ in range(CALLERS)]
     made = [
         stores[0].create(
-            f"key {n}", owner="benchmark", scopes=("ask",), applications=None, requests_per_minute=10**8,
+            f"key {n}", owner="benchmark", scopes=("ask",), applications=None, requests_per_minute=10**6,
             monthly_budget_usd=10**6, expires_at=None, actor="benchmark",
         )[0]
         for n in range(CALLERS)

@@ -26,6 +26,7 @@ def handbook(running_stack: Stack) -> Lake:
     """The application's lake, after its DAGs have made documents, an index build and a champion."""
     with running_stack.airflow() as airflow:
         for dag in ("refresh_embeddings", "evaluate_candidate"):
+            airflow.wait_for_dag(f"handbook.{dag}")
             airflow.unpause(f"handbook.{dag}")
         succeed(airflow, "handbook.ingest_documents")
         run = airflow.wait_for_asset_run(

@@ -175,6 +175,8 @@ def test_every_secret_opens_what_it_is_for_is_rotated_and_is_left_nowhere(
 ) -> None:
     settings, gateway = deployment.settings, deployment.settings.gateway_url
     with deployment.stack.airflow() as airflow:
+        for dag in ("ingest_documents", "refresh_embeddings", "declare_release", "evaluate_candidate", "rollout"):
+            airflow.wait_for_dag(f"handbook.{dag}")
         for dag in ("refresh_embeddings", "evaluate_candidate"):
             airflow.unpause(f"handbook.{dag}")
         succeed(airflow, "handbook.ingest_documents")

@@ -94,7 +94,8 @@ def test_a_form_with_another_budget_holds_another_study(running_stack: Stack, to
 
 def test_bad_ratings_breach_the_policy_and_start_a_retraining(running_stack: Stack, told: Told, qa_lake: Lake) -> None:
     began = datetime.now(UTC)
-    rated = rate_badly(running_stack.settings.gateway_url, users=40)
+    # It takes 30 users of one release in one minute; what a form made may be rolling out by now, and the minute end.
+    rated = rate_badly(running_stack.settings.gateway_url, users=160)
     arrived = pc.field("completion_id").isin(rated)
     until(lambda: qa_lake.read(SILVER_FEEDBACK, ["completion_id"], where=arrived).num_rows == len(rated), 180)
     asked = qa_lake.read(SILVER_EXCHANGES, ["occurred_at"], where=arrived)["occurred_at"].to_pylist()

@@ -201,7 +201,7 @@ def test_an_approval_is_an_operators_and_has_that_persons_name_in_journal_and_au
         while {task.task_id: task.state for task in otto.tasks("qa.approve", run)}["approve"] != "awaiting_input":
             assert time.monotonic() < deadline
             time.sleep(1)
-        time.sleep(5)  # Airflow fails a task that is answered before its worker has left.
+        time.sleep(15)  # Airflow fails a task that is answered before its worker has left.
         for refused in (vera, stack):
             with pytest.raises(StackError, match=r"does not let (vera|millrace) PATCH"):
                 refused.answer("qa.approve", run, "approve", "Approve", reason="mine is fine")

@@ -574,6 +574,7 @@ def test_what_comes_back_in_gold_after_the_questions_are_gone_is_found_by_their_
     assert "Ann of Arc" not in file.read_text()
     assert "Bob Moog" in file.read_text()
     assert finish_erasures(prod, own, run="nightly") == []
+    assert [entry["outcome"] for entry in search(prod, action="erasure")] == ["begun", "erased"] * 2
 
 
 def test_a_question_that_others_have_asked_since_is_theirs(

@@ -29,7 +29,7 @@ def application(settings: Settings) -> Application:
 def test_staging_samples_prod_with_its_own_credential_and_can_write_nothing_there(
     lake_as: As, application: Application
 ) -> None:
-    fill_prod(lake_as("prod"), application, users=30)
+    fill_prod(lake_as("prod"), application, users=90)
     staging = lake_as("staging")
     for stage in (sample_evaluation_sets, sample_documents, sample_exchanges):
         assert stage(staging, application, run="test")["changed"], stage

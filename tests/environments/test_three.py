@@ -21,7 +21,6 @@ from millrace.lakehouse.tables import OPS_EVALUATIONS, OPS_PROMOTIONS
 from millrace.releases import published_split, registry
 from millrace.releases.declare import declare_release
 from millrace.rollout import people
-from millrace.rollout.decisions import fold, read_journal
 from millrace.settings import Settings
 from millrace.stack import Stack
 from millrace.training.candidate import release_candidate
@@ -54,15 +53,19 @@ def prod(open_folder: Path, walled_uri: str, monkeypatch: pytest.MonkeyPatch) ->
     declaration = settings.applications / "qa.toml"
     # Twice on two cores: what is learnt is nothing here.
     short = declaration.read_text().replace("\nepochs = 2\n", "\nepochs = 1\nlora_layers = 4\n")
+    # Dear, so that the gate refuses it for certain: the base model scores next to nothing on ten questions.
+    dear = '"{% for chunk in chunks %}' + "{{ chunk.text }} " * 4 + '{% endfor %}{{ question }}"'
+    short = short.replace('"Repeat these words and nothing else: {{ question }}"', dear)
     declaration.write_text(f'{short}\n[promotion.prod]\nfinetune = "code"\n')
     with WorkspaceContext(None), Stack(settings) as stack:
         yield stack
 
 
 def in_dev(settings: Settings, application: Application) -> dict[str, str]:
-    """What dev makes of fewer documents than prod has: name → version."""
-    reference = application.sources[0].model_copy(update={"sections": ("core", "triggerer")})
-    application = application.model_copy(update={"sources": (reference,)})
+    """What dev makes of other documents than prod learns from: name → version."""
+    reference = application.sources[0].model_copy(update={"sections": ("database", "triggerer")})
+    asked = application.questions.model_copy(update={"live_sections": ()})
+    application = application.model_copy(update={"sources": (reference,), "questions": asked})
     index(settings, application)
     made = {"declared": declare_release(settings, application, variant=None, run="declare by ann")["version"]}
     made["broken"] = declare_release(settings, application, variant="broken", run="declare by ann")["version"]
@@ -132,7 +135,7 @@ def test_a_release_goes_from_dev_to_prod_as_bytes_or_by_its_code_and_comes_back(
 
     # Taken back: users are given what they were given before.
     people.admit(here, application, "3", **EVE)
-    until(lambda: fold(read_journal(lake)).challenger == "3", 300)
+    until(lambda: challenger(here) == "3", 300)
     people.skip(here, application, **EVE)
     assert champion(here) == "3"
     people.withdraw(here, application, "3", **EVE)
@@ -171,6 +174,11 @@ WAYS = {"declared": "models", "broken": "models", "finetuned": "code"}
 def champion(settings: Settings) -> str | None:
     split = published_split.read_split(settings, "qa")
     return split.champion if split else None
+
+
+def challenger(settings: Settings) -> str | None:
+    split = published_split.read_split(settings, "qa")
+    return split.challenger if split else None
 
 
 def verdicts(lake: Lake) -> dict[str, bool]:

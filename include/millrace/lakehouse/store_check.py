@@ -29,7 +29,7 @@ def check_store(store: ObjectStore, folder: str) -> None:
             client.put_object(Bucket=bucket, Key=f"{prefix}/conditional", Body=b"", **condition)
         except ClientError as error:
             code = error.response["Error"]["Code"]
-            if code == "PreconditionFailed":
+            if code in ("PreconditionFailed", "ConditionalRequestConflict"):
                 return True
             if code in ("AccessDenied", "SignatureDoesNotMatch", "InvalidAccessKeyId"):
                 raise AccessRefused(

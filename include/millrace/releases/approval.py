@@ -6,8 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from millrace.errors import ApprovalError
-from millrace.lakehouse.audit.chain import Event, record
-from millrace.lakehouse.audit.journals import PERSON
+from millrace.lakehouse.audit.chain import record_act
 from millrace.settings import NOBODY, Settings
 
 
@@ -35,7 +34,9 @@ def read_answer(
     """
     actor = (said["responded_by_user"] or {}).get("name") or ""
     if why := _objection(settings, actor, builder, about):
-        _tell_refused(settings, application, actor or "nobody", resource)
+        record_act(
+            settings, actor or "nobody", "approval", resource, "refused", at=datetime.now(UTC), application=application
+        )
         raise ApprovalError(why)
     return Answer(actor, said["chosen_options"] == ["Approve"], said["params_input"].get("reason", ""))
 
@@ -54,18 +55,3 @@ def _objection(settings: Settings, actor: str, builder: str | None, about: str) 
             "ask again)"
         )
     return None
-
-
-def _tell_refused(settings: Settings, application: str, actor: str, resource: str) -> None:
-    at, run = datetime.now(UTC), f"{PERSON}{actor}"
-    event = Event(
-        event_id=f"{application}/{resource}/refused/{at.isoformat()}",
-        occurred_at=at,
-        actor=run,
-        action="approval",
-        application=application,
-        resource=resource,
-        outcome="refused",
-        run=run,
-    )
-    record(settings, [event], run=run)

@@ -13,8 +13,7 @@ import pyarrow.compute as pc
 
 from millrace.applications import Application
 from millrace.errors import RetrievalError
-from millrace.lakehouse.audit.chain import Event, record
-from millrace.lakehouse.audit.journals import PERSON
+from millrace.lakehouse.audit.chain import record_act
 from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.cursors import read_cursor
 from millrace.lakehouse.lake import Lake
@@ -128,20 +127,10 @@ def publish_previous(
     builds.publish(pointer.previous)
     moved = builds.published()
     assert moved is not None
-    at = datetime.now(UTC)
-    resource = f"index/{lineage}/{moved.build}"
-    event = Event(
-        event_id=f"{application.name}/{resource}/back/{at.isoformat()}",
-        occurred_at=at,
-        actor=f"{PERSON}{actor}",
-        action="decision",
-        application=application.name,
-        resource=resource,
-        outcome="back",
-        run=f"{PERSON}{actor}",
-        details={"previous": moved.previous},
-    )
-    record(settings, [event], run=event.run)
+    record_act(
+        settings, actor, "decision", f"index/{lineage}/{moved.build}", "back",
+        at=datetime.now(UTC), application=application.name, details={"previous": moved.previous},
+    )  # fmt: skip
     return moved
 
 

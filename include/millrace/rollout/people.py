@@ -9,7 +9,8 @@ from typing import Any
 
 from millrace.applications import Application
 from millrace.errors import ConflictError, MillraceError
-from millrace.lakehouse.audit.journals import PERSON, follow
+from millrace.lakehouse.audit.chain import PERSON
+from millrace.lakehouse.audit.journals import follow
 from millrace.lakehouse.lake import Lake
 from millrace.releases import registry
 from millrace.rollout.decisions import Decision, Kind, State, append, decide, fold, read_journal

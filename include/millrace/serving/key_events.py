@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
-from millrace.lakehouse.audit.chain import Event, record
-from millrace.lakehouse.tables import PLATFORM
+from millrace.lakehouse.audit.chain import record_act
 from millrace.settings import Settings
 from millrace.sources.event_log import now
 
@@ -52,16 +51,7 @@ def record_key_event(settings: Settings, event: KeyEvent) -> None:
     )
     if event.kind == "refused":
         return
-    actor, resource = f"person/{event.actor}", f"key/{event.key_id}"
-    told = Event(
-        event_id=f"{resource}/{event.kind}/{event.at.isoformat()}",
-        occurred_at=event.at,
-        actor=actor,
-        action="key",
-        application=PLATFORM,
-        resource=resource,
-        outcome=event.kind,
-        run=actor,
-        details={"scopes": list(event.scopes)},
-    )
-    record(settings, [told], run=actor)
+    record_act(
+        settings, event.actor, "key", f"key/{event.key_id}", event.kind,
+        at=event.at, details={"scopes": list(event.scopes)},
+    )  # fmt: skip

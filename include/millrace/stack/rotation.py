@@ -12,8 +12,7 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from millrace.errors import SettingsError
-from millrace.lakehouse.audit.chain import Event, record
-from millrace.lakehouse.tables import PLATFORM
+from millrace.lakehouse.audit.chain import record_act
 from millrace.private_files import write_private
 from millrace.secret_sources import SecretFile, SecretVariable, is_set
 from millrace.settings import Settings
@@ -88,7 +87,10 @@ def rotate_completion_key(settings: Settings, new: str, *, overlap: timedelta, a
         _rewrite(kept, text)
     else:
         kept = keep_secret(settings.home, COMPLETION_KEY, text)
-    _tell(settings, actor, now, until)
+    record_act(
+        settings, actor, "key", f"secret/{COMPLETION_KEY}", "rotated",
+        at=now, details={"earlier_until": until.isoformat()},
+    )  # fmt: skip
     return Rotated(kept, until)
 
 
@@ -110,19 +112,3 @@ def _rewrite(path: Path, text: str) -> None:
         raise SettingsError(
             f"{path} can't be replaced ({error.strerror}); rotate as the user whose file it is"
         ) from None
-
-
-def _tell(settings: Settings, actor: str, now: datetime, until: datetime) -> None:
-    person, resource = f"person/{actor}", f"secret/{COMPLETION_KEY}"
-    told = Event(
-        event_id=f"{resource}/rotated/{now.isoformat()}",
-        occurred_at=now,
-        actor=person,
-        action="key",
-        application=PLATFORM,
-        resource=resource,
-        outcome="rotated",
-        run=person,
-        details={"earlier_until": until.isoformat()},
-    )
-    record(settings, [told], run=person)

@@ -57,7 +57,10 @@ def databases(settings: Settings) -> dict[str, list[str]]:
                     cursor.execute(f'select * from "{schema}"."{name}"')
                     # How far a sequence has written ahead is PostgreSQL's business.
                     rows = [row[:1] if len(row) == 3 and isinstance(row[2], bool) else row for row in cursor.fetchall()]
-                    found[f"{database}.{schema}.{name}"] = sorted(map(repr, rows))
+                    # Bytes come as memoryviews, which say where they are and not what.
+                    found[f"{database}.{schema}.{name}"] = sorted(
+                        repr([bytes(one) if isinstance(one, memoryview) else one for one in row]) for row in rows
+                    )
     return found
 
 

@@ -159,6 +159,7 @@ def asked_all_the_time(settings: Settings) -> Iterator[None]:
 
 def known_releases(settings: Settings, application: Application, folder: Path) -> dict[str, Any]:
     """Versions with their tags and every byte of theirs, and aliases."""
+    folder.mkdir()
     found: dict[str, Any] = {"aliases": published_split.read_aliases(settings, application.name), "versions": {}}
     for version, tags in registry.versions(settings, application).items():
         registry.fetch_model(settings, application, version, folder / version)

@@ -39,6 +39,8 @@ Action = Literal[
     "key_use",  # an API key was shown, so often in one hour
     "erasure",  # what is known of a user was destroyed
 ]
+PERSON = "person/"
+"""Actors who are people begin so, and runs that a person made by hand."""
 WRITER = "audit"
 """Name of the trail's transactions on its table: one a batch of entries."""
 FIRST = "0" * 64
@@ -91,6 +93,36 @@ def record(settings: Settings, events: Sequence[Event], *, run: str) -> int:
     if appended:
         note(settings, before, appended[-1], lambda head: _holds(lake, head))
     return len(appended)
+
+
+def record_act(
+    settings: Settings,
+    person: str,
+    action: Action,
+    resource: str,
+    outcome: str,
+    *,
+    at: datetime,
+    application: str = PLATFORM,
+    details: Mapping[str, Any] | None = None,
+) -> None:
+    """Append what one person did at `at`, once.
+
+    Args:
+        person: the name, as its login has it.
+
+    Raises:
+        AuditError: as `record`.
+        ConflictError: as `record`.
+        LakehouseError: as `record`.
+    """
+    actor = f"{PERSON}{person}"
+    event_id = f"{application}/{resource}/{outcome}/{at.isoformat()}"
+    record(
+        settings,
+        [Event(event_id, at, actor, action, application, resource, outcome, run=actor, details=details or {})],
+        run=actor,
+    )
 
 
 def columns(event: Event) -> dict[str, Any]:

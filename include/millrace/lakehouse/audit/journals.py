@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from millrace.lakehouse.audit.chain import Action, Event, record
+from millrace.lakehouse.audit.chain import PERSON, Action, Event, record
 from millrace.lakehouse.commits import open_table
 from millrace.lakehouse.cursors import move_cursor, read_cursor
 from millrace.lakehouse.lake import Lake
@@ -35,8 +35,6 @@ READER = "audit"
 """Of the cursors on them."""
 MARGIN = timedelta(hours=1)
 """Between two clocks, and between a row that says when it was written and its commit."""
-PERSON = "person/"
-"""Runs that a person made by hand begin so."""
 
 
 def follow(settings: Settings, application: str, *, run: str, whole: bool = False) -> int:

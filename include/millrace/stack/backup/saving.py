@@ -255,8 +255,8 @@ def _reading_order(path: str) -> tuple[bool, int, str]:
 
 
 def _check_home(home: Path) -> None:
-    found = read_format(home)
-    if found is None or (home / RESTORING).exists():
+    found = None if (home / RESTORING).exists() else read_format(home)
+    if found is None:
         raise BackupError(f"{home} is no whole home of Millrace, so there is nothing to save; correct MILLRACE_HOME")
     if found != FORMAT_VERSION:
         raise BackupError(
