@@ -2,7 +2,6 @@
 
 from datetime import timedelta
 
-from airflow.providers.standard.operators.trigger_dagrun import TriggerDagRunOperator
 from airflow.sdk import DAG, AssetAlias, Param, task
 from airflow.sdk.exceptions import AirflowSkipException
 
@@ -60,13 +59,19 @@ def promote(application: Application) -> DAG:
                 outlet_events[releases].add(asset(application.name, "releases"), extra=brought)
             return brought["rebuild"]
 
+        @task
+        def rebuild(started: dict, **context) -> None:
+            from airflow.providers.standard.operators.trigger_dagrun import TriggerDagRunOperator  # slow to import
+
+            TriggerDagRunOperator(task_id="rebuild", skip_when_already_exists=True, **started).execute(context)
+
         brought = bring(asked := ask_for())
         if read_settings().environment in application.promotion.approval_in:
             hours = timedelta(hours=application.promotion.timeout_hours)
             # It asks of itself, and `bring` wants what was approved: what *ask_for* returned, an operator may rewrite.
             answer = Approval(task_id="approve", ask=ask, record=record, response_timeout=hours)
             asked >> answer >> brought
-        TriggerDagRunOperator.partial(task_id="rebuild", skip_when_already_exists=True).expand_kwargs(brought)
+        rebuild.expand(started=brought)
     return dag
 
 
