@@ -53,10 +53,10 @@ def check_health(
 
 
 def last_intervals(cron: str, now: datetime) -> list[datetime]:
-    """The starts of the last `MISSED` intervals that are over; one that ended at this moment may still be at work."""
+    """The starts of the last intervals that are over: `MISSED`, and the newest, which may still be at work."""
     ends = croniter(cron, now)
     moments = [ends.get_prev(datetime).astimezone(UTC) for _ in range(MISSED + 2)]
-    return moments[2:]
+    return moments[1:]
 
 
 def _tell(settings: Settings, application: Application, title: str, what: str, dag: str) -> None:
