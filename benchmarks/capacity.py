@@ -5,7 +5,7 @@
 Measured here: bytes on disk and in memory for a vector with its graph (Qdrant's own engine, 384 dimensions), bytes of a
 chunk and of an embedding in Delta, appends a second to a gateway's event log (16 threads, every one on disk), and what
 PostgreSQL counts for keys in a second (one request is one `take` and one `charge`), for one key and for many. There is
-no peer: these are inputs of arithmetic, on this disk and these cores; generators are in docs/engines.md.
+no peer: these are inputs of arithmetic, on this disk and these cores; generators are in docs/scaling.md.
 """
 
 import argparse

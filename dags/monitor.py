@@ -7,7 +7,7 @@ from airflow.timetables.interval import CronDataIntervalTimetable
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import START, asset, interval, run_name, stage, succeeded
+from millrace_airflow import START, asset, failed, interval, known_before, run_name, stage, succeeded
 
 RUNBOOK = """
 ### What it does
@@ -16,13 +16,14 @@ arrived late, into `gold/metrics_hourly`, per release and index build; compares 
 with the week before (`gold/drift_hourly`); holds windows that are over against `[monitor] bounds`. A breach is a row
 of `ops/breaches`: it alerts once, and starts `finetune` (retrain), `refresh_embeddings` (reembed) or `rollout`
 (rollback) by an asset, if the release still answers users. What a backfill finds in windows older than a day is only
-written down. *health* alerts of ingestion that missed its last intervals, and of a disk that is nearly full.
+written down. *health* alerts of ingestion that missed its last intervals, of runs that failed without a word, and of a
+disk that is nearly full; it sends alerts again that reached nobody.
 
 ### Healthy
 Green for every interval, within seconds, whatever the history; no new breaches. *too few* users is no finding.
 ### When it alerts
 *rollback*: the next tick of `rollout` takes the release back, unless it is frozen. *drift* says that users or answers
-differ, not that anything is worse: look at the ratings. A bound that is always breached is wrong: correct it.
+differ, not that they are worse: look at ratings. A bound that is always breached is wrong.
 ### When it fails
 Nothing is lost: late windows stay due until the last task is green. Clear it any time; tables come out the same.
 ### Backfill
@@ -33,14 +34,8 @@ Nothing is lost: late windows stay due until the last task is green. Clear it an
 
 def monitor(application: Application) -> DAG:
     breaches = AssetAlias(f"{application.name}/breaches")
-    with stage(
-        application,
-        "monitor",
-        RUNBOOK,
-        tag="monitoring",
-        schedule=CronDataIntervalTimetable(application.schedules.monitor, timezone="UTC"),
-        start_date=START,
-    ) as dag:
+    timetable = CronDataIntervalTimetable(application.schedules.monitor, timezone="UTC")
+    with stage(application, "monitor", RUNBOOK, tag="monitoring", schedule=timetable, start_date=START) as dag:
 
         @task
         def metrics() -> dict:
@@ -67,7 +62,8 @@ def monitor(application: Application) -> DAG:
         def health() -> dict:
             from millrace.monitoring.health import check_health
 
-            return check_health(read_settings(), application, succeeded, now=datetime.now(UTC))
+            before, now = known_before().get("failed", {}), datetime.now(UTC)
+            return check_health(read_settings(), application, succeeded, failed, failed_before=before, now=now)
 
         measured = metrics()
         drift(measured) >> bounds(measured)

@@ -14,8 +14,8 @@ the sample of its exchanges and feedback: users hashed again, free text scrubbed
 the same for every run. What was deleted in prod goes here, too. From there on staging runs what prod runs.
 
 ### Healthy
-Green every night, within minutes; a run that finds prod's tables as they were reads nothing. `strata` in the result of
-*exchanges* says how many were taken of how many.
+Green every night, within minutes; a run that finds prod's tables as they were reads its evaluation sets only. `strata`
+in the result of *exchanges* says how many were taken of how many.
 
 ### When it fails
 *documents*: prod has none, or staging's credential can't read them; the message names the table. Staging's tables stay

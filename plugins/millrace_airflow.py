@@ -57,6 +57,17 @@ def succeeded(dag_id: str, logical_dates: Sequence[datetime] | None) -> int:
     return get_current_context()["ti"].get_dr_count(dag_id=dag_id, logical_dates=dates, states=["success"])
 
 
+def failed(dag_id: str) -> int:
+    """How many runs of a DAG failed, of those that Airflow keeps. Within a task."""
+    return get_current_context()["ti"].get_dr_count(dag_id=dag_id, states=["failed"])
+
+
+def known_before() -> dict[str, Any]:
+    """What the running task returned in the run before; empty: there was none."""
+    ti = get_current_context()["ti"]
+    return ti.xcom_pull(task_ids=ti.task_id, include_prior_dates=True) or {}
+
+
 class AlertNotifier(BaseNotifier):
     """Sends to the place that alerts go to (`millrace.alerts`): by default, that a task failed and why."""
 

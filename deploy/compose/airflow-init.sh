@@ -1,6 +1,6 @@
 #!/bin/sh
 # Before whoever writes to the home starts, and safe to repeat: the home, brought to this version's format (as `millrace
-# up` does it, so end an older version first: `docker compose down`), Airflow's users, its database, the pool.
+# up` does it, so end an older version first: `docker compose --profile '*' down`), Airflow's users, its database, the pool.
 set -eu
 umask 077
 python - <<'PYTHON'
@@ -20,7 +20,9 @@ try:
     if not lock.acquire():
         sys.exit(f"somebody else prepares {settings.home}; wait for them")
     bring_up_to_date(settings.home)
-    airflow_access.apply(settings, json.loads(os.environ.get("AIRFLOW_PASSWORDS") or "{}"))
+    passwords = json.loads(os.environ.get("AIRFLOW_PASSWORDS") or "{}")
+    airflow_access.tell(settings, airflow_access.plan(settings, passwords), actor="service/compose")
+    airflow_access.apply(settings, passwords)
 except (MillraceError, ValueError) as error:
     sys.exit(str(error))
 PYTHON

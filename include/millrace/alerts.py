@@ -61,6 +61,38 @@ def send(alert: Alert, settings: Settings, *, now: datetime | None = None) -> bo
     return sent
 
 
+def send_again(settings: Settings, *, now: datetime) -> int:
+    """Send what no address took when it was said, less than `alert_repeat_hours` ago.
+
+    Returns:
+        How many alerts were sent.
+    """
+    lake, since = Lake.of(settings, PLATFORM), now - timedelta(hours=settings.alert_repeat_hours)
+    try:
+        rows = lake.read(OPS_ALERTS, where=pc.field("sent_at").is_null() & (pc.field("last_at") >= since)).to_pylist()
+    except MillraceError as error:
+        log.error("which alerts reached nobody is not known: %s", error)
+        return 0
+    sent = 0
+    for row in rows:
+        alert = Alert(row["title"], row["what"], row["source"], row["runbook"])
+        trouble = Trouble(row["since"], row["last_at"], row["count"], sent_at=now)
+        if _deliver(alert, trouble, settings):
+            _remember(lake, alert, trouble)
+            sent += 1
+    return sent
+
+
+def said_since(settings: Settings, dag: str, since: datetime) -> bool:
+    """Whether an alert came from a run of `dag` since then."""
+    try:
+        rows = Lake.of(settings, PLATFORM).read(OPS_ALERTS, ["source"], where=pc.field("last_at") >= since)
+    except MillraceError as error:
+        log.error("whether %s said that it failed is not known: %s", dag, error)
+        return False
+    return any(source.startswith(f"{dag}/") for source in rows["source"].to_pylist())
+
+
 def following(known: Trouble | None, now: datetime, repeat: timedelta) -> Trouble:
     """The trouble once it is said again at `now`: the same one, or a new one if it was silent for `repeat`."""
     if known is None or now - known.last_at >= repeat:
@@ -93,15 +125,20 @@ def check_addresses(settings: Settings) -> None:
 def _deliver(alert: Alert, trouble: Trouble, settings: Settings) -> bool:
     """Whether at least one address took it."""
     taken = 0
-    for number, url in enumerate(_addresses(settings), 1):
+    try:
+        addresses = _addresses(settings)
+    except MillraceError as error:
+        log.error("nobody is sent the alert %r: %s", alert.title, error)
+        return False
+    for number, url in enumerate(addresses, 1):
         address = apprise.Apprise.instantiate(url)
         if address and address.notify(body=told(alert, trouble), title=alert.title, notify_type="failure"):
             taken += 1
             continue
         # The address itself may hold a token.
         log.error(
-            "address %d of MILLRACE_ALERT_URLS (%s:…) did not take the alert %r; it is tried again when that is "
-            "said again: check the address",
+            "address %d of MILLRACE_ALERT_URLS (%s:…) did not take the alert %r: check the address; if no other took "
+            "it, `monitor` sends it again",
             number,
             url.partition(":")[0],
             alert.title,

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -28,6 +29,7 @@ print(json.dumps({
             "places": {task.task_id: [task.pool, task.queue] for task in dag.tasks},
             "params": {
                 name: {"description": dag.params.get_param(name).description} | dag.params.get_param(name).schema
+                | {"default": dag.params.get_param(name).value}
                 for name in dag.params
             },
         }
@@ -82,6 +84,7 @@ def test_what_a_person_can_fill_in_is_typed_described_and_has_a_default(read: di
         for field, schema in fields.items():
             assert schema.get("description"), (name, field)
             assert schema.keys() & {"type", "enum"}, (name, field)
+            jsonschema.validate(schema["default"], schema)
 
 
 def test_only_staging_has_a_stage_that_takes_a_sample_of_prod(tmp_path: Path) -> None:

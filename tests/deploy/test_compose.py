@@ -15,8 +15,9 @@ import pytest
 import yaml
 
 import millrace
+from millrace.environments.audit import search
 from millrace.serving.metrics import Metrics
-from millrace.settings import PROJECT
+from millrace.settings import PROJECT, Settings
 from tests.deploy import checks
 from tests.deploy.reading import IMAGE, Compose, Unset
 
@@ -201,6 +202,8 @@ def test_the_first_start_makes_the_home_the_password_and_the_pool_and_a_later_on
     assert passwords.keys() == {"millrace", "ann"}
     assert passwords["ann"] == "the password of ann"
     assert "millrace:op,ann:user" in (home / "airflow" / "airflow.cfg").read_text()
+    told = search(Settings(home=home), actor="service/compose")
+    assert {(one["resource"], one["outcome"]) for one in told} >= {("airflow/ann", "add")}
     assert (home / "airflow" / "password.json").stat().st_mode & 0o077 == 0
     newer = '{"format": 1000}'
     (home / "format.json").write_text(newer)
@@ -268,7 +271,8 @@ class _Handler(BaseHTTPRequestHandler):
 def test_prometheus_asks_services_that_answer_and_the_dashboard_shows_metrics_that_exist(compose: Compose) -> None:
     asked = yaml.safe_load((FOLDER / "prometheus.yaml").read_text())["scrape_configs"]
     targets = {job["job_name"]: job["static_configs"][0]["targets"] for job in asked}
-    assert targets["gateway"] == [f"gateway:{checks.settings_of(compose.services['gateway']).gateway_port}"]
+    gateways = {name: checks.settings_of(compose.services[name]).gateway_port for name in ("gateway", "gateway-2")}
+    assert targets["gateway"] == [f"{name}:{port}" for name, port in gateways.items()]
     assert {target.split(":")[0] for found in targets.values() for target in found} <= set(compose.services)
     collector = yaml.safe_load((FOLDER / "otel-collector.yaml").read_text())
     listens = {collector["exporters"]["prometheus"]["endpoint"].split(":")[1]}

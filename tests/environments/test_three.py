@@ -51,8 +51,8 @@ def prod(open_folder: Path, walled_uri: str, monkeypatch: pytest.MonkeyPatch) ->
     shared |= {"airflow_users": {"otto": "operator"}}
     settings = stack_settings(Path(tempfile.mkdtemp(dir=open_folder)), environment="prod", **shared)
     declaration = settings.applications / "qa.toml"
-    # Twice on two cores: what is learnt is nothing here.
-    short = declaration.read_text().replace("\nepochs = 2\n", "\nepochs = 1\nlora_layers = 4\n")
+    # Twice on two cores: a few steps in four blocks, so that its answers are its own and the export's are alike.
+    short = declaration.read_text().replace("\nepochs = 2\n", "\nepochs = 6\nlora_layers = 4\n")
     # Dear, so that the gate refuses it for certain: the base model scores next to nothing on ten questions.
     dear = '"{% for chunk in chunks %}' + "{{ chunk.text }} " * 4 + '{% endfor %}{{ question }}"'
     short = short.replace('"Repeat these words and nothing else: {{ question }}"', dear)

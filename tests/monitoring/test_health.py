@@ -4,16 +4,20 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import SecretStr
 
+from millrace.alerts import Alert, send
 from millrace.applications import Application
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import OPS_ALERTS, PLATFORM
 from millrace.monitoring.health import MISSED, check_health, last_intervals
 from millrace.settings import Settings
+from tests.conftest import Webhook
 
 NOON = datetime(2026, 3, 2, 12, 5, tzinfo=UTC)
 HOURS = [NOON.replace(minute=0) - timedelta(hours=back) for back in range(1, 30)]
@@ -32,6 +36,13 @@ class Runs:
         return len(ran if dates is None else ran.intersection(dates))
 
 
+def look(settings: Settings, application: Application, runs: Runs, **failed: int) -> dict[str, Any]:
+    """A look at noon, with so many failed runs by stage, after one that found none."""
+    counts = {f"qa.{stage}": count for stage, count in failed.items()}
+    before = dict.fromkeys(counts, 0)
+    return check_health(settings, application, runs, lambda dag: counts.get(dag, 0), failed_before=before, now=NOON)
+
+
 @pytest.fixture
 def home(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """A home on a disk that isn't full, whatever this machine's is."""
@@ -47,24 +58,52 @@ def alerts(settings: Settings) -> list[str]:
 def test_a_stage_that_missed_its_last_intervals_is_stale_and_one_late_run_is_not(
     home: Settings, qa: Application
 ) -> None:
-    assert check_health(home, qa, Runs(NIGHTS, HOURS), now=NOON)["stale"] == []
-    assert check_health(home, qa, Runs(NIGHTS[:1], HOURS[MISSED:]), now=NOON)["stale"] == []
+    assert look(home, qa, Runs(NIGHTS, HOURS))["stale"] == []
+    assert look(home, qa, Runs(NIGHTS[:1], HOURS[MISSED:]))["stale"] == []
     assert alerts(home) == []
-    found = check_health(home, qa, Runs(NIGHTS[MISSED + 1 :], HOURS[MISSED + 1 :]), now=NOON)
+    found = look(home, qa, Runs(NIGHTS[MISSED + 1 :], HOURS[MISSED + 1 :]))
     assert found["stale"] == ["qa.ingest_documents", "qa.ingest_feedback"]
     assert alerts(home) == ["qa.ingest_documents is stale", "qa.ingest_feedback is stale"]
 
 
 def test_what_was_never_started_is_nobodys_trouble(home: Settings, qa: Application) -> None:
-    assert check_health(home, qa, Runs([], []), now=NOON)["stale"] == []
+    assert look(home, qa, Runs([], []))["stale"] == []
+
+
+def test_a_run_that_failed_without_a_word_is_said_and_one_whose_task_told_of_it_is_not(
+    home: Settings, qa: Application
+) -> None:
+    assert look(home, qa, Runs([], []), finetune=0)["failed"]["qa.finetune"] == 0
+    assert alerts(home) == []
+    task = Alert("qa.rollout.tick failed", "no reason was given", "qa.rollout/scheduled__1", "http://runbook")
+    send(task, home, now=NOON - timedelta(minutes=20))
+    found = look(home, qa, Runs([], []), finetune=2, rollout=1)
+    assert (found["failed"]["qa.finetune"], found["failed"]["qa.rollout"]) == (2, 1)
+    assert alerts(home) == ["qa.finetune failed", "qa.rollout.tick failed"]
+
+
+def test_what_was_never_counted_is_counted_from_now_on(home: Settings, qa: Application) -> None:
+    found = check_health(home, qa, Runs([], []), lambda dag: 7, failed_before={}, now=NOON)
+    assert set(found["failed"].values()) == {7}
+    assert alerts(home) == []
+
+
+def test_an_alert_that_reached_nobody_is_sent_again_once_somebody_takes_it(
+    home: Settings, qa: Application, webhook: Webhook
+) -> None:
+    send(Alert("the gate refused", "version 3", "qa.evaluate_candidate/1", "http://runbook"), home, now=NOON)
+    heard = home.model_copy(update={"alert_urls": SecretStr(webhook.url)})
+    for _ in range(2):
+        look(heard, qa, Runs([], []))
+    assert [message["title"] for message in webhook.received].count("the gate refused") == 1
 
 
 def test_a_disk_that_is_nearly_full_is_said(
     home: Settings, qa: Application, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    assert check_health(home, qa, Runs([], []), now=NOON)["disk_free"] > 0
+    assert look(home, qa, Runs([], []))["disk_free"] > 0
     monkeypatch.setattr("millrace.monitoring.health.FREE_SHARE", 1.0)
-    check_health(home, qa, Runs([], []), now=NOON)
+    look(home, qa, Runs([], []))
     assert alerts(home) == [f"the disk of {home.home} is nearly full"]
 
 

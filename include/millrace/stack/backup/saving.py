@@ -37,8 +37,9 @@ from millrace.stack.postgres import Postgres
 
 NOTED = ("audit", "mlflow/environment.json", "format.json")
 """Of a home, what is read before the tables."""
-SECRETS = ("secrets.json", "object-store/keys", "airflow/password.json")
-"""The home's keys; each environment's in the object store that the stack keeps; what people log in to Airflow with."""
+SECRETS = ("secrets.json", "object-store/keys", "airflow/password.json", "airflow/airflow.cfg")
+"""The home's keys; each environment's in the object store that the stack keeps; what people log in to Airflow with, and
+where a vault is named."""
 NOT_SAVED = frozenset(
     {"airflow", "backups", "logs", "object-store", "postgres", "releases", "report.html", "report.json", "run",
      "spark", "streams", "training"}
