@@ -54,6 +54,26 @@ def start(home: Path) -> Iterator[Start]:
         made.wait()
 
 
+def test_a_long_log_is_put_aside_while_its_part_goes_on_writing(
+    home: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = start(
+        "chatty",
+        "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1}); print('up', flush=True); "
+        "signal.sigwait({signal.SIGUSR1}); print('later', flush=True)",
+    )
+    processes.turn_log(home, "chatty")
+    assert "up" in processes.log_tail(home, "chatty"), "it is short"
+    monkeypatch.setattr(processes, "_LOG_BYTES", 2)
+    processes.turn_log(home, "chatty")
+    log = processes.log_path(home, "chatty")
+    assert log.read_text() == ""
+    assert log.with_suffix(".log.1").read_text() == "up\n"
+    os.kill(made.pid, signal.SIGUSR1)
+    made.wait()
+    assert log.read_text() == "later\n"
+
+
 @pytest.mark.slow
 def test_a_child_in_a_session_of_its_own_that_ignores_term_is_ended_too(home: Path, start: Start) -> None:
     made = start("gateway", STUBBORN_CHILD)

@@ -219,7 +219,8 @@ def _airflow_variables(settings: Settings, secrets: Secrets, postgres: Postgres)
             "orphaned_tasks_check_interval": 20,
             "task_instance_heartbeat_timeout": 120,
         },
-        "logging": {"base_log_folder": settings.home / "logs" / "tasks"},
+        # In the part's log, which is bounded, and not in a file for each DAG file and day.
+        "logging": {"base_log_folder": settings.home / "logs" / "tasks", "dag_processor_log_target": "stdout"},
     }
     variables = {"AIRFLOW_HOME": str(home)}
     for section, values in options.items():
