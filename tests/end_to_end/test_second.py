@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import httpx
 import openai
@@ -63,6 +64,29 @@ def test_a_run_that_is_late_is_said_with_its_state_and_runbook(handbook: Lake, w
     assert "/dags/handbook.ingest_documents" in late()[0]["message"]
 
 
+@pytest.mark.long
+def test_a_question_that_nobody_answers_is_reminded_of_then_fails_and_decides_nothing(
+    running_stack: Stack, handbook: Lake, webhook: Webhook
+) -> None:
+    declaration = running_stack.settings.applications / "handbook.toml"
+    declared = declaration.read_text()
+    hurried = declared.replace("[promotion]\n", "[promotion]\ntimeout_hours = 0.01\n") + "approve = 0.1\n"
+    with running_stack.airflow() as airflow:
+        built = airflow.trigger("handbook.declare_release", {"variant": "short"})
+        ends(airflow, built.dag_id, built.run_id, "success")
+        passed(handbook, airflow.result(built.dag_id, built.run_id, "declare")["version"])
+        try:
+            declare(airflow, declaration, hurried)
+            unanswered = airflow.trigger("handbook.approve").run_id
+            until(lambda: [one for one in webhook.received if one["title"] == "handbook.approve is late"], 60)
+            ends(airflow, "handbook.approve", unanswered, "failed")
+            until(lambda: [one for one in webhook.received if one["title"] == "handbook.approve.approve failed"], 60)
+        finally:
+            declare(airflow, declaration, declared)
+    assert [one.kind for one in read_journal(handbook) if one.kind == "admit"] == []
+    assert fold(read_journal(handbook)).waiting == ()
+
+
 def test_a_person_who_did_not_build_it_lets_a_release_roll_out_and_the_journal_says_who_and_why(
     running_stack: Stack, handbook: Lake, webhook: Webhook
 ) -> None:
@@ -88,6 +112,19 @@ def test_a_person_who_did_not_build_it_lets_a_release_roll_out_and_the_journal_s
 
     admitted = [decision for decision in read_journal(handbook) if decision.kind == "admit"][-1]
     assert (admitted.challenger, admitted.actor, admitted.reason) == (version, "admin", "short is good")
+
+
+def declare(airflow: Airflow, path: Path, declaration: str) -> None:
+    """Write another declaration, and wait until Airflow has read its DAG."""
+
+    path.write_text(declaration)
+    # What began to be parsed before ends within seconds.
+    written = datetime.now(UTC) + timedelta(seconds=5)
+
+    def parsed() -> datetime:
+        return datetime.fromisoformat(airflow._call("GET", "/dags/handbook.approve")["last_parsed_time"])
+
+    until(lambda: parsed() > written, 120)
 
 
 def passed(lake: Lake, candidate: str) -> None:
