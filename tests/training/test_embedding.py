@@ -177,6 +177,9 @@ def test_a_fine_tuned_model_is_a_candidate_with_an_index_beside_the_old_one_whic
     prompted = declare_release(tracked, small, variant="terse", run="test")["version"]
     assert release_manifest(tracked, small, prompted).retrieval == manifest.retrieval
     assert [one["lineage"] for one in embed_changes(tracked, small, run="test")] == [tuned["lineage"]]
+    (again,) = embed_changes(tracked, small, run="after a breach", distrust=True)
+    assert again["verified"]
+    assert not again["changed"]
     declared = small.model_copy(update={"prompt": small.prompt.model_copy(update={"template": "{{ question }}"})})
     declare_release(tracked, declared, variant=None, run="test")
     assert {one["lineage"] for one in embed_changes(tracked, small, run="test")} == {
