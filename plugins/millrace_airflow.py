@@ -63,9 +63,11 @@ def failed(dag_id: str) -> int:
 
 
 def known_before() -> dict[str, Any]:
-    """What the running task returned in the run before; empty: there was none."""
+    """What the running task returned when it last succeeded, in a run of an earlier date; empty: it never did."""
     ti = get_current_context()["ti"]
-    return ti.xcom_pull(task_ids=ti.task_id, include_prior_dates=True) or {}
+    before = ti.get_previous_ti(state="success")
+    found = before and ti.xcom_pull(task_ids=ti.task_id, run_id=before.run_id, map_indexes=-1)
+    return found or {}
 
 
 class AlertNotifier(BaseNotifier):

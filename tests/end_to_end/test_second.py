@@ -65,6 +65,27 @@ def test_a_run_that_is_late_is_said_with_its_state_and_runbook(handbook: Lake, w
 
 
 @pytest.mark.long
+def test_a_run_that_failed_without_a_word_is_said_by_the_next_look(
+    running_stack: Stack, handbook: Lake, webhook: Webhook
+) -> None:
+    with running_stack.airflow() as airflow:
+
+        def look() -> None:
+            run = airflow.trigger("handbook.monitor", logical_date=datetime.now(UTC)).run_id
+            ends(airflow, "handbook.monitor", run, "success")
+
+        look()
+        run = airflow.trigger("handbook.optimize_prompt").run_id
+        # As when its process is killed: no callback of the task's runs.
+        airflow._call("PATCH", f"/dags/handbook.optimize_prompt/dagRuns/{run}", json={"state": "failed"})
+        look()
+        look()
+    said = [alert for alert in webhook.received if alert["title"].startswith("handbook.optimize_prompt")]
+    assert [alert["title"] for alert in said] == ["handbook.optimize_prompt failed"]
+    assert "1 more of its runs failed, and no task said why" in said[0]["message"]
+
+
+@pytest.mark.long
 def test_a_question_that_nobody_answers_is_reminded_of_then_fails_and_decides_nothing(
     running_stack: Stack, handbook: Lake, webhook: Webhook
 ) -> None:
