@@ -25,6 +25,9 @@ READABLE = ("F16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 """Types of a GGUF file's matrices that it computes with; with others it refuses to load (norms may also be F32). See
 openvino.genai's `gguf_utils/building_blocks.cpp`, `make_weights_subgraph`."""
 
+EXACT = ("F16", "Q8_0", "Q4_0")
+"""Those of which it computes with the weights that the file holds. It rounds zero points, and so the others' blocks."""
+
 
 class OpenVinoEngine:
     """A loaded GGUF model.

@@ -1,8 +1,9 @@
 """What was trained becomes a file that the engine reads: the base model's GGUF with an adapter merged in, or with all
 its weights replaced.
 
-Tensors that training didn't touch keep their bytes; the others are written as Q8_0, which loses next to nothing of
-what was learnt. It knows the file format, and nothing of how the weights came about.
+What was trained is written as Q8_0, which loses next to nothing of it; so are tensors that training didn't touch and
+that the engine would read otherwise than they were trained beside. The others keep their bytes. It knows the file
+format, and nothing of how the weights came about.
 """
 
 import json
@@ -14,6 +15,7 @@ import numpy as np
 
 from millrace.applications import Generation
 from millrace.engines.engine import Engine, Message
+from millrace.engines.openvino import EXACT
 from millrace.errors import TrainingError
 from millrace.scoring.overlap import token_f1
 from millrace.training.rewrite import Floats, open_gguf, read_fields, read_weights, rewrite
@@ -40,11 +42,12 @@ def write_merged(base: Path, adapter: Path, target: Path) -> None:
             f"the adapter {adapter} changes {unknown[0]}, which {base} doesn't have; train on this base"
         )
     kind = GGMLQuantizationType.Q8_0
+    misread = {tensor.name for tensor in reader.tensors if tensor.tensor_type.name not in (*EXACT, "F32")}
     rewrite(
         reader,
         target,
-        kinds=dict.fromkeys(deltas, kind),
-        encode=lambda tensor: quantize(read_weights(tensor) + deltas[tensor.name], kind),
+        kinds=dict.fromkeys(deltas.keys() | misread, kind),
+        encode=lambda tensor: quantize(read_weights(tensor) + deltas.get(tensor.name, np.float32(0)), kind),
     )
 
 
