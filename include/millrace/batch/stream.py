@@ -41,7 +41,7 @@ def answer_stream(job: Job, checkpoint: Path) -> None:
         # A rewritten file brings its questions once more, which is harmless; leaving its changes out would not be.
         source = session.readStream.format("delta").option("ignoreChanges", "true")
         query = (
-            source.load(job.lake.uri(BRONZE_QUESTIONS))
+            source.load(str(job.lake.uri(BRONZE_QUESTIONS)))  # of Python's own strings only, it says
             .writeStream.queryName(f"{job.lake.application} {job.pinned.release_id}")
             .option("checkpointLocation", str(checkpoint))
             .trigger(availableNow=True)
