@@ -58,7 +58,9 @@ def engine_distance(path: Path, answers: Sequence[tuple[Any, int, list[float]]])
     import openvino
     from openvino_genai import ContinuousBatchingPipeline, GenerationConfig, SchedulerConfig
 
-    pipeline = ContinuousBatchingPipeline(str(path), SchedulerConfig(cache_size=1), "CPU", OPTIONS)
+    scheduler = SchedulerConfig()
+    scheduler.cache_size = 1
+    pipeline = ContinuousBatchingPipeline(str(path), scheduler, "CPU", OPTIONS)
 
     def run(number: int, ids: Any, **options: Any) -> Any:
         config = GenerationConfig(**options)
