@@ -199,7 +199,7 @@ class Story(Teller):
                 stage.state = "nothing new"
                 self.progress.say(stage, "there is no better candidate to roll out")
                 return
-            if self.decided(candidate):
+            if self.ended(candidate):
                 stage.state = "nothing new"
                 self.progress.say(stage, f"the rollout of version {candidate} has ended before")
                 return
@@ -274,7 +274,7 @@ class Story(Teller):
             found = f"{study['trials']} trials: {study['why']}"
             self.progress.say(stage, found)
             version = self.airflow.result(self.dag("optimize_prompt"), run.run_id, "release")["version"]
-            if version is None or self.decided(version):
+            if version is None or self.ended(version):
                 stage.state = "nothing new"
                 return
             verdict = self.evaluate(stage, version)

@@ -102,9 +102,10 @@ class Teller:
         self.progress.say(stage, told if all_there else f"{told}; counting exchanges: {there} of {len(self.asked)}")
         return all_there
 
-    def decided(self, version: str) -> bool:
-        """Whether a rollout of it has ended: none starts again by itself."""
-        return version in fold(read_journal(self.lake)).decided
+    def ended(self, version: str) -> bool:
+        """Whether a rollout of it has ended (none starts again by itself): one that runs has not."""
+        state = fold(read_journal(self.lake))
+        return version in state.decided and version != state.challenger
 
     def settled(self, candidate: str) -> bool:
         split = self.split_now()
