@@ -20,8 +20,8 @@ import httpx
 import psycopg2
 import pytest
 
-from millrace.environments import mlflow_access
-from millrace.environments.mlflow_calls import Login
+from millrace.environments.access import mlflow_wall
+from millrace.environments.access.mlflow_calls import Login
 from millrace.private_files import write_json, write_private
 from millrace.secret_sources import SecretFile, SecretVariable
 from millrace.settings import PROJECT, Settings
@@ -155,9 +155,9 @@ def mlflow_with_a_login(
         "MLFLOW_BACKEND_STORE_URI": url(postgres, "mlflow", passwords["mlflow"]).replace("://", "+psycopg2://", 1),
     }
     with running(arguments, environment, folder / "server.log", lambda: answers(f"{uri}/health")):
-        known = {identity: passwords[identity] for identity in mlflow_access.READS}
+        known = {identity: passwords[identity] for identity in mlflow_wall.READS}
         administrator = Login("admin", passwords["admin"])
-        mlflow_access.apply(Settings(mlflow_uri=uri, mlflow_workspaces=True), administrator, known)
+        mlflow_wall.apply(Settings(mlflow_uri=uri, mlflow_workspaces=True), administrator, known)
         yield uri
 
 

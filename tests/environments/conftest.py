@@ -12,11 +12,11 @@ import pytest
 from pydantic import SecretStr
 
 from millrace.applications import Application
-from millrace.environments import postgres_access
-from millrace.environments.lake_access import apply as apply_lake_access
-from millrace.environments.matrix import READS, SERVERS
-from millrace.environments.mlflow_access import apply
-from millrace.environments.mlflow_calls import Login
+from millrace.environments.access import postgres_wall
+from millrace.environments.access.lake_wall import apply as apply_lake_access
+from millrace.environments.access.matrix import READS, SERVERS
+from millrace.environments.access.mlflow_calls import Login
+from millrace.environments.access.mlflow_wall import apply
 from millrace.lakehouse.storage import Key
 from millrace.settings import PROJECT, Settings
 from millrace.stack.postgres import Postgres
@@ -113,7 +113,7 @@ def application(qa: Application) -> Application:
 def walled_postgres(open_folder: Path) -> Iterator[str]:
     """Address of one PostgreSQL that asks for passwords, walled as declared. Tests leave it so."""
     with scram_server(open_folder) as server:
-        postgres_access.apply(superuser_url(server), "", DATABASE_PASSWORDS)
+        postgres_wall.apply(superuser_url(server), "", DATABASE_PASSWORDS)
         yield superuser_url(server)
 
 

@@ -12,11 +12,11 @@ from typer.testing import CliRunner, Result
 
 from millrace.cli import app
 from millrace.environments import audit
-from millrace.environments.airflow_access import password_file
-from millrace.environments.matrix import READS, Observed, right
-from millrace.environments.mlflow_calls import Caller, Login
-from millrace.environments.postgres_calls import Refused, connected, rows
-from millrace.environments.walls import Wall, put_up
+from millrace.environments.access.airflow_wall import password_file
+from millrace.environments.access.matrix import READS, Observed, right
+from millrace.environments.access.mlflow_calls import Caller, Login
+from millrace.environments.access.postgres_calls import Refused, connected, rows
+from millrace.environments.access.walls import Wall, put_up
 from millrace.private_files import write_json
 from millrace.settings import Settings
 from millrace.stack.environment import settings_variables

@@ -10,10 +10,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from millrace.cli import app
-from millrace.environments import lake_check
-from millrace.environments.lake_access import Bucket
-from millrace.environments.matrix import Observed
-from millrace.environments.postgres_calls import connected, rows
+from millrace.environments.access import lake_check
+from millrace.environments.access.lake_wall import Bucket
+from millrace.environments.access.matrix import Observed
+from millrace.environments.access.postgres_calls import connected, rows
 from millrace.lakehouse.storage import Key
 from millrace.settings import Settings
 from millrace.stack.environment import settings_variables

@@ -15,9 +15,9 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from millrace.airflow_api import Airflow
-from millrace.environments import airflow_access
-from millrace.environments.airflow_access import Change, password_file
-from millrace.environments.airflow_check import STRANGER, check
+from millrace.environments.access import airflow_wall
+from millrace.environments.access.airflow_check import STRANGER, check
+from millrace.environments.access.airflow_wall import Change, password_file
 from millrace.environments.audit import search
 from millrace.errors import SettingsError, StackError
 from millrace.lakehouse.lake import Lake
@@ -38,7 +38,7 @@ def staging(settings: Settings) -> Settings:
 
 
 def test_where_others_reach_airflow_only_named_people_and_the_stack_log_in(staging: Settings) -> None:
-    assert airflow_access.apply(staging, PASSWORDS) == [
+    assert airflow_wall.apply(staging, PASSWORDS) == [
         Change("add", "millrace", "service"),
         *(Change("add", name, role) for name, role in PEOPLE.items()),
     ]
@@ -49,24 +49,24 @@ def test_where_others_reach_airflow_only_named_people_and_the_stack_log_in(stagi
     assert set(written) == {"millrace", *PEOPLE}
     users = (path.parent / "airflow.cfg").read_text()
     assert "simple_auth_manager_users = millrace:op,vera:viewer,otto:user,ada:admin" in users
-    assert airflow_access.plan(staging) == [] == airflow_access.apply(staging, PASSWORDS)
+    assert airflow_wall.plan(staging) == [] == airflow_wall.apply(staging, PASSWORDS)
 
 
 def test_a_change_is_told_before_it_is_made_and_made_once(staging: Settings) -> None:
-    airflow_access.apply(staging, PASSWORDS)
+    airflow_wall.apply(staging, PASSWORDS)
     before = json.loads(password_file(staging.home).read_text())
     changed = staging.model_copy(update={"airflow_users": {"vera": "operator", "ada": "admin", "new": "viewer"}})
     wanted = [Change("role", "vera", "operator"), Change("add", "new", "viewer"), Change("remove", "otto")]
-    assert airflow_access.plan(changed) == wanted
+    assert airflow_wall.plan(changed) == wanted
     assert [str(change) for change in wanted][2] == "let otto log in to Airflow no more"
     assert json.loads(password_file(staging.home).read_text()) == before
     other = {"ada": "another password"}
-    assert airflow_access.apply(changed, other) == [wanted[0], Change("password", "ada"), *wanted[1:]]
+    assert airflow_wall.apply(changed, other) == [wanted[0], Change("password", "ada"), *wanted[1:]]
     after = json.loads(password_file(staging.home).read_text())
     assert after.keys() == {"millrace", "vera", "ada", "new"}
     assert (after["vera"], after["ada"]) == (before["vera"], "another password")
     assert after["millrace"] == before["millrace"]
-    assert airflow_access.apply(changed, other) == []
+    assert airflow_wall.apply(changed, other) == []
 
 
 @pytest.mark.parametrize("name", ["admin", "Millrace", "anonymous", "ann:admin", "ann,bob", ""])
@@ -88,7 +88,7 @@ def test_passwords_that_cannot_be_are_refused_without_showing_them(
     settings: Settings, passwords: str, why: str
 ) -> None:
     given = settings.model_copy(update={"airflow_users": {"ann": "viewer"}, "airflow_passwords": SecretStr(passwords)})
-    for asked in (airflow_access.plan, airflow_access.apply):
+    for asked in (airflow_wall.plan, airflow_wall.apply):
         with pytest.raises(SettingsError, match=why) as refused:
             asked(given)
         assert "long enough" not in str(refused.value)
@@ -230,7 +230,7 @@ def test_an_approval_is_an_operators_and_has_that_persons_name_in_journal_and_au
 @pytest.mark.timeout(600)
 def test_a_password_is_another_from_the_next_login_on_without_a_restart(staged: Stack) -> None:
     began = datetime.now(UTC)
-    assert airflow_access.apply(staged.settings, {"vera": "another password"}) == [Change("password", "vera")]
+    assert airflow_wall.apply(staged.settings, {"vera": "another password"}) == [Change("password", "vera")]
     url = staged.settings.airflow_url
     with Airflow(url, "vera", PASSWORDS["vera"]) as old, pytest.raises(StackError, match="refused the login of vera"):
         old.healthy()

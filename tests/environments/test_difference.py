@@ -9,10 +9,10 @@ from typer.testing import CliRunner
 
 from millrace.applications import load_application
 from millrace.cli import app
-from millrace.environments import lake_access
+from millrace.environments.access import lake_wall
+from millrace.environments.access.matrix import READS
 from millrace.environments.description import record_description, recorded_description
 from millrace.environments.difference import Part, compare_environments
-from millrace.environments.matrix import READS
 from millrace.errors import LakehouseError, SettingsError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.storage import Key, own_store
@@ -131,7 +131,7 @@ def test_a_lake_in_a_store_that_the_stack_keeps_is_read_with_the_callers_credent
         write_private(path, key.secret_key)
         object_store.create_user(key)
     known = dev.model_copy(update={"object_store_port": 0, "lake_endpoint": object_store.url})
-    lake_access.apply(known, object_store.root, {identity: identity for identity in READS})
+    lake_wall.apply(known, object_store.root, {identity: identity for identity in READS})
     for environment in ("staging", "prod"):
         record_description(dev.model_copy(update={"environment": environment}), run="test")
     found = compared(dev, "staging", "prod")  # dev reads prod, and not staging

@@ -11,9 +11,9 @@ from botocore.exceptions import ClientError
 from deltalake import DeltaTable, write_deltalake
 from deltalake.exceptions import DeltaError
 
-from millrace.environments.lake_access import Bucket, apply, declared, plan
-from millrace.environments.lake_check import check
-from millrace.environments.matrix import READS
+from millrace.environments.access.lake_check import check
+from millrace.environments.access.lake_wall import Bucket, apply, declared, plan
+from millrace.environments.access.matrix import READS
 from millrace.errors import AccessRefused, LakehouseError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.spark_session import Refused, on_server

@@ -3,10 +3,10 @@ from collections import Counter
 import pytest
 
 from millrace.applications import Application
-from millrace.environments.matrix import READS
-from millrace.environments.mlflow_access import apply, plan
-from millrace.environments.mlflow_calls import Caller, Login
-from millrace.environments.mlflow_check import check
+from millrace.environments.access.matrix import READS
+from millrace.environments.access.mlflow_calls import Caller, Login
+from millrace.environments.access.mlflow_check import check
+from millrace.environments.access.mlflow_wall import apply, plan
 from millrace.errors import ReleaseError
 from millrace.releases.registry import versions
 from millrace.settings import Settings

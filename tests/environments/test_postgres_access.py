@@ -6,10 +6,10 @@ from urllib.parse import quote
 import pytest
 from pydantic import SecretStr
 
-from millrace.environments.matrix import SHARED
-from millrace.environments.postgres_access import apply, declared_databases, identities, plan
-from millrace.environments.postgres_calls import Refused, connected, rows
-from millrace.environments.postgres_check import check, declared
+from millrace.environments.access.matrix import SHARED
+from millrace.environments.access.postgres_calls import Refused, connected, rows
+from millrace.environments.access.postgres_check import check, declared
+from millrace.environments.access.postgres_wall import apply, declared_databases, identities, plan
 from millrace.errors import AccessError, ApiKeyError, KeysAway
 from millrace.serving.key_store import KeyStore
 from millrace.settings import Settings

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from millrace.cli import app
 from millrace.environments import audit
-from millrace.environments.matrix import READS
-from millrace.environments.qdrant_access import apply, declared_collections, known_collections, plan, token
-from millrace.environments.qdrant_check import check, declared
+from millrace.environments.access.matrix import READS
+from millrace.environments.access.qdrant_check import check, declared
+from millrace.environments.access.qdrant_wall import apply, declared_collections, known_collections, plan, token
 from millrace.errors import AccessError, RetrievalError
 from millrace.retrieval.server import Server, connect
 from millrace.retrieval.service import ServiceBuilds, collection_name

@@ -12,7 +12,7 @@ import pytest
 
 from millrace.airflow_api import Airflow
 from millrace.applications import Application, load_application
-from millrace.environments.airflow_access import known_passwords
+from millrace.environments.access.airflow_wall import known_passwords
 from millrace.environments.audit import search, verify
 from millrace.environments.difference import compare_environments
 from millrace.errors import ReleaseError

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from millrace.applications import Application
-from millrace.environments.mlflow_calls import Caller, Login
+from millrace.environments.access.mlflow_calls import Caller, Login
 from millrace.errors import ReleaseError
 from millrace.releases import prompt_registry, published_split, registry
 from millrace.releases.manifest import PromptVersion, declared_manifest, describe_weights

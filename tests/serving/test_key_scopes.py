@@ -8,7 +8,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from millrace.cli import app
-from millrace.environments import audit, gateway_check
+from millrace.environments import audit
+from millrace.environments.access import gateway_check
 from millrace.releases.split import Split
 from millrace.serving.api_keys import SCOPES
 from millrace.serving.key_store import KeyStore

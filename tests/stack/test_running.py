@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from millrace.airflow_api import Airflow
-from millrace.environments.airflow_access import password_file
+from millrace.environments.access.airflow_wall import password_file
 from millrace.errors import StackError
 from millrace.settings import PROJECT
 from millrace.stack import Stack

@@ -14,7 +14,7 @@ from pydantic import SecretStr
 
 from millrace.airflow_api import Airflow
 from millrace.applications import Application, load_application
-from millrace.environments.airflow_access import password_file
+from millrace.environments.access.airflow_wall import password_file
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import SILVER_DOCUMENTS
 from millrace.serving.key_store import KeyStore

@@ -20,7 +20,7 @@ from millrace.cli.prompts import prompt_app
 from millrace.cli.releases import index_app, release_app, rollout_app
 from millrace.cli.secrets import secret_app
 from millrace.cli.terminal import ApplicationName, console, one_sentence
-from millrace.environments.airflow_access import declared_logins, password_file
+from millrace.environments.access.airflow_wall import declared_logins, password_file
 from millrace.errors import StackError
 from millrace.settings import AIRFLOW_SERVICE, Settings, read_settings
 from millrace.stack import Stack, Status, airflow_of, down, status, up

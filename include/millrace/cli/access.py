@@ -20,8 +20,8 @@ from millrace.settings import Settings, read_settings
 from millrace.stack import with_keys_url
 
 if TYPE_CHECKING:
-    from millrace.environments.matrix import Observed
-    from millrace.environments.walls import Deployment, Wall
+    from millrace.environments.access.matrix import Observed
+    from millrace.environments.access.walls import Deployment, Wall
 
 access_app = group("Who may do what in which environment: plan, apply, check.")
 
@@ -45,7 +45,7 @@ def access_plan(wall: Chosen = None) -> None:
 @access_app.command("apply")
 def access_apply(wall: Chosen = None) -> None:
     """Make every wall as it is declared, and tell the audit trail. Killed anywhere, do it again."""
-    from millrace.environments.walls import put_up
+    from millrace.environments.access.walls import put_up
 
     with one_sentence():
         deployment = _deployment()
@@ -93,8 +93,8 @@ def access_token(
 
     Make the next before it ends, and whenever a lineage is new; both are valid until each expires.
     """
-    from millrace.environments.qdrant_access import known_collections, token
-    from millrace.environments.walls import ADMIN, record_changes
+    from millrace.environments.access.qdrant_wall import known_collections, token
+    from millrace.environments.access.walls import ADMIN, record_changes
     from millrace.errors import AccessError
     from millrace.retrieval.server import connect
 
@@ -114,7 +114,7 @@ def access_token(
 
 
 def _deployment() -> "Deployment":
-    from millrace.environments.walls import Deployment, read_secrets
+    from millrace.environments.access.walls import Deployment, read_secrets
 
     settings = with_keys_url(read_settings())
     return Deployment(settings, read_secrets(settings), lambda: _probe_keys(settings))
@@ -123,7 +123,7 @@ def _deployment() -> "Deployment":
 @contextmanager
 def _probe_keys(settings: Settings) -> Iterator[Mapping[str, str]]:
     """API keys of every kind that the gateway is tried with, revoked at the end; they end soon by themselves, too."""
-    from millrace.environments.gateway_check import FOREIGN, HOLDERS
+    from millrace.environments.access.gateway_check import FOREIGN, HOLDERS
     from millrace.serving.api_keys import new_key
     from millrace.serving.key_store import KeyStore
 
@@ -161,7 +161,7 @@ def _each(
     Raises:
         AccessError: a chosen wall doesn't exist.
     """
-    from millrace.environments.walls import WALLS
+    from millrace.environments.access.walls import WALLS
     from millrace.errors import AccessError
 
     walls = [make(deployment) for make in WALLS]

@@ -13,9 +13,9 @@ import pyarrow as pa
 from deltalake.exceptions import DeltaError
 
 from millrace.applications import load_applications
+from millrace.environments.access.matrix import READS
+from millrace.environments.access.mlflow_calls import Caller, Login
 from millrace.environments.description import recorded_description
-from millrace.environments.matrix import READS
-from millrace.environments.mlflow_calls import Caller, Login
 from millrace.errors import MillraceError, ReleaseError, SettingsError
 from millrace.lakehouse.commits import open_table, refusal
 from millrace.lakehouse.content import content_hash

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from millrace.applications import Application
-from millrace.environments.matrix import READS
+from millrace.environments.access.matrix import READS
 from millrace.errors import ReleaseError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import GOLD_PREFERENCE_EXAMPLES, GOLD_TRAINING_EXAMPLES

@@ -107,7 +107,7 @@ def found_or_none(settings: Settings, ask: Callable[[], Found]) -> Found | None:
     """What `ask` gets of the registry by its name; None: there is none.
 
     A server with a login answers "denied" for what isn't there. Whoever is let into an environment's workspace, as
-    `mlflow_client` makes sure, may read every model and prompt in it (`environments/mlflow_access.py`).
+    `mlflow_client` makes sure, may read every model and prompt in it (`environments/access/mlflow_wall.py`).
     """
     from mlflow.exceptions import MlflowException
 

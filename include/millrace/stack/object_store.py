@@ -8,7 +8,7 @@ import secrets
 import sys
 from pathlib import Path
 
-from millrace.environments.mlflow_access import READS
+from millrace.environments.access.mlflow_wall import READS
 from millrace.errors import MillraceError
 from millrace.lakehouse.storage import own_key, own_store
 from millrace.private_files import write_private
@@ -53,8 +53,8 @@ def object_store_parts(settings: Settings) -> list[Part]:
 
 def main() -> None:
     # It imports AWS's client, which the stack itself needs nowhere.
-    from millrace.environments import lake_access
-    from millrace.environments.walls import record_changes
+    from millrace.environments.access import lake_wall
+    from millrace.environments.access.walls import record_changes
 
     try:
         settings = read_settings()
@@ -62,7 +62,7 @@ def main() -> None:
         for identity in READS:
             server.create_user(own_key(settings, identity))
         known = settings.model_copy(update={"lake_endpoint": server.url})
-        changes = lake_access.apply(known, server.root, {identity: identity for identity in READS})
+        changes = lake_wall.apply(known, server.root, {identity: identity for identity in READS})
         record_changes(known, "lake", [str(one) for one in changes], actor="service/stack", outcome="changed")
     except MillraceError as error:
         sys.exit(str(error))

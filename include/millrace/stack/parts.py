@@ -14,7 +14,7 @@ from importlib.metadata import version
 
 from pydantic import SecretStr
 
-from millrace.environments import airflow_access
+from millrace.environments.access import airflow_wall
 from millrace.private_files import write_json
 from millrace.secret_sources import is_set
 from millrace.settings import AIRFLOW_ADMIN, AIRFLOW_SERVICE, PROJECT, Settings
@@ -119,8 +119,8 @@ def _airflow(settings: Settings, secrets: Secrets, postgres: Postgres) -> tuple[
     def prepare() -> None:
         home.mkdir(exist_ok=True, mode=0o700)
         own = {AIRFLOW_ADMIN: secrets.airflow_password, AIRFLOW_SERVICE: secrets.airflow_service_password}
-        airflow_access.tell(settings, airflow_access.plan(settings, own), actor="service/stack")
-        airflow_access.apply(settings, own)
+        airflow_wall.tell(settings, airflow_wall.plan(settings, own), actor="service/stack")
+        airflow_wall.apply(settings, own)
         postgres.create_database("airflow")
 
     def healthy(component: str) -> Callable[[float], bool]:
@@ -200,7 +200,7 @@ def _airflow_variables(settings: Settings, secrets: Secrets, postgres: Postgres)
             "dags_are_paused_at_creation": True,
             "fernet_key": secrets.airflow_fernet_key,
             "simple_auth_manager_all_admins": False,
-            "simple_auth_manager_passwords_file": airflow_access.password_file(settings.home),
+            "simple_auth_manager_passwords_file": airflow_wall.password_file(settings.home),
             "execution_api_server_url": f"{settings.airflow_url}/execution/",
         },
         "database": {"sql_alchemy_conn": postgres.url("airflow")},

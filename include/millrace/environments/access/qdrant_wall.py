@@ -13,7 +13,7 @@ from typing import Any
 import jwt
 
 from millrace.applications import load_applications
-from millrace.environments.matrix import READS, right
+from millrace.environments.access.matrix import READS, right
 from millrace.errors import AccessError
 from millrace.retrieval.embed import lineage_id
 from millrace.retrieval.server import Server

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Literal
 from psycopg2 import sql
 from psycopg2.extensions import encrypt_password
 
-from millrace.environments.matrix import DATABASES, READS, SERVERS
-from millrace.environments.postgres_calls import connected, rows
+from millrace.environments.access.matrix import DATABASES, READS, SERVERS
+from millrace.environments.access.postgres_calls import connected, rows
 from millrace.errors import AccessError
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from millrace.environments.matrix import READS as READS
-from millrace.environments.mlflow_calls import Caller, Login
+from millrace.environments.access.matrix import READS as READS
+from millrace.environments.access.mlflow_calls import Caller, Login
 from millrace.errors import ReleaseError
 from millrace.settings import Settings
 

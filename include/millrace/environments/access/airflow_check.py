@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import httpx
 
-from millrace.environments.airflow_access import declared_logins, known_passwords
-from millrace.environments.matrix import Observed
+from millrace.environments.access.airflow_wall import declared_logins, known_passwords
+from millrace.environments.access.matrix import Observed
 from millrace.errors import StackError
 from millrace.settings import Settings
 

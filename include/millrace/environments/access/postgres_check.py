@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from psycopg2 import sql
 
-from millrace.environments.matrix import READS, SHARED, Observed
-from millrace.environments.postgres_access import CLOSED, declared_databases, identities
-from millrace.environments.postgres_calls import Refused, connected, rows
+from millrace.environments.access.matrix import READS, SHARED, Observed
+from millrace.environments.access.postgres_calls import Refused, connected, rows
+from millrace.environments.access.postgres_wall import CLOSED, declared_databases, identities
 from millrace.errors import AccessError
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from contextlib import ExitStack
 
 import pyarrow as pa
 
-from millrace.environments.lake_access import Bucket
-from millrace.environments.matrix import READS, Observed, right
+from millrace.environments.access.lake_wall import Bucket
+from millrace.environments.access.matrix import READS, Observed, right
 from millrace.errors import AccessRefused, LakehouseError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.storage import Key

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from millrace.environments.matrix import Observed
+from millrace.environments.access.matrix import Observed
 from millrace.errors import AccessError
 from millrace.settings import Settings
 

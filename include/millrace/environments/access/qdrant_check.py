@@ -11,8 +11,8 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from millrace.environments.matrix import READS, Observed, right
-from millrace.environments.qdrant_access import token
+from millrace.environments.access.matrix import READS, Observed, right
+from millrace.environments.access.qdrant_wall import token
 from millrace.errors import RetrievalError
 from millrace.lakehouse.tables import PLATFORM
 from millrace.retrieval.server import Server

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 
 import httpx
 
-from millrace.environments.matrix import READS, right
-from millrace.environments.matrix import Observed as Observed
-from millrace.environments.mlflow_calls import Caller, Login
+from millrace.environments.access.matrix import READS, right
+from millrace.environments.access.matrix import Observed as Observed
+from millrace.environments.access.mlflow_calls import Caller, Login
 from millrace.errors import ReleaseError
 from millrace.settings import Settings
 

@@ -13,21 +13,21 @@ from functools import partial
 
 from pydantic import SecretStr, TypeAdapter, ValidationError
 
-from millrace.environments import (
-    airflow_access,
+from millrace.environments.access import (
     airflow_check,
+    airflow_wall,
     gateway_check,
-    lake_access,
     lake_check,
-    mlflow_access,
+    lake_wall,
     mlflow_check,
-    postgres_access,
+    mlflow_wall,
     postgres_check,
-    qdrant_access,
+    postgres_wall,
     qdrant_check,
+    qdrant_wall,
 )
-from millrace.environments.matrix import READS, Observed
-from millrace.environments.mlflow_calls import Login
+from millrace.environments.access.matrix import READS, Observed
+from millrace.environments.access.mlflow_calls import Login
 from millrace.errors import AccessError, MillraceError, SettingsError
 from millrace.lakehouse.audit.chain import Event, record
 from millrace.lakehouse.storage import Key
@@ -107,8 +107,8 @@ def _mlflow(of: Deployment) -> Wall:
         if settings.mlflow_workspaces
         else "MILLRACE_MLFLOW_WORKSPACES is off: the server is one environment's, and whoever reaches it may do all",
         mlflow_check.declared,
-        lambda: mlflow_access.plan(settings, administrator(), passwords),
-        lambda: mlflow_access.apply(settings, administrator(), passwords),
+        lambda: mlflow_wall.plan(settings, administrator(), passwords),
+        lambda: mlflow_wall.apply(settings, administrator(), passwords),
         lambda: mlflow_check.check(settings, passwords),
     )
 
@@ -122,8 +122,8 @@ def _postgres(of: Deployment) -> Wall:
         else "MILLRACE_POSTGRES_URL is empty: the embedded server is one environment's, and asks nobody who can open "
         "its socket, which is the user that runs it, for a password",
         postgres_check.declared,
-        lambda: postgres_access.plan(url, of.secret("postgres", ADMIN), passwords),
-        lambda: postgres_access.apply(url, of.secret("postgres", ADMIN), passwords),
+        lambda: postgres_wall.plan(url, of.secret("postgres", ADMIN), passwords),
+        lambda: postgres_wall.apply(url, of.secret("postgres", ADMIN), passwords),
         lambda: postgres_check.check(url, passwords),
     )
 
@@ -143,8 +143,8 @@ def _qdrant(of: Deployment) -> Wall:
         if settings.qdrant_url
         else "MILLRACE_QDRANT_URL is empty: index builds are folders, and whoever reads the home reads them",
         qdrant_check.declared,
-        lambda: qdrant_access.plan(settings, as_(api_key())),
-        lambda: qdrant_access.apply(settings, as_(api_key())),
+        lambda: qdrant_wall.plan(settings, as_(api_key())),
+        lambda: qdrant_wall.apply(settings, as_(api_key())),
         lambda: qdrant_check.check(as_(api_key()), api_key(), as_),
     )
 
@@ -171,8 +171,8 @@ def _lake(of: Deployment) -> Wall:
         "lake",
         _no_store(settings),
         lake_check.declared,
-        lambda: lake_access.plan(settings, of.key(ADMIN)[0], principals()),
-        lambda: lake_access.apply(settings, of.key(ADMIN)[0], principals()),
+        lambda: lake_wall.plan(settings, of.key(ADMIN)[0], principals()),
+        lambda: lake_wall.apply(settings, of.key(ADMIN)[0], principals()),
         lambda: lake_check.check(settings, {identity: of.key(identity)[0] for identity in READS}),
     )
 
@@ -202,11 +202,11 @@ def _airflow(of: Deployment) -> Wall:
     return Wall(
         "airflow",
         ""
-        if airflow_access.password_file(settings.home).exists()
+        if airflow_wall.password_file(settings.home).exists()
         else f"no Airflow was started in {settings.home}: one elsewhere has a login of its own",
         partial(airflow_check.declared, settings),
-        lambda: airflow_access.plan(settings, passwords),
-        lambda: airflow_access.apply(settings, passwords),
+        lambda: airflow_wall.plan(settings, passwords),
+        lambda: airflow_wall.apply(settings, passwords),
         partial(airflow_check.check, settings),
     )
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from millrace.environments.matrix import READS
+from millrace.environments.access.matrix import READS
 from millrace.errors import AccessRefused, LakehouseError
 from millrace.lakehouse.storage import Key, ObjectStore, bucket_and_prefix
 from millrace.settings import Settings
