@@ -1,8 +1,8 @@
 """versitygw (Apache-2.0) from the Go module proxy: an S3 server over a folder, with users and bucket policies.
 
 For tests and for a cluster on one machine; in production the object store is the provider's. It does not know what is
-kept in it, nor who may do what (`environments/access/lake_wall.py`). The first use builds it, which takes a minute of two
-cores; later ones find it in the cache.
+kept in it, nor who may do what (`environments/access/lake_wall.py`). The first use builds it, which takes a minute of
+two cores; later ones find it in the cache.
 """
 
 import importlib.util
