@@ -42,6 +42,7 @@ from quantised import Text, questions_of, tuned
 
 from millrace.applications import Application, Generation, load_application
 from millrace.engines.base_model import base_model_path
+from millrace.engines.converted import exact_file
 from millrace.engines.engine import Message
 from millrace.engines.openvino import OpenVinoEngine
 from millrace.prompts.templates import BUILT_IN
@@ -231,7 +232,7 @@ def main() -> None:
     arguments = parser.parse_args()
     began, settings = time.perf_counter(), Settings()
     application = load_application(settings, "qa")
-    base = base_model_path(application.generator)
+    base = exact_file(base_model_path(application.generator), settings.cache)
     print(f"{base.name}; {THREADS} threads")
     print(f"{'':<14}{'F1':>8}{'s':>7}   fine-tuned against base      against examples")
     for name in arguments.corpora:

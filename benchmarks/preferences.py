@@ -39,6 +39,7 @@ import numpy as np
 
 from millrace.applications import Training, load_application
 from millrace.engines.base_model import base_model_path
+from millrace.engines.converted import exact_file
 from millrace.scoring.bootstrap import mean_difference
 from millrace.scoring.overlap import token_f1
 from millrace.settings import Settings
@@ -206,7 +207,7 @@ def main() -> None:
     pairs = [(learnt[n], *learnt[n].preferred[i]) for i, n in order]
     preferences = [{"prompt": q.prompt, "chosen": q.answers[a], "rejected": q.answers[b]} for q, a, b in pairs]
     application = load_application(settings, "qa")
-    training, base = application.training, base_model_path(application.generator)
+    training, base = application.training, exact_file(base_model_path(application.generator), settings.cache)
     print(f"{base.name}; {len(learnt)} questions and {len(pairs)} of their preferences to learn;", end=" ")
     print(f"{len(asked)} others with {sum(len(one.preferred) for one in asked)} preferences; {os.cpu_count()} threads")
     dpo = {"method": "dpo", "beta": training.dpo.beta, "learning_rate": training.dpo.learning_rate}

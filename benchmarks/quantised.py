@@ -28,6 +28,7 @@ import pyarrow as pa
 
 from millrace.applications import Application, load_application
 from millrace.engines.base_model import base_model_path
+from millrace.engines.gguf_file import open_gguf, read_weights, rewrite
 from millrace.releases.prompt import render
 from millrace.scoring.bootstrap import mean_difference, ratio_of_means
 from millrace.scoring.overlap import token_f1
@@ -38,7 +39,6 @@ from millrace.training.export import write_merged
 from millrace.training.launch import run_program
 from millrace.training.measure import Measured, measure
 from millrace.training.quantise import in_format, write_quantised
-from millrace.training.rewrite import open_gguf, read_weights, rewrite
 from millrace.training.spec import Spec
 
 PEER = "F16"

@@ -6,11 +6,10 @@ Peer: the same file, read back to 32-bit floats by the gguf package and computed
 of the documents greedily; then both say what they think of each token of those answers (natural logarithm of its
 probability, given what comes before). The table shows the mean distance a token, and how many answers the engine gives
 word for word: for the base model's package, whose Q4_1 has zero points that are no whole numbers, and for the same
-weights in Q8_0, as a fine-tune is exported.
+weights in Q8_0, as the base release and a fine-tune have them.
 """
 
 import argparse
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,12 @@ import pyarrow as pa
 from millrace.applications import load_application
 from millrace.engines.base_model import base_model_path
 from millrace.engines.chat import chat_prompt
+from millrace.engines.converted import exact_file
 from millrace.engines.engine import Message
 from millrace.settings import Settings
 from millrace.sources.questions import derive_questions
 from millrace.sources.reading import read_source
 from millrace.training.loop import load
-from millrace.training.rewrite import open_gguf, read_weights, rewrite
 
 ANSWER_TOKENS = 24
 CHARACTERS = 800
@@ -83,8 +82,6 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--questions", type=int, default=20)
     given = arguments.parse_args()
-    from gguf import GGMLQuantizationType, quantize
-
     settings = Settings()
     application = load_application(settings, "qa")
     rows = [
@@ -100,15 +97,9 @@ def main() -> None:
     base = base_model_path(application.generator)
     answers = transformers_answers(base, prompts)
     print(f"{'file':<44}{'distance a token':>18}{'same answers':>14}")
-    with tempfile.TemporaryDirectory() as folder:
-        exact = Path(folder) / f"{base.name.split('.')[0]}.Q8_0.gguf"
-        reader = open_gguf(base)
-        eight = GGMLQuantizationType.Q8_0
-        kinds = {tensor.name: eight for tensor in reader.tensors if tensor.tensor_type == GGMLQuantizationType.Q4_1}
-        rewrite(reader, exact, kinds=kinds, encode=lambda tensor: quantize(read_weights(tensor), eight))
-        for path in (base, exact):
-            distance, same = engine_distance(path, answers)
-            print(f"{path.name:<44}{distance:>18.3f}{f'{same} of {len(answers)}':>14}")
+    for path in (base, exact_file(base, settings.cache)):
+        distance, same = engine_distance(path, answers)
+        print(f"{path.name:<44}{distance:>18.3f}{f'{same} of {len(answers)}':>14}")
 
 
 if __name__ == "__main__":

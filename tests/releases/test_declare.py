@@ -21,7 +21,7 @@ def test_the_declaration_is_registered_once_with_everything_it_says(answering: A
     assert manifest.prompt.template == application.prompt.template
     assert manifest.retrieval.lineage == lineage_id(application)
     assert manifest.generation == application.generation
-    assert manifest.generator.name == "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert manifest.generator.name == "SmolLM2-135M-Instruct.Q8_0.gguf"
     assert fetch_release(settings, application, answering.declared).name == manifest.release_id
 
 

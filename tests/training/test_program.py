@@ -18,13 +18,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from millrace.engines.base_model import base_model_path
+from millrace.engines.gguf_file import open_gguf
 from millrace.engines.openvino import OpenVinoEngine
 from millrace.errors import OutOfMemory, TrainingError
 from millrace.settings import Settings
 from millrace.training import launch
 from millrace.training.export import AGREEMENT, verify_answers, write_full, write_merged
 from millrace.training.launch import run_program
-from millrace.training.rewrite import open_gguf
 from millrace.training.spec import Spec
 from tests.training.conftest import spec_in
 

@@ -29,6 +29,11 @@ EXACT = ("F16", "Q8_0", "Q4_0")
 """Those of which it computes with the weights that the file holds. It rounds zero points, and so the others' blocks."""
 
 
+def misread(reader: Any) -> set[str]:
+    """Names of the tensors of a `gguf.GGUFReader` with whose weights it would not compute as the file holds them."""
+    return {tensor.name for tensor in reader.tensors if tensor.tensor_type.name not in (*EXACT, "F32")}
+
+
 class OpenVinoEngine:
     """A loaded GGUF model.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from millrace.applications import Application
 from millrace.engines.base_model import base_model_path
+from millrace.engines.converted import exact_file
 from millrace.engines.engine import Engine
 from millrace.engines.langchain import LangChainEngine
 from millrace.engines.openvino import OpenVinoEngine
@@ -24,14 +25,15 @@ def upstream_of(settings: Settings) -> Upstream:
 
 def declared_generator(settings: Settings, application: Application) -> tuple[Generator, Path]:
     """What new releases of `application` generate with, and the folder with its files: the model that the deployment's
-    server has (`MILLRACE_UPSTREAM_MODEL`), else the declared package's weights.
+    server has (`MILLRACE_UPSTREAM_MODEL`), else the declared package's weights, in a format that no engine rounds.
 
     Raises:
-        EngineError: the package isn't installed, or the server doesn't answer or has no such model.
+        EngineError: the package isn't installed, its file is broken, or the server doesn't answer or has no such model.
     """
     weights = base_model_path(application.generator)
     if settings.upstream_model:
         return served_model(settings), weights.parent
+    weights = exact_file(weights, settings.cache)
     return describe_weights(weights), weights.parent
 
 

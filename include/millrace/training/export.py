@@ -15,10 +15,10 @@ import numpy as np
 
 from millrace.applications import Generation
 from millrace.engines.engine import Engine, Message
-from millrace.engines.openvino import EXACT
+from millrace.engines.gguf_file import Floats, open_gguf, read_fields, read_weights, rewrite
+from millrace.engines.openvino import misread
 from millrace.errors import TrainingError
 from millrace.scoring.overlap import token_f1
-from millrace.training.rewrite import Floats, open_gguf, read_fields, read_weights, rewrite
 
 AGREEMENT = 0.7
 """Mean token-F1 between the exported and the trained model's answers. Quantisation moves single words; a tensor
@@ -42,11 +42,10 @@ def write_merged(base: Path, adapter: Path, target: Path) -> None:
             f"the adapter {adapter} changes {unknown[0]}, which {base} doesn't have; train on this base"
         )
     kind = GGMLQuantizationType.Q8_0
-    misread = {tensor.name for tensor in reader.tensors if tensor.tensor_type.name not in (*EXACT, "F32")}
     rewrite(
         reader,
         target,
-        kinds=dict.fromkeys(deltas.keys() | misread, kind),
+        kinds=dict.fromkeys(deltas.keys() | misread(reader), kind),
         encode=lambda tensor: quantize(read_weights(tensor) + deltas.get(tensor.name, np.float32(0)), kind),
     )
 

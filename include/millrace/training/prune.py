@@ -15,10 +15,10 @@ import numpy as np
 
 from millrace.engines.chat import chat_prompt
 from millrace.engines.engine import Message
+from millrace.engines.gguf_file import open_gguf, read_weights, rewrite
 from millrace.engines.gguf_header import read_gguf_header
 from millrace.errors import TrainingError
 from millrace.training.loop import load
-from millrace.training.rewrite import open_gguf, read_weights, rewrite
 
 FEWEST = 2
 """Blocks that stay: the first one reads the embeddings, the last one is what the output was trained on."""

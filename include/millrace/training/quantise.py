@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from millrace.engines.gguf_file import Floats, open_gguf, read_weights, rewrite
 from millrace.engines.openvino import READABLE
 from millrace.errors import TrainingError
-from millrace.training.rewrite import Floats, open_gguf, read_weights, rewrite
 
 BLOCK = 32
 """Weights that share a scale."""

@@ -1,5 +1,5 @@
-"""A GGUF file written again with other or fewer tensors. Metadata and tokenizer stay; one tensor at a time is in
-memory.
+"""A GGUF file read, and written again with other or fewer tensors. Metadata and tokenizer stay; one tensor at a time is
+in memory.
 
 It knows the file format; which tensor becomes what is its caller's.
 """
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from millrace.engines.gguf_header import read_gguf_header
-from millrace.errors import TrainingError
+from millrace.errors import EngineError
 
 Floats = npt.NDArray[np.float32]
 
@@ -39,18 +39,18 @@ def read_weights(tensor: Any) -> Floats:
     """A reader's tensor as floats, rows first.
 
     Raises:
-        TrainingError: its format can't be read, or it holds what is not a number.
+        EngineError: its format can't be read, or it holds what is not a number.
     """
     from gguf import dequantize
 
     try:
         weights: Floats = dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError:
-        raise TrainingError(
+        raise EngineError(
             f"tensor {tensor.name} is in {tensor.tensor_type.name}, which can't be read; use a file in F16 or Q8_0"
         ) from None
     if not np.isfinite(weights).all():
-        raise TrainingError(f"tensor {tensor.name} holds values that are not numbers; train or export the model again")
+        raise EngineError(f"tensor {tensor.name} holds values that are not numbers; train or export the model again")
     return weights
 
 
