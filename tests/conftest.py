@@ -357,6 +357,7 @@ def running_stack(
     planted = {name: canaries.secret(name) for name in secret if name not in generated} | {
         "alert_urls": webhook.url.replace("://", f"://alerts:{canaries.plain('alerts')}@"),
         "keys_url": database,
+        "spark_token": canaries.plain("spark"),
     }
     # From files, so that what the processes inherit names no secret.
     for name, value in planted.items():

@@ -69,8 +69,9 @@ class Settings(BaseSettings):
     spark_remote: str = ""
     """A Spark Connect server elsewhere (`sc://host:port`); empty: the embedded one."""
     spark_token: SecretStr = SecretStr("")
-    """What callers of the Spark Connect server show it; empty: whoever reaches it may run code there. It travels as the
-    connection does, so over more than one machine use TLS (`sc://host:port/;use_ssl=true;token=…`) instead."""
+    """What callers of the Spark Connect server show it, of letters, digits, `-`, `.`, `_` and `~`; empty: whoever reaches
+    it may run code there. It travels as the connection does, so over more than one machine use TLS
+    (`sc://host:port/;use_ssl=true;token=…`) instead."""
     spark_master: str = Field("", pattern=r"^(spark://\S+)?$")
     """A Spark standalone cluster elsewhere (`spark://host:7077`) on which the embedded Connect server runs its tasks;
     empty: its own threads, or `spark_workers`. Its nodes need the lake, and this package at the same path."""
@@ -324,9 +325,24 @@ class Settings(BaseSettings):
         return self.spark_remote or f"sc://{self.host}:{self.spark_port}"
 
     @property
-    def spark_connection(self) -> str:
-        """`spark_url` with the token, for the client only: it is not to be printed."""
+    def spark_bearer(self) -> str:
+        """`spark_token` in the clear.
+
+        Raises:
+            SettingsError: PySpark's server couldn't hand it to a stream, which it does in an address, as it is.
+        """
         token = self.spark_token.get_secret_value()
+        if quote(token, safe="") != token:
+            raise SettingsError(
+                "MILLRACE_SPARK_TOKEN may hold letters, digits, -, ., _ and ~ only; start Spark Connect's server with "
+                "another one (python -c 'import secrets; print(secrets.token_urlsafe(32))')"
+            )
+        return token
+
+    @property
+    def spark_connection(self) -> str:
+        """`spark_url` with the token, for the client only: it is not to be printed. Raises as `spark_bearer`."""
+        token = self.spark_bearer
         if not token:
             return self.spark_url
         # As a header of its own: PySpark sends what it knows as a token over TLS only.

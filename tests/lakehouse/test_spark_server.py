@@ -12,7 +12,7 @@ import pytest
 from pydantic import SecretStr
 from pyspark.sql.connect.client import DefaultChannelBuilder
 
-from millrace.errors import LakehouseError
+from millrace.errors import LakehouseError, SettingsError
 from millrace.lakehouse import spark_server
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.spark_session import on_server
@@ -61,13 +61,24 @@ def test_the_machines_java_is_used_only_if_spark_runs_on_it(
 def test_the_token_travels_as_a_header_and_not_in_the_address_that_people_see(
     settings: Settings, remote: str, others: list[tuple[str, str]]
 ) -> None:
-    known = settings.model_copy(update={"spark_remote": remote, "spark_token": SecretStr("a=b/c;d e")})
+    known = settings.model_copy(update={"spark_remote": remote, "spark_token": SecretStr("a-b.c_d~e")})
     builder = DefaultChannelBuilder(known.spark_connection)
     assert not builder.secure
-    assert sorted(builder.metadata()) == [("authorization", "Bearer a=b/c;d e"), *others]
-    assert "a=b" not in known.spark_url
-    assert "a=b" not in repr(known)
+    assert sorted(builder.metadata()) == [("authorization", "Bearer a-b.c_d~e"), *others]
+    assert "a-b" not in known.spark_url
+    assert "a-b" not in repr(known)
     assert settings.spark_connection == settings.spark_url
+
+
+@pytest.mark.parametrize("token", ["a/b", "a=", "a;b", "a b", "a+b", "ä"])
+def test_a_token_that_a_stream_could_not_be_given_is_refused_before_anything_starts(
+    settings: Settings, token: str
+) -> None:
+    known = settings.model_copy(update={"spark_token": SecretStr(token)})
+    for use in (lambda: known.spark_connection, lambda: spark_server.command(known)):
+        with pytest.raises(SettingsError, match=r"MILLRACE_SPARK_TOKEN may hold letters") as refused:
+            use()
+        assert token not in str(refused.value).split("only")[0]
 
 
 def test_a_server_that_is_not_there_is_not_ready(settings: Settings) -> None:
@@ -123,7 +134,7 @@ def test_a_server_with_a_token_works_for_whoever_shows_it_wherever_it_listens(se
         update={
             "bind": "0.0.0.0",
             "spark_port": free_port(),
-            "spark_token": SecretStr("it's/a=token; of ours"),
+            "spark_token": SecretStr("a-token.of_ours~"),
         }
     )
     environment = part_environment(server, threads=2, keys=True)
@@ -137,7 +148,7 @@ def test_a_server_with_a_token_works_for_whoever_shows_it_wherever_it_listens(se
             assert time.monotonic() < deadline, (server.home.parent / "server.log").read_text()[-2000:]
             time.sleep(0.2)
         assert ("0.0.0.0", server.spark_port) in listening(process.pid)
-        assert b"a=token" not in Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        assert b"a-token" not in Path(f"/proc/{process.pid}/cmdline").read_bytes()
         for wrong in ("", "another"):
             stranger = server.model_copy(update={"spark_token": SecretStr(wrong)})
             with pytest.raises(LakehouseError, match=r"refuses this token.*MILLRACE_SPARK_TOKEN") as refused:

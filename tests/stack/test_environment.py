@@ -137,14 +137,14 @@ def test_spark_alone_gets_the_lakes_credential_and_a_keeper_where_the_lake_is_in
             "lake_endpoint": "http://127.0.0.1:9000",
             "lake_access_key": SecretStr("dev"),
             "lake_secret_key": SecretStr("the lake's secret"),
-            "spark_token": SecretStr("a token"),
+            "spark_token": SecretStr("a-token"),
         }
     )
     parts = {part.name: part for part in all_parts(given, obtain_secrets(settings.home))}
     spark = parts["spark"]
     assert spark.command == (sys.executable, "-m", "millrace.lakehouse.spark_server")
     assert spark.environment["MILLRACE_LAKE_SECRET_KEY"] == "the lake's secret"
-    assert spark.environment["SPARK_CONNECT_AUTHENTICATE_TOKEN"] == "a token"
+    assert spark.environment["SPARK_CONNECT_AUTHENTICATE_TOKEN"] == "a-token"
     assert "MILLRACE_PSEUDONYM_KEY" not in spark.environment
     knowing = {name for name, part in parts.items() if "the lake's secret" in part.environment.values()}
     assert knowing == {"spark", "airflow-scheduler", "gateway"}

@@ -85,7 +85,7 @@ def command(settings: Settings) -> tuple[list[str], dict[str, str]]:
         arguments += ["--conf", f"{name}={value}"]
     arguments.append("spark-internal")
     environment = spark_environment(settings)
-    if token := settings.spark_token.get_secret_value():
+    if token := settings.spark_bearer:
         environment["SPARK_CONNECT_AUTHENTICATE_TOKEN"] = token  # not an argument: those are for all to read
     if store := store_of(settings):
         environment |= store.variables()
