@@ -69,7 +69,7 @@ class Settings(BaseSettings):
     spark_remote: str = ""
     """A Spark Connect server elsewhere (`sc://host:port`); empty: the embedded one."""
     spark_token: SecretStr = SecretStr("")
-    """What callers of the Spark Connect server show it, of letters, digits, `-`, `.`, `_` and `~`; empty: whoever reaches
+    """What callers of the Spark Connect server show it: letters, digits, `-`, `.`, `_` and `~`; empty: whoever reaches
     it may run code there. It travels as the connection does, so over more than one machine use TLS
     (`sc://host:port/;use_ssl=true;token=…`) instead."""
     spark_master: str = Field("", pattern=r"^(spark://\S+)?$")
