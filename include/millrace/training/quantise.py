@@ -60,9 +60,9 @@ def write_quantised(source: Path, target: Path, name: str) -> None:
     Tensors that have their type already keep their bytes.
 
     Raises:
-        EngineError: `source` isn't a whole GGUF file.
+        EngineError: `source` isn't a whole GGUF file, or a weight in it is not a number.
         TrainingError: the engine can't read that format, or nothing here can write it; the model has it already, or
-            doesn't fit it; a weight is not a number.
+            doesn't fit it.
     """
     wanted = known_format(name)
     reader = open_gguf(source)
