@@ -9,7 +9,7 @@ from airflow.timetables.trigger import CronTriggerTimetable
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import HEAVY, asset, run_name, stage
+from millrace_airflow import HEAVY, NO_BACKFILL, asset, run_name, stage
 
 BELATED = timedelta(minutes=10)  # of the very first run; a parse in between would else skip a week
 RUNBOOK = """
@@ -29,7 +29,7 @@ why; logs and the last checkpoint are in `<home>/training`. *release*: the expor
 model, or MLflow doesn't answer. Clear the task: it goes on from the checkpoint. Safe to clear any time.
 
 ### Backfill
-There is none: a training set is made of what is there now. Trigger it once.
+Airflow refuses one: a training set is made of what is there now, whichever week a run is for. Trigger it once.
 """
 
 
@@ -44,8 +44,8 @@ def finetune(application: Application) -> DAG:
         "teacher": Param(None, type=["null", "string"], description="Learn the answers of this version, or `champion`"),
         "remove_blocks": Param(0, type="integer", minimum=0, description="Prune so many blocks before training"),
     }
-    schedule = AssetOrTimeSchedule(timetable=weekly, assets=[asset(application.name, "breaches/retrain")])
-    with stage(application, "finetune", RUNBOOK, tag="releases", schedule=schedule, params=params) as dag:
+    due = AssetOrTimeSchedule(timetable=weekly, assets=[asset(application.name, "breaches/retrain")])
+    with stage(application, "finetune", RUNBOOK, tag="releases", schedule=due, params=params, **NO_BACKFILL) as dag:
 
         @task
         def build_set(*, params: dict) -> dict:

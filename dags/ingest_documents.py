@@ -22,11 +22,17 @@ counts them. *chunk*: the Spark Connect server doesn't answer; `millrace status`
 Safe to clear any time.
 
 ### Backfill
-A source says what is there now, so a backfill of any day reads today's documents: one run is as good.
+`millrace backfill <application>.ingest_documents --from … --to …`, or *Backfill* of Airflow's *Trigger*.
+A source says what is there now, not what was there then: whichever day a run is for, it brings the tables to the
+sources' state of the moment it runs in. So one run is as good, and each further one finds nothing new and writes
+nothing. What documents were stands in `bronze/documents` (`observed_at`), as far back as runs looked. Its runs take
+turns at each task, those of the schedule too.
 """
 
 
 def ingest_documents(application: Application) -> DAG:
+    # A backfill passes over max_active_runs, and two that land at once would both keep what is new.
+    turns = {"max_active_tis_per_dag": 1}
     with stage(
         application,
         "ingest_documents",
@@ -36,19 +42,19 @@ def ingest_documents(application: Application) -> DAG:
         start_date=START,
     ) as dag:
 
-        @task
+        @task(**turns)
         def land() -> dict:
             from millrace.sources.ingest import land_documents
 
             return land_documents(read_settings(), application, run=run_name())
 
-        @task
+        @task(**turns)
         def refine() -> dict:
             from millrace.sources.ingest import refine_documents
 
             return refine_documents(read_settings(), application, run=run_name())
 
-        @task(outlets=[AssetAlias(f"{application.name}/silver/chunks")])
+        @task(outlets=[AssetAlias(f"{application.name}/silver/chunks")], **turns)
         def chunk(*, outlet_events) -> dict:
             from millrace.retrieval.chunk import refresh_chunks
 

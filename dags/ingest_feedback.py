@@ -21,9 +21,10 @@ Green for every interval, within seconds; `quarantined` in the tasks' results is
 clear the task. Both are safe to clear, retry and run in any order: the tables come out the same.
 
 ### Backfill
-`airflow backfill create --dag-id <application>.ingest_feedback --from-date … --to-date … --max-active-runs 3
---reprocess-behavior completed`; without the last option intervals that have a run are skipped. It may run beside the
-schedule. Event segments are never deleted by this DAG, so any interval can be made again from them.
+`millrace backfill <application>.ingest_feedback --from … --to … --at-once 3`, or *Backfill* of Airflow's *Trigger*;
+with `--missing` intervals that have a run are skipped. It may run beside the schedule. A run reads the event log of its
+own interval and `bronze/events`; `maintain_lakehouse` removes an old segment only once all its lines are in the tables,
+so any interval can be made again.
 """
 
 

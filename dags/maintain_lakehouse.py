@@ -5,7 +5,7 @@ from airflow.timetables.trigger import CronTriggerTimetable
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import HEAVY, START, run_name, stage
+from millrace_airflow import HEAVY, NO_BACKFILL, START, run_name, stage
 
 RUNBOOK = """
 ### What it does
@@ -28,7 +28,7 @@ answer; the rest was removed. Clear either any time: what is done is not done ag
 first, a compaction writes before it removes.
 
 ### Backfill
-There is none: it tidies what is there now.
+Airflow refuses one: every run tidies what is there now, and no day is owed one. Trigger it once.
 """
 
 
@@ -40,6 +40,7 @@ def maintain_lakehouse(application: Application) -> DAG:
         tag="upkeep",
         schedule=CronTriggerTimetable(application.schedules.maintain_lakehouse, timezone="UTC"),
         start_date=START,
+        **NO_BACKFILL,
     ) as dag:
 
         @task(pool=HEAVY, queue=HEAVY)

@@ -27,8 +27,8 @@ differ, not that they are worse: look at ratings. A bound that is always breache
 ### When it fails
 Nothing is lost: late windows stay due until the last task is green. Clear it any time; tables come out the same.
 ### Backfill
-`airflow backfill create --dag-id <application>.monitor --from-date … --to-date … --max-active-runs 2
---reprocess-behavior completed`, after that of `ingest_feedback`, beside the schedule.
+`millrace backfill <application>.monitor --from … --to …`, or *Backfill* of Airflow's *Trigger*: measures the windows of
+the intervals again, after a backfill of `ingest_feedback`, beside the schedule.
 """
 
 

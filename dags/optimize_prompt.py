@@ -5,7 +5,7 @@ from airflow.timetables.trigger import CronTriggerTimetable
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import HEAVY, asset, run_name, stage
+from millrace_airflow import HEAVY, NO_BACKFILL, asset, run_name, stage
 
 RUNBOOK = """
 ### What it does
@@ -27,7 +27,8 @@ that doesn't answer: clear the task, it continues behind its last trial. *releas
 nothing is answered again. Safe to clear any time.
 
 ### Backfill
-There is none: a study reads what is there now.
+Airflow refuses one: a study reads what is there now, whichever week a run is for, and the second would find it held.
+Trigger it once.
 """
 
 
@@ -39,6 +40,7 @@ def optimize_prompt(application: Application) -> DAG:
         RUNBOOK,
         tag="releases",
         schedule=CronTriggerTimetable(application.schedules.optimize_prompt, timezone="UTC"),
+        **NO_BACKFILL,
         params={
             "trials": Param(
                 None, type=["null", "integer"], minimum=1, maximum=500, description="Prompts to try; empty: as declared"

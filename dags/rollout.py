@@ -6,7 +6,7 @@ from airflow.timetables.trigger import CronTriggerTimetable
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import START, asset, run_name, stage
+from millrace_airflow import NO_BACKFILL, START, asset, run_name, stage
 
 RUNBOOK = """
 ### What it does
@@ -33,7 +33,8 @@ The registry or the lake does not answer. Clear the task any time: what was deci
 next tick publishes it.
 
 ### Backfill
-There is none: a tick decides on what is known now.
+Airflow refuses one: a tick decides on what is known now, and what was decided is never decided again. Trigger it once;
+the journal, `ops/decisions`, has the past.
 """
 
 
@@ -52,6 +53,7 @@ def rollout(application: Application) -> DAG:
             ),
         ),
         start_date=START,
+        **NO_BACKFILL,
     ) as dag:
 
         @task

@@ -19,6 +19,7 @@ from airflow.sdk import (
     get_current_context,
 )
 from airflow.sdk.exceptions import AirflowFailException, TaskAwaitingInput
+from airflow.utils.types import DagRunType
 
 from millrace.applications import Application
 from millrace.settings import read_settings
@@ -28,6 +29,9 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
 HEAVY = "heavy"
 """One-slot pool of the tasks that fill the machine: embedding, training, evaluation. Their queue is called so too: an
 executor with queues (Celery's) gives them to workers on machines of their own, others pass over it."""
+NO_BACKFILL = {"allowed_run_types": frozenset(DagRunType) - {DagRunType.BACKFILL_JOB}}
+"""Option of a stage whose every run works on what is there now: Airflow refuses a backfill of it, which would do one
+thing many times, and beside one another: a backfill passes over `max_active_runs`."""
 
 
 def asset(application: str, path: str) -> Asset:
@@ -165,8 +169,8 @@ def _alert(title: str, what: str, dag_id: str, run_id: str) -> None:
 
 
 def stage(application: Application, name: str, runbook: str, *, tag: str, **options: Any) -> DAG:
-    """The DAG `<application>.<name>`, with what all stages share: one run at a time, a deadline, two retries with
-    growing waits, and an alert when they are used up.
+    """The DAG `<application>.<name>`, with what all stages share: one run at a time (but of a backfill), a deadline,
+    two retries with growing waits, and an alert when they are used up.
 
     Args:
         options: of `DAG`; they go before what is shared.

@@ -241,17 +241,21 @@ class Airflow:
         """Run every task of a run again."""
         self._call("POST", f"{_run_path(dag_id, run_id)}/clear", json={"dry_run": False})
 
-    def backfill(self, dag_id: str, start: datetime, end: datetime, *, reprocess: str = "completed") -> int:
+    def backfill(
+        self, dag_id: str, start: datetime, end: datetime, *, reprocess: str = "completed", at_once: int = 10
+    ) -> int:
         """Run every interval between `start` and `end`; returns the backfill's id.
 
         Args:
             reprocess: `none`: only intervals without a run; `failed`; `completed`: also those that succeeded.
+            at_once: runs beside one another. The DAG's own limit is for runs of other kinds.
         """
         body = {
             "dag_id": dag_id,
             "from_date": start.isoformat(),
             "to_date": end.isoformat(),
             "reprocess_behavior": reprocess,
+            "max_active_runs": at_once,
         }
         made: int = self._call("POST", "/backfills", json=body)["id"]
         return made

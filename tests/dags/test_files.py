@@ -9,10 +9,13 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from millrace.applications import Schedules
+
 pytestmark = pytest.mark.slow
 
 PROJECT = Path(__file__).parents[2]
 FILES = sorted((PROJECT / "dags").glob("*.py"))
+TIMED = ("CronDataIntervalTimetable", "CronTriggerTimetable", "AssetOrTimeSchedule")
 READ = """
 import json
 from airflow.dag_processing.dagbag import DagBag
@@ -25,6 +28,8 @@ print(json.dumps({
             "doc": dag.doc_md,
             "late": bool(dag.deadline),
             "timetable": type(dag.timetable).__name__,
+            "catchup": dag.catchup,
+            "backfilled": dag.allowed_run_types is None or "backfill" in {one.value for one in dag.allowed_run_types},
             "tasks": {task.task_id: [task.retries, len(task.on_failure_callback or ())] for task in dag.tasks},
             "places": {task.task_id: [task.pool, task.queue] for task in dag.tasks},
             "params": {
@@ -65,10 +70,23 @@ def test_every_stage_has_a_runbook_a_deadline_and_an_alert(read: dict) -> None:
     for name, dag in read["dags"].items():
         for heading in ("### What it does", "### Healthy", "### When it fails"):
             assert heading in dag["doc"], (name, heading)
-        if dag["timetable"] not in ("AssetTriggeredTimetable", "NullTimetable"):
-            assert "### Backfill" in dag["doc"], name
         assert dag["late"], name
         assert all(alerts for _, alerts in dag["tasks"].values()), name
+
+
+def test_a_time_driven_stage_is_backfilled_by_a_command_of_its_runbook_or_refuses_and_says_why(read: dict) -> None:
+    timed = {name: dag for name, dag in read["dags"].items() if dag["timetable"] in TIMED}
+    assert {name for name, dag in timed.items() if dag["backfilled"]} == {
+        "qa.ingest_documents",
+        "qa.ingest_feedback",
+        "qa.monitor",
+    }
+    assert timed.keys() == {f"qa.{stage}" for stage in Schedules.model_fields}
+    for name, dag in timed.items():
+        said = dag["doc"].split("### Backfill\n")[1]
+        command = f"`millrace backfill {name.replace('qa', '<application>')} --from … --to …"
+        assert said.startswith(command if dag["backfilled"] else "Airflow refuses one: "), name
+        assert not dag["catchup"], name
 
 
 def test_tasks_that_fill_a_machine_wait_for_one_another_and_go_to_workers_of_their_own(read: dict) -> None:

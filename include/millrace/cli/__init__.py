@@ -10,6 +10,7 @@ from rich.table import Table
 
 from millrace.cli.access import access_app
 from millrace.cli.audit import audit_app
+from millrace.cli.backfill import backfill_command
 from millrace.cli.backup import backup_command, restore_command
 from millrace.cli.batch import batch_app
 from millrace.cli.cost import cost_app
@@ -36,6 +37,7 @@ app.add_typer(key_app, name="key")
 app.add_typer(secret_app, name="secret")
 app.add_typer(cost_app, name="cost")
 app.add_typer(audit_app, name="audit")
+app.command("backfill")(backfill_command)
 app.command("erase")(erase_command)
 app.add_typer(access_app, name="access")
 app.add_typer(env_app, name="env")
