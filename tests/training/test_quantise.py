@@ -107,8 +107,6 @@ def test_weights_that_are_no_numbers_are_refused_and_leave_nothing(
     source = model(tmp_path / "broken.gguf", weights)
     said = r"blk\.0\.ffn_up\.weight (holds values that are not num|has a weight of)"
     with pytest.raises((EngineError, TrainingError), match=said):
-        (EngineError, TrainingError), match=r"blk\.0\.ffn_up\.weight (holds values that are not num|has a weight of)"
-    ):
         write_quantised(source, tmp_path / "q8_0.gguf", "q8_0")
     assert [path.name for path in tmp_path.iterdir()] == ["broken.gguf"]
 
