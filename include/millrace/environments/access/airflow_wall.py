@@ -100,6 +100,20 @@ def apply(settings: Settings, passwords: Mapping[str, str] | None = None) -> lis
     return changes
 
 
+def held_logins(settings: Settings) -> dict[str, str] | None:
+    """Who can log in → role here, as Airflow's own files have it, whatever is declared; None: they are not here.
+
+    Raises:
+        StackError: they can't be read.
+    """
+    if not password_file(settings.home).exists():
+        return None
+    roles, passwords = _known_roles(settings), known_passwords(settings)
+    ours = {theirs: role for role, theirs in AIRFLOW_ROLES.items()}
+    # Of one that is in the first file alone, Airflow makes a password when it starts.
+    return {name: ours.get(role, role) for name, role in roles.items() if name in passwords} if roles else None
+
+
 def tell(settings: Settings, changes: Iterable[Change], *, actor: str) -> None:
     """Write what will be changed into the audit trail, before it is: nothing changes without a trace.
 
