@@ -24,7 +24,8 @@ def env_diff(
 ) -> None:
     """Code, settings, secrets, declarations, tables, models, prompts, permissions: read with this process' credential.
 
-    What it may not read is named. Of secrets only whether they are equal is known.
+    What it may not read is named. Of secrets only whether they are equal is known. Permissions are compared for every
+    wall; an administrator's MILLRACE_ACCESS_SECRETS lets them all be read.
     """
     from millrace.environments.difference import compare_environments
 

@@ -51,8 +51,8 @@ def _airflow(settings: Settings, environment: str) -> Holding:
     logins = recorded_description(settings, environment=environment).logins
     if logins is None:
         raise AccessError(
-            f"{environment} wrote down no logins: its Airflow has a login of its own, or an older Millrace described "
-            "it; in the second case, let it run `millrace env record`"
+            f"{environment} wrote down no logins: its Airflow has a login of its own, whoever described it does not "
+            "see Airflow's files, or was an older Millrace; let it run `millrace env record` where these files are"
         )
     return Holding([Held(f"login {name}", "", role) for name, role in logins.items()])
 

@@ -56,7 +56,7 @@ def _said(rights: Rights) -> Iterator[str]:
             rights -= whole
             break
     for action, place in sorted(rights):
-        yield f"{action} on {place or 'it'}"
+        yield f"{action} on {place or 'its prefix'}"
 
 
 def _places(bucket: Bucket, statement: Statement, environment: str) -> Iterator[str]:
