@@ -2,8 +2,9 @@
 Qdrant's is a stand-in that reads tokens."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from typer.testing import CliRunner
 
 from millrace.cli import app
 from millrace.environments.access import airflow_wall, lake_wall, mlflow_wall, postgres_wall, qdrant_wall
-from millrace.environments.access.lake_rights import KINDS
 from millrace.environments.access.lake_wall import Bucket
 from millrace.environments.access.matrix import READS, right
 from millrace.environments.access.mlflow_calls import Caller
@@ -99,6 +99,14 @@ def test_what_somebody_wrote_into_the_buckets_policy_is_a_difference(
         (LAKE_PRINCIPALS["staging"], ["s3:GetObject"], f"{everything}/*"),
         ("ann", ["s3:ListBucket"], everything),
     ]
+    policy["Statement"].append(
+        {
+            "Effect": "Deny",
+            "Principal": {"AWS": [LAKE_PRINCIPALS["dev"]]},
+            "Action": ["s3:GetObject"],
+            "Resource": [f"{everything}/lake/prod/_platform/*"],
+        }
+    )
     policy["Statement"] += [
         {"Effect": "Allow", "Principal": {"AWS": [who]}, "Action": what, "Resource": [where]}
         for who, what, where in given
@@ -112,6 +120,7 @@ def test_what_somebody_wrote_into_the_buckets_policy_is_a_difference(
         f"s3:ListBucket on {everything}",
         f"s3:GetObject on *, s3:ListBucket on {everything}",
     )
+    assert found["lake: dev"] == (right("dev", "staging") or "nothing", "reads, deny s3:GetObject on _platform/*")
     theirs, ours = found[f"lake: {OTHER}"]
     assert theirs == "reads, s3:PutObject on qa/*"
     assert f"s3:GetObject on {everything}/*" in str(ours)
@@ -131,10 +140,6 @@ def test_a_policy_is_its_administrators_to_read(lake_as: As, object_store: Versi
     keys = {name: f"{one.access_key}:{one.secret_key}" for name, one in LAKE_KEYS.items()}
     no_administrator = with_secrets(lake_as("dev"), lake=keys | {"admin": keys["dev"]})
     assert "does not let lake-dev read its policy" in unread(compared(no_administrator, "dev", "prod"), "lake")[0][1]
-
-
-def test_what_is_declared_is_called_by_its_word() -> None:
-    assert KINDS["reads"] < KINDS["manages"]
 
 
 # MLflow.
@@ -196,12 +201,12 @@ def test_what_was_given_by_hand_in_postgresql_is_a_difference(settings: Settings
             ):
                 rows(server, statement)
             rows(inside, "grant usage on schema public to ann")
-            found = differing(compared(here, "staging", "prod"), "postgres")
+            told = differing(compared(here, "staging", "prod"), "postgres")
         finally:
             rows(inside, "revoke usage on schema public from ann")
             postgres_wall.apply(walled_postgres, "", DATABASE_PASSWORDS)
             rows(server, "drop role ann")
-    assert found == {
+    assert told == {
         "postgres: PUBLIC on database airflow": ("nothing", "TEMPORARY"),
         "postgres: ann on database gateway": ("nothing", "has something inside"),
         "postgres: ann on its identity": ("is a member", "nothing"),
@@ -255,45 +260,40 @@ def test_of_qdrant_the_callers_token_is_compared_and_others_are_said_to_be_unkno
 # Gateway and Airflow, of which each environment tells in its lake.
 
 
-@contextmanager
-def keys_of(settings: Settings, environment: str, url: str) -> Iterator[Callable[..., str]]:
-    """Makes keys as `millrace key create` does; their ids."""
-    store = KeyStore(settings.model_copy(update={"environment": environment, "keys_url": SecretStr(url)}))
-
-    def make(*scopes: str, applications: list[str] | None = None, expires_at: datetime | None = None) -> str:
-        made, _ = store.create(
-            "a test's", owner="ann", scopes=scopes, applications=applications, requests_per_minute=None,
-            monthly_budget_usd=None, expires_at=expires_at, actor="ann",
-        )  # fmt: skip
-        return made.id
-
-    make.store = store
-    yield make
-    store.close()
+def make_key(store: KeyStore, *scopes: str, expires_at: datetime | None = None) -> str:
+    """As `millrace key create` does; its id."""
+    made, _ = store.create(
+        "a test's", owner="ann", scopes=scopes, applications=["qa"] if "ask" in scopes else None,
+        requests_per_minute=None, monthly_budget_usd=None, expires_at=expires_at, actor="ann",
+    )  # fmt: skip
+    return made.id
 
 
 @pytest.mark.slow
 def test_keys_are_counted_by_what_they_may_do_and_no_key_at_all_is_told(settings: Settings, open_folder: Path) -> None:
-    for environment in ("dev", "staging", "prod"):
-        record_description(settings.model_copy(update={"environment": environment}), run="test")
+    sides = {one: settings.model_copy(update={"environment": one}) for one in READS}
+    for side in sides.values():
+        record_description(side, run="test")
     with scram_server(open_folder) as server:
         server.create_database("keys")
-        url = server.url("keys").replace("+psycopg2", "")
-        with keys_of(settings, "staging", url) as staging, keys_of(settings, "prod", url) as prod:
-            for make in (staging, prod):
-                make("ask", "feedback", applications=["qa"])
-            ended = prod("pin")
-            prod("admin", expires_at=datetime.now(UTC) + timedelta(days=1))
-            prod("ask", "feedback", applications=["qa"])
-            soon = datetime.now(UTC) + timedelta(seconds=1)
-            prod("feedback", expires_at=soon)
-            prod.store.revoke(ended, actor="ann", reason="the test is over")
-            while datetime.now(UTC) <= soon:
-                pass
+        keys_url = {"keys_url": SecretStr(server.url("keys"))}
+        staging, prod = (KeyStore(sides[one].model_copy(update=keys_url)) for one in ("staging", "prod"))
+        with closing(staging), closing(prod):
+            make_key(staging, "ask", "feedback")
+            for _ in range(2):
+                make_key(prod, "ask", "feedback")
+            make_key(prod, "admin", expires_at=datetime.now(UTC) + timedelta(days=1))
+            make_key(prod, "feedback", expires_at=datetime.now(UTC) + timedelta(seconds=1))
+            prod.revoke(make_key(prod, "pin"), actor="ann", reason="the test is over")
+            make_key(prod, "ask", "pin")
+            (pins,) = (key for key in prod.all() if key.scopes == {"ask", "pin"})
+            prod.rotate(pins.id, overlap=timedelta(0), actor="ann")
+    time.sleep(1)
     found = compared(settings, "staging", "prod")
     assert differing(found, "gateway") == {
         "gateway: keys for admin": ("nothing", "1 of them"),
         "gateway: keys for ask, feedback on qa": ("1 of them", "2 of them"),
+        "gateway: keys for ask, pin on qa": ("nothing", "1 of them"),
     }
     assert unread(found, "gateway") == []
     assert differing(compared(settings, "dev", "staging"), "gateway") == {
@@ -379,4 +379,4 @@ def test_a_person_sees_each_wall_in_the_command(settings: Settings) -> None:
     told = CliRunner().invoke(app, ["env", "diff", "dev", "staging"], env=environment)
     assert told.exit_code == 0, told.output
     assert "permissions: 0 differ, 0 are equal" in told.output
-    assert "staging can't be read: qdrant: MILLRACE_QDRANT_URL is empty" in told.output
+    assert "  dev and staging can't be read: qdrant: MILLRACE_QDRANT_URL is empty" in told.output

@@ -38,8 +38,12 @@ def env_diff(
         compared = f"{len(part.differences)} differ, {part.equal} are equal"
         whole = any(not one.name for one in part.unread)
         console.print(f"{part.name}: {'not compared' if whole else compared}", style="bold")
+        whose: dict[str, list[str]] = {}
         for one in part.unread:
-            console.print(f"  {one.environment} can't be read: {one.why}", markup=False, soft_wrap=True, style="yellow")
+            whose.setdefault(one.why, []).append(one.environment)
+        for why, environments in whose.items():
+            told = f"  {' and '.join(environments)} can't be read: {why}"
+            console.print(told, markup=False, soft_wrap=True, style="yellow")
         if part.differences:
             table = Table("  ", "", left, right, box=None, pad_edge=False)
             for difference in part.differences:

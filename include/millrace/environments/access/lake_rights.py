@@ -46,7 +46,7 @@ def held(settings: Settings, administrator: Key, principals: Mapping[str, str], 
             given = found.setdefault(identities.get(principal, principal), set())
             allowed = "" if statement.effect == "Allow" else f"{statement.effect.lower()} "
             given |= {(f"{allowed}{action}", place) for action in statement.actions for place in places}
-    return Holding([Held(who, "", said) for who, rights in sorted(found.items()) for said in _said(frozenset(rights))])
+    return Holding([Held(who, "", ", ".join(_said(frozenset(rights)))) for who, rights in found.items()])
 
 
 def _said(rights: Rights) -> Iterator[str]:
