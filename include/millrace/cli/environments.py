@@ -24,7 +24,8 @@ def env_diff(
 ) -> None:
     """Code, settings, secrets, declarations, tables, models, prompts, permissions: read with this process' credential.
 
-    What it may not read is named. Of secrets only whether they are equal is known.
+    What it may not read is named. Of secrets only whether they are equal is known. Permissions are compared for every
+    wall; an administrator's MILLRACE_ACCESS_SECRETS lets them all be read.
     """
     from millrace.environments.difference import compare_environments
 
@@ -37,8 +38,12 @@ def env_diff(
         compared = f"{len(part.differences)} differ, {part.equal} are equal"
         whole = any(not one.name for one in part.unread)
         console.print(f"{part.name}: {'not compared' if whole else compared}", style="bold")
+        whose: dict[str, list[str]] = {}
         for one in part.unread:
-            console.print(f"  {one.environment} can't be read: {one.why}", markup=False, soft_wrap=True, style="yellow")
+            whose.setdefault(one.why, []).append(one.environment)
+        for why, environments in whose.items():
+            told = f"  {' and '.join(environments)} can't be read: {why}"
+            console.print(told, markup=False, soft_wrap=True, style="yellow")
         if part.differences:
             table = Table("  ", "", left, right, box=None, pad_edge=False)
             for difference in part.differences:

@@ -1,4 +1,4 @@
-"""What an environment says of itself: the commit of its code, its settings, its applications' declarations.
+"""What an environment says of itself: its code's commit, its settings, its applications' declarations, who logs in.
 
 Only its own processes know their settings, so it writes them down in its lake (`_platform/ops/environment`), where
 whoever may read that can compare them. Of a secret it says sixteen bits of a slow hash: enough to tell another one
@@ -8,13 +8,14 @@ whoever may read that can compare them. Of a secret it says sixteen bits of a sl
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 
 import pyarrow as pa
 from pydantic import SecretStr
 
 from millrace.applications import flatten, load_applications
+from millrace.environments.access.airflow_wall import held_logins
 from millrace.errors import LakehouseError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import OPS_ENVIRONMENT, PLATFORM
@@ -36,10 +37,22 @@ class Description:
     """Name of each that is set → four hexadecimal digits."""
     declarations: dict[str, str]
     """Dotted field (`qa.training.epochs`) → value as JSON."""
+    logins: dict[str, str] | None = None
+    """Who can log in to its Airflow → role; None: that isn't known, or an older Millrace wrote this."""
+    keys_required: bool | None = None
+    """Whether its gateway answers only to an API key; None: an older Millrace wrote this."""
+
+
+_CONTENT = tuple(one.name for one in fields(Description) if one.name not in OPS_ENVIRONMENT.rows_schema.names)
+"""Fields that are in the table as one JSON."""
 
 
 def describe(settings: Settings) -> Description:
-    """What this process' environment is now."""
+    """What this process' environment is now.
+
+    Raises:
+        StackError: the files of Airflow's login are there and can't be read.
+    """
     public, secrets = {}, {}
     for field in Settings.model_fields:
         name, value = f"MILLRACE_{field.upper()}", getattr(settings, field)
@@ -52,7 +65,15 @@ def describe(settings: Settings) -> Description:
         for application in load_applications(settings)
         for field, value in flatten(application.model_dump(mode="json")).items()
     }
-    return Description(datetime.now(UTC), running_commit(settings), public, secrets, declarations)
+    return Description(
+        datetime.now(UTC),
+        running_commit(settings),
+        public,
+        secrets,
+        declarations,
+        held_logins(settings),
+        settings.keys_required,
+    )
 
 
 def record_description(settings: Settings, *, run: str) -> Description:
@@ -60,9 +81,10 @@ def record_description(settings: Settings, *, run: str) -> Description:
 
     Raises:
         LakehouseError: it can't be written.
+        StackError: as `describe`.
     """
     found = describe(settings)
-    content = {"settings": found.settings, "secrets": found.secrets, "declarations": found.declarations}
+    content = {name: getattr(found, name) for name in _CONTENT}
     row = {
         "described_at": found.described_at,
         "commit": found.commit,
@@ -90,7 +112,10 @@ def recorded_description(settings: Settings, *, environment: str = "") -> Descri
             "credential may read: let it run maintain_lakehouse or `millrace env record`"
         )
     row = rows.slice(0, 1).to_pylist()[0]
-    return Description(row["described_at"], row["commit"], **json.loads(row["content"]))
+    content = json.loads(row["content"])
+    # What a later Millrace says besides, this one doesn't know.
+    known = {name: content[name] for name in _CONTENT if name in content}
+    return Description(row["described_at"], row["commit"], **known)
 
 
 def _told(value: object) -> str:

@@ -4,7 +4,7 @@ Each is read with the credential of whoever asks, as every other reader would re
 read is named, never taken for equal.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -14,8 +14,8 @@ from deltalake.exceptions import DeltaError
 
 from millrace.applications import load_applications
 from millrace.environments.access.matrix import READS
-from millrace.environments.access.mlflow_calls import Caller, Login
 from millrace.environments.description import recorded_description
+from millrace.environments.permissions import permissions
 from millrace.errors import MillraceError, ReleaseError, SettingsError
 from millrace.lakehouse.commits import open_table, refusal
 from millrace.lakehouse.content import content_hash
@@ -30,6 +30,9 @@ Found = TypeVar("Found")
 
 COLUMN = " column "
 """Between the names of a table and of its column."""
+GRANTED = ": "
+"""Between the names of a wall and of who is let through."""
+OTHERS = "everybody else"
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,12 @@ def compare_environments(settings: Settings, left: str, right: str) -> list[Part
             )
         return read(side)
 
-    in_mlflow = {"models": _models, "prompts": _prompts, "permissions": _permissions}
-    return parts + [
-        _compared(name, *(_read(partial(of_mlflow, read), side) for side in sides)) for name, read in in_mlflow.items()
-    ]
+    for name, read in {"models": _models, "prompts": _prompts}.items():
+        parts.append(_compared(name, *(_read(partial(of_mlflow, read), side) for side in sides)))
+    of_left, of_right = (
+        _read(partial(_permissions, settings, other), side) for side, other in zip(sides, (right, left), strict=True)
+    )
+    return [*parts, _compared("permissions", of_left, of_right)]
 
 
 def _compared(name: str, left: Values | Unread, right: Values | Unread) -> Part:
@@ -101,6 +106,8 @@ def _compared(name: str, left: Values | Unread, right: Values | Unread) -> Part:
         return Part(name, 0, [], [side for side in (left, right) if isinstance(side, Unread)])
     equal, differences, unread = 0, list[Difference](), list[Unread]()
     for one in sorted(left.keys() | right.keys()):
+        if not (_whole(one, left) and _whole(one, right)):
+            continue
         ours, theirs = left.get(one), right.get(one)
         if isinstance(ours, Unread) or isinstance(theirs, Unread):
             unread += [side for side in (ours, theirs) if isinstance(side, Unread)]
@@ -108,14 +115,20 @@ def _compared(name: str, left: Values | Unread, right: Values | Unread) -> Part:
             equal += 1
         elif name == "secrets":
             differences.append(Difference(one, ours and "set", theirs and ("another" if ours else "set")))
-        elif _whole(one, left) and _whole(one, right):
+        elif name == "permissions":
+            differences.append(Difference(one, ours or "nothing", theirs or "nothing"))
+        else:
             differences.append(Difference(one, ours, theirs))
     return Part(name, equal, differences, unread)
 
 
 def _whole(name: str, values: Values) -> bool:
-    """Whether what `name` is a column of is there: of a table that isn't, nobody wants to read every column."""
+    """Whether what `name` is in could be read there: a table of which it is a column, a wall that grants it. Of a table
+    that isn't there, nobody wants to read every column."""
     table, _, column = name.partition(COLUMN)
+    wall, _, granted = name.partition(GRANTED)
+    if granted and isinstance(values.get(wall), Unread):
+        return False
     return not column or isinstance(values.get(table), str)
 
 
@@ -187,24 +200,26 @@ def _prompts(side: Settings) -> Values:
     return found
 
 
-def _permissions(side: Settings) -> Values:
-    """What MLflow lets the environment's roles do, where its administrator asks; else what it lets the caller do."""
-    from mlflow.utils.credentials import read_mlflow_creds
+def _permissions(caller: Settings, other: str, side: Settings) -> Values:
+    """Wall and who → what they may do in `side`.
 
-    known = read_mlflow_creds()
-    if not side.mlflow_workspaces or not known.username:
-        raise ReleaseError(
-            f"nobody logs in to MLflow at {side.mlflow_url} (MLFLOW_TRACKING_USERNAME), or it has no workspaces: "
-            "whoever reaches it may do anything, or nothing is known of who may"
-        )
-    with Caller(side, Login(known.username, known.password or "")) as ask:
-        mine = ask("GET", "3.0/mlflow/users/current/permissions")
-        if not mine["is_admin"]:
-            here = [one for one in mine["permissions"] if one["workspace"] == side.environment]
-            return _granted(known.username, here)
-        roles = ask("GET", "3.0/mlflow/roles/list", params={"workspace": side.environment})["roles"]
-        return {name: value for role in roles for name, value in _granted(role["name"], role["permissions"]).items()}
-
-
-def _granted(who: str, permissions: Sequence[Mapping[str, str]]) -> Values:
-    return {f"{who} on {one['resource_type']} {one['resource_pattern']}": one["permission"] for one in permissions}
+    Args:
+        other: the environment that `side` is compared with. Each has an identity of its own, and to each the other's is
+            the other's: called so, what they may do can be equal.
+    """
+    found: Values = {}
+    for wall, holding in permissions(caller, side.environment).items():
+        if isinstance(holding, str):
+            found[wall] = Unread(side.environment, wall, f"{wall}: {holding}")
+            continue
+        names = {side.environment: "its own identity", other: "the other's identity"}
+        if holding.callers_alone:
+            names = {}
+            others = f"{wall}{GRANTED}{OTHERS}"
+            found[others] = Unread(side.environment, others, f"{wall}: {holding.callers_alone}")
+        told: dict[str, set[str]] = {}
+        for one in holding.rights:
+            who = f"{wall}{GRANTED}{names.get(one.identity, one.identity)}"
+            told.setdefault(f"{who} on {one.resource}" if one.resource else who, set()).add(one.action)
+        found |= {name: ", ".join(sorted(actions)) for name, actions in told.items()}
+    return found

@@ -93,6 +93,14 @@ class ServiceBuilds:
     def where(self) -> str:
         return f"collection {self.collection} of {self._server.address}"
 
+    def exists(self) -> bool:
+        """Whether the server has the collection.
+
+        Raises:
+            RetrievalError: it doesn't answer, or refuses the key.
+        """
+        return self.ask("see", lambda client: client.collection_exists(self.collection))
+
     def prepare(self) -> None:
         """Have the collection and its indexes; a builder whose key may create none finds them made.
 
@@ -102,13 +110,13 @@ class ServiceBuilds:
         from qdrant_client import models
 
         name = self.collection
-        if not self.ask("see", lambda client: client.collection_exists(name)):
+        if not self.exists():
             vectors = {VECTOR: models.VectorParams(size=DIMENSIONS, distance=models.Distance.COSINE)}
             try:
                 self.ask("create", lambda client: client.create_collection(name, vectors))
             except RetrievalError:
                 # Another builder was first, or the answer to our first try was lost.
-                if not self.ask("see", lambda client: client.collection_exists(name)):
+                if not self.exists():
                     raise
         info = self.ask("see", lambda client: client.get_collection(name))
         found = info.config.params.vectors

@@ -7,7 +7,7 @@ An event names keys by id; nothing in it opens anything.
 import logging
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 
 from millrace.lakehouse.audit.chain import record_act
 from millrace.settings import Settings
@@ -31,6 +31,9 @@ class KeyEvent:
     told: str
     """What the key may do, why it ended, why it was refused; for the log, since people wrote some of it."""
     scopes: tuple[str, ...] = ()
+    applications: tuple[str, ...] | None = None
+    """None: all."""
+    expires_at: datetime | None = None
     at: datetime = field(default_factory=now)
 
 
@@ -53,5 +56,14 @@ def record_key_event(settings: Settings, event: KeyEvent) -> None:
         return
     record_act(
         settings, event.actor, "key", f"key/{event.key_id}", event.kind,
-        at=event.at, details={"scopes": list(event.scopes)},
+        at=event.at, details=_allowed(event),
     )  # fmt: skip
+
+
+def _allowed(event: KeyEvent) -> dict[str, Any]:
+    """What the key may do, so that the trail tells of every key there is (`environments/access/gateway_wall.py`)."""
+    return {
+        "scopes": list(event.scopes),
+        "applications": None if event.applications is None else list(event.applications),
+        "expires_at": event.expires_at and event.expires_at.isoformat(),
+    }

@@ -290,7 +290,9 @@ class KeyStore:
             self._connection = None
 
     def _record(self, kind: Kind, key: ApiKey, actor: str, told: str) -> None:
-        record_key_event(self._settings, KeyEvent(kind, key.id, actor, told, tuple(sorted(key.scopes))))
+        applications = None if key.applications is None else tuple(sorted(key.applications))
+        event = KeyEvent(kind, key.id, actor, told, tuple(sorted(key.scopes)), applications, key.expires_at)
+        record_key_event(self._settings, event)
 
 
 def _connect(url: str) -> "psycopg2.extensions.connection":

@@ -9,6 +9,7 @@ Where an Airflow elsewhere has a login of its own (FAB, Keycloak), its administr
 """
 
 import json
+import os
 import secrets
 from collections.abc import Iterable, Mapping
 from configparser import ConfigParser, Error
@@ -98,6 +99,21 @@ def apply(settings: Settings, passwords: Mapping[str, str] | None = None) -> lis
     users = {name: AIRFLOW_ROLES[role] for name, role in roles.items()}
     write_private(_configuration(settings.home), _written(settings.home, users))
     return changes
+
+
+def held_logins(settings: Settings) -> dict[str, str] | None:
+    """Who can log in → role here, as Airflow's own files have it, whatever is declared; None: they are not here, or not
+    this process' to read: a task may run elsewhere.
+
+    Raises:
+        StackError: they can't be read.
+    """
+    if not os.access(password_file(settings.home), os.R_OK):
+        return None
+    roles, passwords = _known_roles(settings), known_passwords(settings)
+    ours = {theirs: role for role, theirs in AIRFLOW_ROLES.items()}
+    # Of one that is in the first file alone, Airflow makes a password when it starts.
+    return {name: ours.get(role, role) for name, role in roles.items() if name in passwords} if roles else None
 
 
 def tell(settings: Settings, changes: Iterable[Change], *, actor: str) -> None:

@@ -181,7 +181,7 @@ def declared(bucket: Bucket, principals: Mapping[str, str]) -> Iterator[Statemen
 
 def _changes(bucket: Bucket, principals: Mapping[str, str]) -> Iterator[Change]:
     wanted = set(declared(bucket, principals))
-    found = _found(bucket)
+    found = policy(bucket)
     if found is None:
         yield Change("bucket", bucket.name)
     there = set(found or ())
@@ -191,7 +191,7 @@ def _changes(bucket: Bucket, principals: Mapping[str, str]) -> Iterator[Change]:
         yield Change("add", bucket.name, statement)
 
 
-def _found(bucket: Bucket) -> list[Statement] | None:
+def policy(bucket: Bucket) -> list[Statement] | None:
     """What the bucket's policy says; None: there is no bucket."""
     try:
         policy = bucket.ask("read its policy", "get_bucket_policy")["Policy"]

@@ -4,6 +4,7 @@ Each environment has a service identity of its name, which manages everything of
 `READS`; nothing else is allowed. A wall is a server that keeps this (`walls.py` lists them); this module knows none.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,3 +55,22 @@ class Observed:
         verdict = {True: "allowed", False: "refused", None: "not observed"}[self.allowed]
         wrong = ", which is not as declared" if self.wrong else ""
         return f"{self.identity}: {self.action} {self.resource} in {self.environment}: {verdict}{wrong}"
+
+
+@dataclass(frozen=True)
+class Held:
+    """One thing that a server lets somebody do in an environment, declared or not."""
+
+    identity: str
+    resource: str
+    """Named without the environment, so that two can be compared; empty: all of the wall's."""
+    action: str
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Who may do what in an environment, as a server holds it."""
+
+    rights: Sequence[Held]
+    callers_alone: str = ""
+    """Why it is what the caller may do, and nobody else; empty: it is everybody's."""

@@ -22,6 +22,23 @@ class Login:
     password: str = field(repr=False)
 
 
+def own_login(settings: Settings) -> Login:
+    """As whom this process asks MLflow.
+
+    Raises:
+        ReleaseError: nobody said.
+    """
+    from mlflow.utils.credentials import read_mlflow_creds
+
+    known = read_mlflow_creds()
+    if not known.username:
+        raise ReleaseError(
+            f"nobody logs in to MLflow at {settings.mlflow_url}: set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD"
+        )
+    return Login(known.username, known.password or "")
+
+
 class Caller:
     """Calls MLflow's REST API as one user."""
 

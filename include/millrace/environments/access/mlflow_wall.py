@@ -9,11 +9,12 @@ The server is `mlflow server --app-name basic-auth --enable-workspaces` with `de
 administrator can change what is here.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from millrace.environments.access.matrix import READS as READS
+from millrace.environments.access.matrix import Held, Holding
 from millrace.environments.access.mlflow_calls import Caller, Login
 from millrace.errors import ReleaseError
 from millrace.settings import Settings
@@ -27,6 +28,9 @@ ROLES: dict[str, dict[str, str]] = {
     ONLY_READS: dict.fromkeys(KINDS, "READ"),
 }
 """Role of each workspace → kind of resource → MLflow's permission on all of them."""
+OF_ONE = "__user_"
+"""How the role of a single user begins, which nobody can assign: by it MLflow gives a user what it made, and what it
+was given alone."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,36 @@ def apply(settings: Settings, administrator: Login, passwords: Mapping[str, str]
         return changes
 
 
+def held(settings: Settings, login: Login, environment: str) -> Holding:
+    """Who may do what in the environment's workspace: by roles, whatever they are called.
+
+    Args:
+        login: the administrator's, or of anybody, who learns of nobody else.
+
+    Raises:
+        ReleaseError: the server doesn't answer, or does not know `login`.
+    """
+    with Caller(settings, login) as ask:
+        mine = ask("GET", "3.0/mlflow/users/current/permissions")
+        if not mine["is_admin"]:
+            here = [one for one in mine["permissions"] if one["workspace"] == environment]
+            only = f"MLflow tells {login.name} what {login.name} may do; what others may, its administrator"
+            return Holding(_held(login.name, here), only)
+        users = ask("GET", "2.0/mlflow/users/list")["users"]
+    rights = [Held(user["username"], "", "administers the server") for user in users if user["is_admin"]]
+    for user in users:
+        for role in user["roles"]:
+            # What an identity made in its own workspace is its own anyway, thing by thing.
+            own = role["name"].startswith(OF_ONE) and user["username"] == environment
+            if role["workspace"] == environment and not user["is_admin"] and not own:
+                rights += _held(user["username"], role["permissions"])
+    return Holding(rights)
+
+
+def _held(name: str, permissions: Iterable[Mapping[str, Any]]) -> list[Held]:
+    return [Held(name, f"{one['resource_type']} {one['resource_pattern']}", one["permission"]) for one in permissions]
+
+
 def _planned(settings: Settings, ask: Caller, passwords: Mapping[str, str]) -> list[Change]:
     changes = list(_changes(*_state(ask)))
     new = {change.identity for change in changes if change.act == "user"}
@@ -159,8 +193,7 @@ def _assignments(identity: str, wanted: Mapping[str, str], roles: list[dict[str,
             yield Change("assign", environment, name, identity=identity)
     for role in roles:
         environment, name = role["workspace"], role["name"]
-        # By a role of its own, which nobody can assign, MLflow gives a user what it made, and what it was given alone.
-        if name.startswith("__user_"):
+        if name.startswith(OF_ONE):
             for one in role["permissions"] if environment in READS and environment != identity else []:
                 kind = f"{one['resource_type']} {one['resource_pattern']}"
                 yield Change("take", environment, name, kind, one["permission"], identity, known=one["id"])

@@ -11,7 +11,7 @@ only its socket makes safe. Whether a server does is what `postgres_check.py` tr
 import base64
 import hashlib
 import hmac
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 from psycopg2 import sql
 from psycopg2.extensions import encrypt_password
 
-from millrace.environments.access.matrix import DATABASES, READS, SERVERS
+from millrace.environments.access.matrix import DATABASES, READS, SERVERS, Held, Holding
 from millrace.environments.access.postgres_calls import connected, rows
 from millrace.errors import AccessError
 
@@ -31,6 +31,7 @@ PUBLIC = "PUBLIC"
 CLOSED = ("postgres", "template1")
 """Databases of every server that no identity enters: whoever does may leave large objects there, which others see, and
 which new databases begin with."""
+_LOGS_IN = "logs in"
 _NOTHING_MORE = "login nosuperuser nocreatedb nocreaterole noreplication nobypassrls"
 
 
@@ -112,33 +113,54 @@ def apply(url: str, administrator: str, passwords: Mapping[str, str]) -> list[Ch
         return changes
 
 
+def held(url: str, administrator: str, environment: str) -> Holding:
+    """Who may do what in the environment's databases, and with its identity.
+
+    Raises:
+        AccessError: as `plan`.
+    """
+    its = {f"{environment}_{name}": f"database {name}" for name in DATABASES}
+    with closing(connected(url, password=administrator)) as connection:
+        _require_superuser(connection)
+        owners = _owners(connection, its)
+        rights = [Held(owner, its[database], "owns it") for database, owner in owners.items()]
+        rights += [Held(who, its[database], what) for database, who, what in _grants(connection, its)]
+        for who, database in _inside_of(connection, its):
+            if who != owners[database]:
+                rights.append(Held(who, its[database], "has something inside"))
+        for _, attributes, _ in _attributes(connection, [environment]):
+            rights += [Held(environment, "the server", one) for one in attributes]
+        for granted, member, _ in _members(connection, [environment]):
+            role = "its identity" if granted == environment else f"role {granted}"
+            rights.append(Held(member, role, "is a member"))
+    return Holding(rights)
+
+
 def _changes(connection: "Connection", passwords: Mapping[str, str]) -> Iterator[Change]:
     """What differs from the declaration, in an order in which it can be done."""
-    if not rows(connection, "select rolsuper from pg_roles where rolname = current_user")[0][0]:
-        raise AccessError(
-            "who may do what on PostgreSQL is seen and changed by a superuser only, and that of MILLRACE_POSTGRES_URL "
-            "is none; name one"
-        )
+    _require_superuser(connection)
     yield from _roles(connection, passwords)
     yield from _memberships(connection)
     yield from _databases(connection)
     yield from _inside(connection)
 
 
+def _require_superuser(connection: "Connection") -> None:
+    if not rows(connection, "select rolsuper from pg_roles where rolname = current_user")[0][0]:
+        raise AccessError(
+            "who may do what on PostgreSQL is seen and changed by a superuser only, and that of MILLRACE_POSTGRES_URL "
+            "is none; name one"
+        )
+
+
 def _roles(connection: "Connection", passwords: Mapping[str, str]) -> Iterator[Change]:
-    found = rows(
-        connection,
-        "select rolname, rolsuper or rolcreatedb or rolcreaterole or rolreplication or rolbypassrls or not rolcanlogin,"
-        " rolpassword from pg_authid where rolname = any(%s)",
-        (list(identities()),),
-    )
-    known = {name: (wide, verifier) for name, wide, verifier in found}
+    known = {name: (may, verifier) for name, may, verifier in _attributes(connection, identities())}
     for identity in identities():
         if identity not in known:
             yield Change("role", identity)
             continue
-        wide, verifier = known[identity]
-        if wide:
+        may, verifier = known[identity]
+        if may != [_LOGS_IN]:
             yield Change("narrow", identity)
         if identity in passwords and not _verifies(verifier, passwords[identity]):
             yield Change("password", identity)
@@ -146,33 +168,14 @@ def _roles(connection: "Connection", passwords: Mapping[str, str]) -> Iterator[C
 
 def _memberships(connection: "Connection") -> Iterator[Change]:
     """An identity is nobody but itself, and nobody else is it."""
-    found = rows(
-        connection,
-        "select granted.rolname, member.rolname, grantor.rolname from pg_auth_members"
-        " join pg_roles granted on granted.oid = roleid join pg_roles member on member.oid = member"
-        " join pg_roles grantor on grantor.oid = grantor"
-        " where granted.rolname = any(%(declared)s) or member.rolname = any(%(declared)s) order by 1, 2, 3",
-        {"declared": list(identities())},
-    )
-    for granted, member, grantor in found:
+    for granted, member, grantor in _members(connection, identities()):
         yield Change("leave", member, detail=granted, grantor=grantor)
 
 
 def _databases(connection: "Connection") -> Iterator[Change]:
     declared = declared_databases()
-    found = rows(
-        connection,
-        "select datname, pg_get_userbyid(datdba) from pg_database where datname = any(%s)",
-        (list(declared),),
-    )
-    owners = dict(found)
-    granted = rows(
-        connection,
-        "select datname, case grantee when 0 then %s else pg_get_userbyid(grantee) end, privilege_type"
-        " from pg_database, aclexplode(coalesce(datacl, acldefault('d', datdba)))"
-        " where datname = any(%s) and grantee <> datdba order by 1, 2, 3",
-        (PUBLIC, [*declared, *CLOSED]),
-    )
+    owners = _owners(connection, declared)
+    granted = _grants(connection, [*declared, *CLOSED])
     for database, owner in declared.items():
         if database not in owners:
             yield Change("database", owner, database)
@@ -191,17 +194,68 @@ def _databases(connection: "Connection") -> Iterator[Change]:
 
 
 def _inside(connection: "Connection") -> Iterator[Change]:
-    """What identities own or were granted inside of others' databases, which the server's shared catalogue knows."""
+    """What identities own or were granted inside of others' databases."""
+    for identity, database in _inside_of(connection, declared_databases()):
+        if identity in identities() and declared_databases()[database] != identity:
+            yield Change("clear", identity, database)
+
+
+def _attributes(connection: "Connection", names: Collection[str]) -> list[tuple[str, list[str], str | None]]:
+    """Role, what it may do on the whole server, its password's verifier."""
+    attributes = {
+        "rolcanlogin": _LOGS_IN,
+        "rolsuper": "superuser",
+        "rolcreatedb": "createdb",
+        "rolcreaterole": "createrole",
+        "rolreplication": "replication",
+        "rolbypassrls": "bypassrls",
+    }
+    each = ", ".join(f"case when {column} then '{said}' end" for column, said in attributes.items())
+    statement = f"select rolname, array_remove(array[{each}], null), rolpassword from pg_authid where rolname = any(%s)"
+    return rows(connection, statement, (list(names),))
+
+
+def _members(connection: "Connection", names: Collection[str]) -> list[tuple[str, str, str]]:
+    """Role, its member, who made it one; wherever one of `names` is either."""
+    return rows(
+        connection,
+        "select granted.rolname, member.rolname, grantor.rolname from pg_auth_members"
+        " join pg_roles granted on granted.oid = roleid join pg_roles member on member.oid = member"
+        " join pg_roles grantor on grantor.oid = grantor"
+        " where granted.rolname = any(%(names)s) or member.rolname = any(%(names)s) order by 1, 2, 3",
+        {"names": list(names)},
+    )
+
+
+def _owners(connection: "Connection", databases: Collection[str]) -> dict[str, str]:
     found = rows(
+        connection,
+        "select datname, pg_get_userbyid(datdba) from pg_database where datname = any(%s)",
+        (list(databases),),
+    )
+    return dict(found)
+
+
+def _grants(connection: "Connection", databases: Collection[str]) -> list[tuple[str, str, str]]:
+    """Database, to whom, which privilege; its owner's aside."""
+    return rows(
+        connection,
+        "select datname, case grantee when 0 then %s else pg_get_userbyid(grantee) end, privilege_type"
+        " from pg_database, aclexplode(coalesce(datacl, acldefault('d', datdba)))"
+        " where datname = any(%s) and grantee <> datdba order by 1, 2, 3",
+        (PUBLIC, list(databases)),
+    )
+
+
+def _inside_of(connection: "Connection", databases: Collection[str]) -> list[tuple[str, str]]:
+    """Role, and the database in which it owns or was granted something: the server's shared catalogue knows."""
+    return rows(
         connection,
         "select distinct rolname, datname from pg_shdepend join pg_roles on pg_roles.oid = refobjid"
         " join pg_database on pg_database.oid = dbid"
-        " where refclassid = 'pg_authid'::regclass and rolname = any(%s) and datname = any(%s) order by 1, 2",
-        (list(identities()), list(declared_databases())),
+        " where refclassid = 'pg_authid'::regclass and datname = any(%s) order by 1, 2",
+        (list(databases),),
     )
-    for identity, database in found:
-        if declared_databases()[database] != identity:
-            yield Change("clear", identity, database)
 
 
 def _statement(connection: "Connection", change: Change, passwords: Mapping[str, str]) -> sql.Composable:

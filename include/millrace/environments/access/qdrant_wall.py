@@ -13,13 +13,15 @@ from typing import Any
 import jwt
 
 from millrace.applications import load_applications
-from millrace.environments.access.matrix import READS, right
+from millrace.environments.access.matrix import READS, Held, Holding, right
 from millrace.errors import AccessError
 from millrace.retrieval.embed import lineage_id
-from millrace.retrieval.server import Server
+from millrace.retrieval.server import Server, connect
 from millrace.retrieval.service import ServiceBuilds, collected_lineages, collection_name
 from millrace.settings import Settings
 
+LETTERS = {"manages": "rw", "reads": "r"}
+"""What may be done → as a token says it."""
 LEAST_KEY = 32
 """Bytes of an API key that signs: whoever holds a token could find a shorter one by guessing."""
 
@@ -81,10 +83,36 @@ def claims(identity: str, collections: dict[str, str], *, until: datetime) -> di
         collections: as `known_collections` returns them.
         until: when it ends.
     """
-    letters = {"manages": "rw", "reads": "r"}
     may = {name: right(identity, environment) for name, environment in collections.items()}
-    access = [{"collection": name, "access": letters[given]} for name, given in sorted(may.items()) if given]
+    access = [{"collection": name, "access": LETTERS[given]} for name, given in sorted(may.items()) if given]
     return {"subject": identity, "exp": int(until.timestamp()), "access": access}
+
+
+def held(settings: Settings, environment: str) -> Holding:
+    """What the caller's own token or key opens of the environment's collections. The server knows of no other.
+
+    Raises:
+        RetrievalError: it doesn't answer, or refuses the key.
+    """
+    key = settings.qdrant_api_key
+    server, begin = connect(settings.qdrant_url, key), collection_name(environment, "", "").removesuffix("-")
+    try:
+        # Unverified here: the server is asked by this token whether it has each collection.
+        said = jwt.decode(key.get_secret_value(), options={"verify_signature": False})
+    except jwt.InvalidTokenError:
+        said = {"subject": "who holds its API key" if key.get_secret_value() else "whoever reaches it", "access": "m"}
+    access = said.get("access", [])
+    if isinstance(access, str):  # on everything
+        opens = dict.fromkeys(_of(settings, server, environment), access)
+    else:
+        opens = {one["collection"]: one["access"] for one in access if one["collection"].startswith(begin)}
+        opens = {name: may for name, may in opens.items() if ServiceBuilds(server, name).exists()}
+    words = {letters: word for word, letters in LETTERS.items()} | {"m": "manages"}
+    rights = [
+        Held(said.get("subject", "a token"), f"index {name.removeprefix(begin)}", words.get(may, may))
+        for name, may in opens.items()
+    ]
+    return Holding(rights, "Qdrant keeps no list of tokens: what others' open is known to who signs them")
 
 
 def token(identity: str, collections: dict[str, str], api_key: str, *, now: datetime, valid: timedelta) -> str:
@@ -107,9 +135,13 @@ def token(identity: str, collections: dict[str, str], api_key: str, *, now: date
 
 def _there(settings: Settings, server: Server) -> dict[str, str]:
     """Collection of a declared application, on the server → the environment."""
-    return {
-        collection_name(environment, application.name, lineage): environment
-        for environment in READS
+    return {collection: environment for environment in READS for collection in _of(settings, server, environment)}
+
+
+def _of(settings: Settings, server: Server, environment: str) -> list[str]:
+    """Collections of declared applications in the environment, on the server."""
+    return [
+        collection_name(environment, application.name, lineage)
         for application in load_applications(settings)
         for lineage in collected_lineages(server, environment, application.name)
-    }
+    ]

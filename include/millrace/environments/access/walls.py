@@ -18,7 +18,9 @@ from millrace.environments.access import (
     airflow_wall,
     gateway_check,
     lake_check,
+    lake_rights,
     lake_wall,
+    mlflow_calls,
     mlflow_check,
     mlflow_wall,
     postgres_check,
@@ -26,7 +28,7 @@ from millrace.environments.access import (
     qdrant_check,
     qdrant_wall,
 )
-from millrace.environments.access.matrix import READS, Observed
+from millrace.environments.access.matrix import READS, Holding, Observed
 from millrace.environments.access.mlflow_calls import Login
 from millrace.errors import AccessError, MillraceError, SettingsError
 from millrace.lakehouse.audit.chain import Event, record
@@ -59,6 +61,19 @@ class Deployment:
                 f"MILLRACE_ACCESS_SECRETS has no {identity!r} for {wall}; it is JSON, wall by wall: docs/access.md"
             )
         return found
+
+    def administrator(self, wall: str) -> str:
+        """What its administrator shows.
+
+        Raises:
+            AccessError: there is none.
+        """
+        if ADMIN not in self.secrets.get(wall, {}):
+            raise AccessError(
+                f"who may do what there is an administrator's to read, and MILLRACE_ACCESS_SECRETS has no {ADMIN!r} "
+                f"for {wall}; see docs/access.md"
+            )
+        return self.secret(wall, ADMIN)
 
     def passwords(self, wall: str) -> dict[str, str]:
         """Identity → its password, of those that are given."""
@@ -93,6 +108,8 @@ class Wall:
     apply: Callable[[], Sequence[object]]
     """Change it; what was done."""
     check: Callable[[], Sequence[Observed]]
+    held: Callable[[str], Holding] | None = None
+    """Who may do what in an environment now, as the server holds it; None: each environment has a server of its own."""
 
 
 def _mlflow(of: Deployment) -> Wall:
@@ -100,6 +117,10 @@ def _mlflow(of: Deployment) -> Wall:
 
     def administrator() -> Login:
         return Login(ADMIN, of.secret("mlflow", ADMIN))
+
+    def held(environment: str) -> Holding:
+        login = administrator() if ADMIN in of.secrets.get("mlflow", {}) else mlflow_calls.own_login(settings)
+        return mlflow_wall.held(settings, login, environment)
 
     return Wall(
         "mlflow",
@@ -110,6 +131,7 @@ def _mlflow(of: Deployment) -> Wall:
         lambda: mlflow_wall.plan(settings, administrator(), passwords),
         lambda: mlflow_wall.apply(settings, administrator(), passwords),
         lambda: mlflow_check.check(settings, passwords),
+        held,
     )
 
 
@@ -125,6 +147,7 @@ def _postgres(of: Deployment) -> Wall:
         lambda: postgres_wall.plan(url, of.secret("postgres", ADMIN), passwords),
         lambda: postgres_wall.apply(url, of.secret("postgres", ADMIN), passwords),
         lambda: postgres_check.check(url, passwords),
+        lambda environment: postgres_wall.held(url, of.administrator("postgres"), environment),
     )
 
 
@@ -146,6 +169,7 @@ def _qdrant(of: Deployment) -> Wall:
         lambda: qdrant_wall.plan(settings, as_(api_key())),
         lambda: qdrant_wall.apply(settings, as_(api_key())),
         lambda: qdrant_check.check(as_(api_key()), api_key(), as_),
+        partial(qdrant_wall.held, settings),
     )
 
 
@@ -167,6 +191,10 @@ def _lake(of: Deployment) -> Wall:
     def principals() -> dict[str, str]:
         return {identity: of.key(identity)[1] for identity in READS}
 
+    def held(environment: str) -> Holding:
+        of.administrator("lake")
+        return lake_rights.held(settings, of.key(ADMIN)[0], principals(), environment)
+
     return Wall(
         "lake",
         _no_store(settings),
@@ -174,6 +202,7 @@ def _lake(of: Deployment) -> Wall:
         lambda: lake_wall.plan(settings, of.key(ADMIN)[0], principals()),
         lambda: lake_wall.apply(settings, of.key(ADMIN)[0], principals()),
         lambda: lake_check.check(settings, {identity: of.key(identity)[0] for identity in READS}),
+        held,
     )
 
 

@@ -164,7 +164,7 @@ OPS_ENVIRONMENT = Table(
     (
         time("described_at"),
         text("commit"),  # empty: nobody knows
-        text("content"),  # JSON: settings, secrets as a few bits of a slow hash, declarations
+        text("content"),  # JSON: settings, secrets as a few bits of a slow hash, declarations, logins
     ),
     key=("described_at",),
     retention_days=3650,
