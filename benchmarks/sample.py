@@ -1,5 +1,6 @@
-"""What staging's sample costs: exchanges a second of the first run, of one that finds nothing new, and of one after a
-hundredth more was asked in prod. One process, local disk; the rows are made up, a third of them rated.
+"""What the sample costs, to publish in prod and to copy in staging: seconds of the first run, of one that finds nothing
+new, and of one after a hundredth more was asked in prod. One process, local disk; the rows are made up, a third of them
+rated.
 
     python benchmarks/sample.py [exchanges]
 """
@@ -16,7 +17,8 @@ from typing import Any
 import pyarrow as pa
 
 from millrace.applications import load_application
-from millrace.environments.sample import sample_exchanges
+from millrace.environments.sample import publish_exchanges
+from millrace.environments.sample_copy import copy_exchanges
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import SILVER_EXCHANGES, SILVER_FEEDBACK
 from millrace.settings import Settings
@@ -59,18 +61,20 @@ def ask(prod: Lake, first: int, last: int) -> None:
 def main() -> None:
     size = int(sys.argv[1]) if len(sys.argv) > 1 else 200_000
     with tempfile.TemporaryDirectory() as folder:
-        settings = Settings(home=Path(folder), environment="staging", pseudonym_key="benchmark")
-        application = load_application(settings, "qa")
-        prod = Lake.of(settings.model_copy(update={"environment": "prod"}), "qa")
+        prods = Settings(home=Path(folder), environment="prod", pseudonym_key="benchmark")
+        stagings = Settings(home=Path(folder), environment="staging")
+        application = load_application(prods, "qa")
+        prod = Lake.of(prods, "qa")
         ask(prod, 0, size)
         told: dict[str, Any] = {"exchanges": size, "share": application.sample.share}
         for name in ("first", "nothing new", "a hundredth more"):
             if name == "a hundredth more":
                 ask(prod, size, size + size // 100)
-            start = time.perf_counter()
-            taken = sample_exchanges(settings, application, run="benchmark")
-            told[f"seconds, {name}"] = round(time.perf_counter() - start, 2)
-            told["taken"] = taken.get("exchanges", told.get("taken"))
+            for verb, stage, settings in (("publish", publish_exchanges, prods), ("copy", copy_exchanges, stagings)):
+                start = time.perf_counter()
+                done = stage(settings, application, run="benchmark")
+                told[f"seconds to {verb}, {name}"] = round(time.perf_counter() - start, 2)
+                told["taken"] = done.get("exchanges", told.get("taken"))
         print(json.dumps(told, indent=1))
 
 

@@ -1,4 +1,4 @@
-"""`<application>.sample`: prod's tables → a part of them, with nobody's name in it, as staging's. In staging only."""
+"""`<application>.sample`: the sample that prod published → staging's tables. In staging only."""
 
 from airflow.sdk import DAG, AssetAlias, task
 from airflow.timetables.trigger import CronTriggerTimetable
@@ -9,18 +9,17 @@ from millrace_airflow import NO_BACKFILL, START, asset, run_name, stage
 
 RUNBOOK = """
 ### What it does
-Brings prod's evaluation sets, then the sample of its documents (`[sample]` of the declaration) and their chunks, and
-the sample of its exchanges and feedback: users hashed again, free text scrubbed. Which rows are in is a hash's word,
-the same for every run. What was deleted in prod goes here, too. From there on staging runs what prod runs.
+Brings what prod's `<application>.publish_sample` published: the evaluation sets, documents and their chunks, exchanges
+and feedback. Staging's credential reads nothing else of prod. What went from there goes here, too; what staging's own
+gateway brought stays. From there on staging runs what prod runs.
 
 ### Healthy
-Green every night, within minutes; a run that finds prod's tables as they were reads its evaluation sets only. `strata`
-in the result of *exchanges* says how many were taken of how many.
+Green every night, within minutes; a run that finds the sample as it was reads its evaluation sets only.
 
 ### When it fails
-*documents*: prod has none, or staging's credential can't read them; the message names the table. Staging's tables stay
-as they were. *chunk*: the Spark Connect server doesn't answer; `millrace status`, then clear the task.
-Safe to clear any time.
+A table isn't published, or staging's credential can't read it: the message names it, and staging's tables stay as they
+were; run `<application>.publish_sample` in prod, then clear the task. *chunk*: the Spark Connect server doesn't answer;
+`millrace status`, then clear the task. Safe to clear any time.
 
 ### Backfill
 Airflow refuses one: every run takes what prod has now, whichever day it is for. Trigger it once.
@@ -40,15 +39,15 @@ def sample(application: Application) -> DAG:
 
         @task
         def evaluation_sets() -> dict:
-            from millrace.environments.sample import sample_evaluation_sets
+            from millrace.environments.sample_copy import copy_evaluation_sets
 
-            return sample_evaluation_sets(read_settings(), application, run=run_name())
+            return copy_evaluation_sets(read_settings(), application, run=run_name())
 
         @task
         def documents() -> dict:
-            from millrace.environments.sample import sample_documents
+            from millrace.environments.sample_copy import copy_documents
 
-            return sample_documents(read_settings(), application, run=run_name())
+            return copy_documents(read_settings(), application, run=run_name())
 
         @task(outlets=[AssetAlias(f"{application.name}/silver/chunks")])
         def chunk(*, outlet_events) -> None:
@@ -60,12 +59,12 @@ def sample(application: Application) -> DAG:
 
         @task(outlets=[AssetAlias(f"{application.name}/silver/feedback")])
         def exchanges(*, outlet_events) -> dict:
-            from millrace.environments.sample import sample_exchanges
+            from millrace.environments.sample_copy import copy_exchanges
 
-            if (taken := sample_exchanges(read_settings(), application, run=run_name()))["changed"]:
+            if (brought := copy_exchanges(read_settings(), application, run=run_name()))["changed"]:
                 feedback = asset(application.name, "silver/feedback")
-                outlet_events[AssetAlias(f"{application.name}/silver/feedback")].add(feedback, extra=taken)
-            return taken
+                outlet_events[AssetAlias(f"{application.name}/silver/feedback")].add(feedback, extra=brought)
+            return brought
 
         evaluation_sets() >> documents() >> chunk()
         exchanges()

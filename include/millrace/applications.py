@@ -97,8 +97,10 @@ class Schedules(Declared):
     optimize_prompt: str = "0 4 * * 6"
     maintain_lakehouse: str = "30 4 * * *"
     rollout: str = "*/5 * * * *"
+    publish_sample: str = "15 5 * * *"
+    """In prod, after it has ingested the day before."""
     sample: str = "0 6 * * *"
-    """In staging, after prod has ingested the day before."""
+    """In staging, after prod has published."""
 
 
 class Deadlines(Declared):
@@ -120,6 +122,7 @@ class Deadlines(Declared):
     rollout: float = Field(15, gt=0)
     monitor: float = Field(60, gt=0)
     batch_inference: float = Field(1440, gt=0)
+    publish_sample: float = Field(240, gt=0)
     sample: float = Field(240, gt=0)
 
 

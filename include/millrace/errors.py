@@ -8,7 +8,7 @@ MillraceError
 │   ├── ConflictError      somebody else committed first; read again and retry
 │   └── AccessRefused      storage does not let this identity do that
 ├── SourceError            a document or event source can't be read
-├── SampleError            staging can't take its sample of prod
+├── SampleError            no sample of prod can be published, or staging can't have it
 ├── RetrievalError         no index build, or one that can't be trusted
 │   └── CanaryError        a new index build finds less than the one before
 ├── ReleaseError           a release can't be packaged, registered or loaded
@@ -62,7 +62,7 @@ class SourceError(MillraceError):
 
 
 class SampleError(MillraceError):
-    """Staging can't take its sample of prod."""
+    """No sample of prod can be published, or staging can't have it."""
 
 
 class RetrievalError(MillraceError):

@@ -18,6 +18,7 @@ from millrace.engines.upstream import unload_adapter
 from millrace.errors import EngineError, LakehouseError, ReleaseError
 from millrace.lakehouse.audit.journals import follow
 from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.places import SAMPLE, owner
 from millrace.lakehouse.tables import (
     BRONZE_EVENTS,
     PLATFORM,
@@ -44,9 +45,10 @@ DAY = 86_400
 
 def tidy_tables(settings: Settings, application: Application) -> dict[str, Any]:
     """Compact every table and remove what only old versions need; not what an index build was made from. With them
-    the environment's own tables, which have no stage of theirs. The audit trail gets what it lacks of the journals.
+    the environment's own tables, which have no stage of theirs, and in prod those of the published sample. The audit
+    trail gets what it lacks of the journals.
 
-    Returns: by table (the environment's begin with `_platform/`), the fields of `Kept`.
+    Returns: by table (the environment's begin with `_platform/`, the sample's with `sample/`), the fields of `Kept`.
 
     Raises:
         LakehouseError: some tables could not be tidied, each with its reason; the others were.
@@ -64,6 +66,9 @@ def tidy_tables(settings: Settings, application: Application) -> dict[str, Any]:
     platform = Lake.of(settings, PLATFORM)
     tables = {table.path: (lake, table) for table in TABLES.values()}
     tables |= {f"{PLATFORM}/{table.path}": (platform, table) for table in TABLES.values()}
+    if settings.environment == owner(SAMPLE):
+        sample = Lake.of(settings, application.name, environment=SAMPLE)
+        tables |= {f"{SAMPLE}/{table.path}": (sample, table) for table in TABLES.values()}
     told, problems = {}, []
     for name, (where, table) in tables.items():
         try:

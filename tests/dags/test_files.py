@@ -46,13 +46,18 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def read(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    home = tmp_path_factory.mktemp("airflow")
+    """Of staging and prod together: between them they have every stage."""
+    found = [_read(tmp_path_factory.mktemp("airflow"), environment) for environment in ("staging", "prod")]
+    return {part: found[0][part] | found[1][part] for part in ("errors", "dags")}
+
+
+def _read(home: Path, in_environment: str) -> dict:
     environment = os.environ | {
         "AIRFLOW_HOME": str(home),
         "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home}/airflow.db",
         "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
         "PYTHONPATH": str(PROJECT / "plugins"),
-        "MILLRACE_ENVIRONMENT": "staging",  # where all of them are
+        "MILLRACE_ENVIRONMENT": in_environment,
     }
     ran = subprocess.run(
         [sys.executable, "-c", READ], cwd=PROJECT, env=environment, capture_output=True, text=True, check=True
@@ -105,10 +110,11 @@ def test_what_a_person_can_fill_in_is_typed_described_and_has_a_default(read: di
             jsonschema.validate(schema["default"], schema)
 
 
-def test_only_staging_has_a_stage_that_takes_a_sample_of_prod(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stage", "its_own"), [("sample", "staging"), ("publish_sample", "prod")])
+def test_only_prod_publishes_a_sample_and_only_staging_brings_it(tmp_path: Path, stage: str, its_own: str) -> None:
     for environment in ("staging", "prod", "dev"):
         ran = subprocess.run(
-            [sys.executable, "-c", "import runpy; print(sorted(runpy.run_path('dags/sample.py')))"],
+            [sys.executable, "-c", f"import runpy; print(sorted(runpy.run_path('dags/{stage}.py')))"],
             cwd=PROJECT,
             env=os.environ
             | {
@@ -120,7 +126,7 @@ def test_only_staging_has_a_stage_that_takes_a_sample_of_prod(tmp_path: Path) ->
             text=True,
             check=True,
         )
-        assert ("'qa_sample'" in ran.stdout) == (environment == "staging")
+        assert (f"'qa_{stage}'" in ran.stdout) == (environment == its_own)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

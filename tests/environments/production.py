@@ -2,10 +2,12 @@
 of themselves than they should have. Written by the code that writes prod, from an event log as a gateway leaves it."""
 
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from pydantic import SecretStr
 
 from millrace.applications import Application
+from millrace.environments.sample import publish_documents, publish_evaluation_sets, publish_exchanges
 from millrace.evaluation.sets import freeze_evaluation_set
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import SILVER_CHUNKS, SILVER_DOCUMENTS
@@ -47,6 +49,14 @@ def fill_prod(settings: Settings, application: Application, *, users: int = 200)
     freeze_evaluation_set(prod, application, run="prod")
     ask(prod, application, users=users)
     return prod
+
+
+def publish(prod: Settings, application: Application) -> dict[str, dict[str, Any]]:
+    """What the DAG `publish_sample` does; by stage, what it told."""
+    return {
+        stage.__name__: stage(prod, application, run="prod")
+        for stage in (publish_evaluation_sets, publish_documents, publish_exchanges)
+    }
 
 
 def ask(prod: Settings, application: Application, *, users: int, start: datetime = START) -> None:

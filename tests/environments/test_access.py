@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from millrace.cli import app
 from millrace.environments import audit
 from millrace.environments.access.airflow_wall import password_file
-from millrace.environments.access.matrix import READS, Observed, right
+from millrace.environments.access.matrix import PLACES, READS, Observed, right
 from millrace.environments.access.mlflow_calls import Caller, Login
 from millrace.environments.access.postgres_calls import Refused, connected, rows
 from millrace.environments.access.walls import Wall, put_up
@@ -52,12 +52,15 @@ def _run(settings: Settings, line: str, changes: dict[str, str]) -> Result:
 
 
 def test_no_identity_writes_anothers_environment_and_only_the_declared_ones_are_read() -> None:
-    rights = {(identity, environment): right(identity, environment) for identity in READS for environment in READS}
-    assert {pair for pair, given in rights.items() if given == "manages"} == {(name, name) for name in READS}
+    rights = {(identity, place): right(identity, place) for identity in READS for place in PLACES}
+    assert {pair for pair, given in rights.items() if given == "manages"} == {
+        *((name, name) for name in READS),
+        ("prod", "sample"),
+    }
     assert {pair for pair, given in rights.items() if given == "reads"} == {
         ("dev", "prod"),
         ("staging", "dev"),
-        ("staging", "prod"),
+        ("staging", "sample"),
         ("prod", "staging"),
     }
 
@@ -76,7 +79,7 @@ def test_where_there_are_no_servers_each_wall_says_that_it_is_only_code(alone: C
     assert "0 not as declared" in done.stdout
     tries = json.loads(alone("access check --json").stdout)
     assert {name: len(some) for name, some in tries.items()} == {
-        "lake": 9 * 7 + 3,
+        "lake": 12 * 7 + 3,
         "mlflow": 135,
         "postgres": 4 * (48 + 2 + 9 + 6),
         "qdrant": 72,
@@ -168,8 +171,8 @@ def test_both_walls_are_planned_put_up_told_to_the_audit_trail_and_checked(
     done = walled("access check")
     assert done.exit_code == 0, done.output
     last = done.stdout.splitlines()[-1]
-    allowed, denied = 45 + 4 * 4 + 48, 4 * 11 + 2 * 15 + 4 * (36 + 2 + 9 + 6)
-    unseen = 66 + 72 + 35 + 48  # the lake, Qdrant, the gateway, Airflow
+    allowed, denied = 45 + 3 * 4 + 48, 3 * 11 + 3 * 15 + 4 * (36 + 2 + 9 + 6)
+    unseen = 87 + 72 + 35 + 48  # the lake, Qdrant, the gateway, Airflow
     assert denied >= 60
     assert last == f"{allowed} allowed, {denied} denied by servers, {unseen} not observed, 0 not as declared"
 

@@ -81,7 +81,7 @@ def test_whoever_stole_all_that_dev_has_reads_prod_and_changes_nothing_on_any_se
     assert {one.environment for one in elsewhere if one.allowed} == {"prod"}
     assert {one.action for one in elsewhere if one.allowed} == {"read", "list"}
     denied = Counter(one.environment for one in elsewhere if one.allowed is False)
-    assert denied == {"prod": 5 + 11 + 15, "staging": 7 + 15 + 15, "shared": 12 + 2 + 3 + 6}
+    assert denied == {"prod": 5 + 11 + 15, "staging": 7 + 15 + 15, "sample": 7, "shared": 12 + 2 + 3 + 6}
     assert sum(denied.values()) >= 60
     with closing(connected(walled_postgres)) as administrator:
         assert rows(administrator, "select count(*) from pg_database where datname like 'prod%'") == [(2,)]

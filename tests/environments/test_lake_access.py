@@ -13,9 +13,10 @@ from deltalake.exceptions import DeltaError
 
 from millrace.environments.access.lake_check import check
 from millrace.environments.access.lake_wall import Bucket, apply, declared, plan
-from millrace.environments.access.matrix import READS
+from millrace.environments.access.matrix import PLACES, READS, right
 from millrace.errors import AccessRefused, LakehouseError
 from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.places import SAMPLE
 from millrace.lakehouse.spark_session import Refused, on_server
 from millrace.lakehouse.storage import REGION, Key, ObjectStore, delta_options
 from millrace.settings import Settings
@@ -68,12 +69,19 @@ def test_the_server_lets_each_identity_do_what_is_declared_and_refuses_everythin
     observed = check(walled_lake, LAKE_KEYS)
     assert [str(one) for one in observed if one.allowed != one.declared] == []
     tried = Counter((one.identity, one.environment) for one in observed)
-    assert tried == {(one, other): 8 if one == other else 7 for one in READS for other in READS}
+    assert tried == {(one, place): 8 if one == place else 7 for one in READS for place in PLACES}
     refused = Counter((one.identity, one.environment) for one in observed if not one.allowed)
-    assert refused == {
-        (one, other): 1 if one == other else 5 if other in READS[one] else 7 for one in READS for other in READS
+    writes = {"reads": 5, None: 7}
+    elsewhere = {(one, place): right(one, place) for one in READS for place in PLACES}
+    assert refused == dict.fromkeys(zip(READS, READS, strict=True), 1) | {
+        pair: writes[given] for pair, given in elsewhere.items() if given != "manages"
     }
-    assert refused.total() == 3 + 4 * 5 + 2 * 7
+    assert refused.total() == 3 + 3 * 5 + 3 * 7 + 5 + 7
+    of_staging = {(one.environment, one.action): one.allowed for one in observed if one.identity == "staging"}
+    assert not of_staging["prod", "read"]
+    assert not of_staging["prod", "list"]
+    assert of_staging["sample", "read"]
+    assert not of_staging["sample", "append to"]
     assert "lake-" not in str(observed[0])
     assert objects(root, "lake/") == before, "the probes are gone"
 
@@ -96,7 +104,8 @@ def test_with_a_stolen_credential_of_dev_nothing_of_prod_changes_by_a_byte(lake_
     """Whoever has dev's key, and knows S3 and Delta, tries what they can think of."""
     Lake.of(lake_as("prod"), APPLICATION).merge(THINGS, things({"a": "1", "b": "1"}), run="r")
     Lake.of(lake_as("staging"), APPLICATION).merge(THINGS, things({"a": "1"}), run="r")
-    before = objects(root, "lake/prod/") | objects(root, "lake/staging/")
+    Lake.of(lake_as("prod"), APPLICATION, environment=SAMPLE).merge(THINGS, things({"a": "1"}), run="r")
+    before = of_others(root)
     policy = root.get_bucket_policy(Bucket="walled")["Policy"]
     stolen = lake_as("dev")
     store = ObjectStore(stolen.lake_endpoint, REGION, LAKE_KEYS["dev"])
@@ -119,6 +128,8 @@ def test_with_a_stolen_credential_of_dev_nothing_of_prod_changes_by_a_byte(lake_
         "an object beside the environments": lambda: client.put_object(Bucket="walled", Key="lake/x", Body=b""),
         "an object beside the lake": lambda: client.put_object(Bucket="walled", Key="x", Body=b""),
         "an object in staging": lambda: client.put_object(Bucket="walled", Key="lake/staging/x", Body=b""),
+        "an object in the sample": lambda: client.put_object(Bucket="walled", Key="lake/sample/x", Body=b""),
+        "list the sample": lambda: client.list_objects_v2(Bucket="walled", Prefix="lake/sample/"),
         "an empty folder": lambda: client.put_object(Bucket="walled", Key="lake/prod/folder/", Body=b""),
         "delete": lambda: client.delete_object(**of_prod),
         "delete a version": lambda: client.delete_object(**of_prod, VersionId="null"),
@@ -196,10 +207,52 @@ def test_with_a_stolen_credential_of_dev_nothing_of_prod_changes_by_a_byte(lake_
     assert {name: why for name, why in said.items() if "lacked the necessary privileges" not in why} == {}
 
     # Whatever was said: nothing of it happened.
-    assert objects(root, "lake/prod/") | objects(root, "lake/staging/") == before
+    assert of_others(root) == before
     assert root.get_bucket_policy(Bucket="walled")["Policy"] == policy
     everything = {one["Key"] for one in root.list_objects_v2(Bucket="walled")["Contents"]}
-    assert not [key for key in everything if not key.startswith(("lake/dev/", "lake/staging/", "lake/prod/"))]
+    assert not [key for key in everything if not key.startswith(tuple(f"lake/{place}/" for place in PLACES))]
+
+
+def of_others(root: Any) -> dict[str, str]:
+    """What dev may not change."""
+    return {key: told for place in PLACES if place != "dev" for key, told in objects(root, f"lake/{place}/").items()}
+
+
+def test_with_a_stolen_credential_of_staging_nobodys_words_of_prod_are_read(lake_as: As) -> None:
+    """Of prod it opens what prod publishes, by whatever way it asks, and changes nothing there."""
+    prod = lake_as("prod")
+    Lake.of(prod, APPLICATION).merge(THINGS, things({"a": "raw"}), run="r")
+    Lake.of(prod, APPLICATION, environment=SAMPLE).merge(THINGS, things({"a": "scrubbed"}), run="r")
+    staging = lake_as("staging")
+    assert hashes(Lake.of(staging, APPLICATION, environment=SAMPLE).read(THINGS)) == {"a": "scrubbed"}
+    where = f"s3://walled/lake/prod/{APPLICATION}/silver/things"
+    with pytest.raises(AccessRefused, match=f"does not let lake-staging read {where}"):
+        Lake.of(staging, APPLICATION, environment="prod").read(THINGS)
+    with pytest.raises(AccessRefused, match="does not let lake-staging write s3://walled/lake/sample/"):
+        Lake.of(lake_as("staging", "prod"), APPLICATION, environment=SAMPLE).merge(THINGS, things({"a": "2"}), run="r")
+    store = ObjectStore(staging.lake_endpoint, REGION, LAKE_KEYS["staging"])
+    client: Any = store.client()
+    commit = f"{APPLICATION}/silver/things/_delta_log/00000000000000000000.json"
+    shown, raw = f"lake/sample/{commit}", f"lake/prod/{commit}"
+    assert client.get_object(Bucket="walled", Key=shown)["Body"].read()
+    own = {"Bucket": "walled", "Key": "lake/staging/stolen"}
+    ways: dict[str, Callable[[], object]] = {
+        "get": lambda: client.get_object(Bucket="walled", Key=raw),
+        "get a part": lambda: client.get_object(Bucket="walled", Key=raw, Range="bytes=0-9"),
+        "head": lambda: client.head_object(Bucket="walled", Key=raw),
+        "attributes": lambda: client.get_object_attributes(
+            Bucket="walled", Key=raw, ObjectAttributes=["ObjectSize", "ETag"]
+        ),
+        "copy": lambda: client.copy_object(**own, CopySource={"Bucket": "walled", "Key": raw}),
+        "list": lambda: client.list_objects_v2(Bucket="walled", Prefix="lake/prod/"),
+        "list what begins so": lambda: client.list_objects_v2(Bucket="walled", Prefix="lake/prod"),
+        "list with the sample": lambda: client.list_objects_v2(Bucket="walled", Prefix="lake/"),
+        "by way of the sample": lambda: client.get_object(Bucket="walled", Key=f"lake/sample/../prod/{commit}"),
+        "by way of its own": lambda: client.get_object(Bucket="walled", Key=f"lake/staging/../prod/{commit}"),
+        "delete of the sample": lambda: client.delete_object(Bucket="walled", Key=shown),
+        "write to the sample": lambda: client.put_object(Bucket="walled", Key="lake/sample/x", Body=b""),
+    }
+    assert [way for way, attempt in ways.items() if not refusal_of(attempt)] == []
 
 
 def refusal_of(attempt: Callable[[], object]) -> str:

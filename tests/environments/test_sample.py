@@ -1,4 +1,4 @@
-"""Staging's sample of prod on real tables: who is in, what becomes of a row, and what a later run changes."""
+"""Prod's sample and staging's copy of it on real tables: who is in, what becomes of a row, what a later run changes."""
 
 import json
 import shutil
@@ -6,16 +6,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
 import pytest
 from pydantic import SecretStr
 
 from millrace.applications import Application
-from millrace.environments.sample import sample_documents, sample_evaluation_sets, sample_exchanges
+from millrace.environments.erasure import erase as erase_user
+from millrace.environments.sample import publish_documents, publish_evaluation_sets, publish_exchanges
+from millrace.environments.sample_copy import copy_documents, copy_evaluation_sets, copy_exchanges
 from millrace.errors import LakehouseError, SampleError, SettingsError, SourceError
 from millrace.evaluation.sets import freeze_evaluation_set, read_evaluation_set
 from millrace.lakehouse.cursors import move_cursor
 from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.places import SAMPLE
 from millrace.lakehouse.tables import (
     BRONZE_DOCUMENTS,
     GOLD_EVALUATION_EXAMPLES,
@@ -33,7 +35,8 @@ from millrace.settings import Settings
 from millrace.sources.completion_id import verify
 from millrace.sources.ingest import land_documents, refine_documents
 from millrace.sources.pseudonym import pseudonym
-from tests.environments.production import SECRETS, START, ask, fill_prod
+from millrace.upkeep import tidy_tables
+from tests.environments.production import SECRETS, START, ask, fill_prod, prod_of, publish
 
 pytestmark = pytest.mark.slow
 
@@ -54,10 +57,11 @@ def prod(staging: Settings, application: Application) -> Settings:
     return fill_prod(staging, application)
 
 
-def sample_all(settings: Settings, application: Application) -> dict[str, dict[str, Any]]:
-    return {
-        stage.__name__: stage(settings, application, run="test")
-        for stage in (sample_evaluation_sets, sample_documents, sample_exchanges)
+def sample_all(prod: Settings, staging: Settings, application: Application) -> dict[str, dict[str, Any]]:
+    """What a night brings: prod publishes, staging copies; by stage, what it told."""
+    return publish(prod, application) | {
+        stage.__name__: stage(staging, application, run="test")
+        for stage in (copy_evaluation_sets, copy_documents, copy_exchanges)
     }
 
 
@@ -74,7 +78,7 @@ def lakes(prod: Settings, staging: Settings) -> tuple[Lake, Lake]:
 def test_documents_are_taken_by_section_and_all_that_the_evaluation_sets_ask_about(
     prod: Settings, staging: Settings, application: Application
 ) -> None:
-    sample_all(staging, application)
+    sample_all(prod, staging, application)
     theirs, ours = (content(lake, SILVER_DOCUMENTS) for lake in lakes(prod, staging))
     assert all(theirs[key] == row for key, row in ours.items())
     core = {key for key, row in theirs.items() if row["section"] == "core"}
@@ -91,7 +95,7 @@ def test_documents_are_taken_by_section_and_all_that_the_evaluation_sets_ask_abo
 def test_exchanges_are_taken_by_rating_each_with_its_feedback(
     prod: Settings, staging: Settings, application: Application
 ) -> None:
-    told = sample_all(staging, application)["sample_exchanges"]
+    told = sample_all(prod, staging, application)["publish_exchanges"]
     _, ours = lakes(prod, staging)
     exchanges, feedback = content(ours, SILVER_EXCHANGES), content(ours, SILVER_FEEDBACK)
     assert told["exchanges"] == len(exchanges)
@@ -111,7 +115,7 @@ def test_exchanges_are_taken_by_rating_each_with_its_feedback(
 def test_nothing_in_staging_leads_to_a_person_or_is_of_use_in_prod(
     prod: Settings, staging: Settings, application: Application
 ) -> None:
-    sample_all(staging, application)
+    sample_all(prod, staging, application)
     theirs, ours = lakes(prod, staging)
     for table in (SILVER_EXCHANGES, SILVER_FEEDBACK):
         before, after = (json.dumps(content(lake, table), default=str) for lake in (theirs, ours))
@@ -121,12 +125,11 @@ def test_nothing_in_staging_leads_to_a_person_or_is_of_use_in_prod(
         for name in ("user", "completion_id"):
             known = set(theirs.read(table, [name])[name].to_pylist())
             assert known.isdisjoint(ours.read(table, [name])[name].to_pylist())
-    # The same user is one user, and so is one who comes back tomorrow.
-    user = theirs.read(SILVER_EXCHANGES, ["user"], where=pc.field("completion_id").is_valid())["user"][0].as_py()
-    again = pseudonym(staging.pseudonym_key.get_secret_value().encode(), user)
-    everybody = Sample(share=1)
-    sample_exchanges(staging, application.model_copy(update={"sample": everybody}), run="test")
-    assert again in ours.read(SILVER_EXCHANGES, ["user"])["user"].to_pylist()
+    # Whoever has all of staging's secrets, and knows how prod makes its names, can't tell one from the other.
+    known = {row["completion_id"] for row in theirs.read(SILVER_EXCHANGES).to_pylist()}
+    for name, secret in settings_secrets(staging).items():
+        guessed = {f"sample-{pseudonym(secret.encode(), one)}" for one in known}
+        assert guessed.isdisjoint(content(ours, SILVER_EXCHANGES)), name
     key = prod.completion_key.get_secret_value().encode()
     for completion in ours.read(SILVER_FEEDBACK, ["completion_id"])["completion_id"].to_pylist():
         with pytest.raises(SourceError, match="was not issued"):
@@ -136,23 +139,42 @@ def test_nothing_in_staging_leads_to_a_person_or_is_of_use_in_prod(
     assert set(ours.read(SILVER_FEEDBACK, ["release_version"])["release_version"].to_pylist()) == {"prod/1"}
 
 
+def settings_secrets(settings: Settings) -> dict[str, str]:
+    found = {name: getattr(settings, name) for name in Settings.model_fields}
+    return {name: one.get_secret_value() for name, one in found.items() if isinstance(one, SecretStr) and one}
+
+
+def test_the_same_user_is_one_user_also_tomorrow(prod: Settings, staging: Settings, application: Application) -> None:
+    everybody = application.model_copy(update={"sample": Sample(share=1)})
+    sample_all(prod, staging, everybody)
+    theirs, ours = lakes(prod, staging)
+    users = {name: set(lake.read(SILVER_EXCHANGES, ["user"])["user"].to_pylist()) for name, lake in
+             (("prod", theirs), ("staging", ours))}  # fmt: skip
+    assert len(users["prod"]) == len(users["staging"]) == 200
+    ask(prod, application, users=30, start=START + timedelta(hours=2))
+    told = sample_all(prod, staging, everybody)
+    assert told["copy_exchanges"]["exchanges"] == 230
+    assert set(ours.read(SILVER_EXCHANGES, ["user"])["user"].to_pylist()) == users["staging"]
+
+
 def test_a_second_run_writes_nothing_and_a_larger_share_keeps_what_there_is(
     prod: Settings, staging: Settings, application: Application
 ) -> None:
-    sample_all(staging, application)
+    sample_all(prod, staging, application)
     _, ours = lakes(prod, staging)
     tables = (GOLD_EVALUATION_EXAMPLES, SILVER_DOCUMENTS, SILVER_EXCHANGES, SILVER_FEEDBACK)
     versions = [ours.version(table) for table in tables]
     before = [content(ours, table) for table in tables]
-    again = sample_all(staging, application)
-    assert [told["changed"] for told in again.values()] == [False] * 3
+    again = sample_all(prod, staging, application)
+    assert [told["changed"] for told in again.values()] == [False] * 6
     # Nor does one that has lost its place and reads everything.
-    ours.merge(OPS_CURSORS, OPS_CURSORS.rows_schema.empty_table(), run="test", delete_unmatched="true")
-    again = sample_all(staging, application)
-    assert [told["changed"] for told in again.values()] == [False] * 3
+    for lake in (ours, Lake.of(prod, "qa", environment=SAMPLE)):
+        lake.merge(OPS_CURSORS, OPS_CURSORS.rows_schema.empty_table(), run="test", delete_unmatched="true")
+    again = sample_all(prod, staging, application)
+    assert [told["changed"] for told in again.values()] == [False] * 6
     assert [ours.version(table) for table in tables] == versions
     larger = Sample(share=0.6, strata={"section/core": 0.8, "rating/bad": 1, "rating/none": 0.2})
-    sample_all(staging, application.model_copy(update={"sample": larger}))
+    sample_all(prod, staging, application.model_copy(update={"sample": larger}))
     for table, kept in list(zip(tables, before, strict=True))[1:]:
         now = content(ours, table)
         assert kept.items() <= now.items()
@@ -162,7 +184,7 @@ def test_a_second_run_writes_nothing_and_a_larger_share_keeps_what_there_is(
 def test_what_is_deleted_or_changed_in_prod_is_so_in_staging_after_the_next_run(
     prod: Settings, staging: Settings, application: Application
 ) -> None:
-    sample_all(staging, application)
+    sample_all(prod, staging, application)
     theirs, ours = lakes(prod, staging)
     gone = [row["completion_id"] for row in theirs.read(SILVER_FEEDBACK).to_pylist() if row["rating"] < 0.5][:5]
     documents = content(ours, SILVER_DOCUMENTS)
@@ -170,14 +192,13 @@ def test_what_is_deleted_or_changed_in_prod_is_so_in_staging_after_the_next_run(
     erase(theirs, SILVER_FEEDBACK, gone)
     erase(theirs, SILVER_EXCHANGES, gone)
     erase(theirs, SILVER_DOCUMENTS, [leaving])
-    told = sample_all(staging, application)
-    assert told["sample_documents"]["deleted"] == 1
+    told = sample_all(prod, staging, application)
+    assert told["publish_documents"]["deleted"] == told["copy_documents"]["deleted"] == 1
     assert content(ours, SILVER_DOCUMENTS).keys() == documents.keys() - {leaving}
-    assert told["sample_exchanges"]["deleted"] == 10
-    key = staging.pseudonym_key.get_secret_value().encode()
-    assert {f"sample-{pseudonym(key, one)}" for one in gone}.isdisjoint(content(ours, SILVER_EXCHANGES))
+    assert told["publish_exchanges"]["deleted"] == told["copy_exchanges"]["deleted"] == 10
+    assert content(ours, SILVER_EXCHANGES) == content(Lake.of(staging, "qa", environment=SAMPLE), SILVER_EXCHANGES)
     ask(prod, application, users=30, start=START + timedelta(hours=2))
-    assert sample_all(staging, application)["sample_exchanges"]["strata"]["rating/bad"] == [73, 73]
+    assert sample_all(prod, staging, application)["publish_exchanges"]["strata"]["rating/bad"] == [73, 73]
 
 
 def test_a_prod_that_was_restored_from_a_backup_is_sampled_again(
@@ -188,18 +209,83 @@ def test_a_prod_that_was_restored_from_a_backup_is_sampled_again(
     ask(prod, application, users=30, start=START + timedelta(hours=2))
     theirs, ours = lakes(prod, staging)
     erase(theirs, SILVER_DOCUMENTS, list(content(theirs, SILVER_DOCUMENTS))[:3])
-    sample_all(staging, application)
+    sample_all(prod, staging, application)
     shutil.rmtree(Path(prod.lake) / "prod")
     shutil.copytree(backup, Path(prod.lake) / "prod")
-    assert sample_all(staging, application)["sample_exchanges"]["strata"]["rating/bad"] == [68, 68]
-    assert [told["changed"] for told in sample_all(staging, application).values()] == [False] * 3
+    assert sample_all(prod, staging, application)["publish_exchanges"]["strata"]["rating/bad"] == [68, 68]
+    assert [told["changed"] for told in sample_all(prod, staging, application).values()] == [False] * 6
     assert all(content(theirs, SILVER_DOCUMENTS)[key] == row for key, row in content(ours, SILVER_DOCUMENTS).items())
 
 
+def test_a_sample_that_was_made_anew_is_copied_again(
+    prod: Settings, staging: Settings, application: Application
+) -> None:
+    """Its tables have the versions of the ones before, and other names of everybody in them."""
+    sample_all(prod, staging, application)
+    sample, ours = Lake.of(staging, "qa", environment=SAMPLE), Lake.of(staging, "qa")
+    version, before = sample.version(SILVER_EXCHANGES), content(ours, SILVER_EXCHANGES)
+    shutil.rmtree(Path(prod.lake) / SAMPLE)
+    other = prod.model_copy(update={"pseudonym_key": SecretStr("another key of prod's")})
+    told = sample_all(other, staging, application)
+    assert sample.version(SILVER_EXCHANGES) == version
+    assert told["copy_exchanges"]["deleted"] > 0
+    assert content(ours, SILVER_EXCHANGES) == content(sample, SILVER_EXCHANGES)
+    assert content(ours, SILVER_EXCHANGES).keys().isdisjoint(before)
+
+
+def test_who_is_erased_in_prod_leaves_what_is_published_at_once_and_staging_with_its_next_run(
+    prod: Settings, staging: Settings, application: Application, mlflow_uri: str
+) -> None:
+    prod = prod.model_copy(update={"mlflow_uri": mlflow_uri})
+    sample_all(prod, staging, application)
+    sample, ours = Lake.of(prod, "qa", environment=SAMPLE), Lake.of(staging, "qa")
+    theirs = Lake.of(prod, "qa")
+    [erased] = [row for row in theirs.read(SILVER_FEEDBACK).to_pylist() if row["rating"] < 0.5][:1]
+    before = content(sample, SILVER_EXCHANGES)
+    report = erase_user(prod, application, erased["user"], actor="person/ann", run="test")
+    assert report.erased
+    left = content(sample, SILVER_EXCHANGES)
+    [gone] = before.keys() - left.keys()
+    assert left.items() < before.items()
+    for path in (Path(prod.lake) / SAMPLE).rglob("*"):
+        assert not path.is_file() or gone.encode() not in path.read_bytes(), path
+    assert gone in content(ours, SILVER_EXCHANGES)
+    assert copy_exchanges(staging, application, run="test")["deleted"] == 2
+    assert content(ours, SILVER_EXCHANGES) == left
+
+
+def test_an_erasure_without_prods_key_says_that_the_sample_waits_for_it(
+    prod: Settings, staging: Settings, application: Application, mlflow_uri: str
+) -> None:
+    prod = prod.model_copy(update={"mlflow_uri": mlflow_uri})
+    sample_all(prod, staging, application)
+    user = Lake.of(prod, "qa").read(SILVER_EXCHANGES, ["user"])["user"][0].as_py()
+    keyless = prod.model_copy(update={"pseudonym_key": SecretStr("")})
+    report = erase_user(keyless, application, user, actor="person/ann", run="test")
+    assert report.waiting.keys() == {"sample/silver/feedback", "sample/silver/exchanges"}
+    assert erase_user(prod, application, user, actor="person/ann", run="test").erased
+
+
+def test_the_upkeep_of_prod_keeps_what_is_published_and_no_other_environments_does(
+    prod: Settings, staging: Settings, application: Application
+) -> None:
+    sample_all(prod, staging, application)
+    published = {f"{SAMPLE}/{table.path}" for table in (
+        GOLD_EVALUATION_EXAMPLES, SILVER_DOCUMENTS, SILVER_EXCHANGES, SILVER_FEEDBACK, OPS_CURSORS
+    )}  # fmt: skip
+    kept = {name for name in tidy_tables(prod, application) if name.startswith(f"{SAMPLE}/")}
+    assert kept == published
+    assert not [name for name in tidy_tables(staging, application) if name.startswith(f"{SAMPLE}/")]
+
+
 def test_a_prod_that_nobody_has_asked_yet_gives_no_exchanges(staging: Settings, application: Application) -> None:
-    told = sample_exchanges(staging, application, run="test")
+    prod = prod_of(staging)
+    told = publish_exchanges(prod, application, run="test")
     assert (told["exchanges"], told["changed"]) == (0, False)
-    assert sample_exchanges(staging, application, run="test") == {"changed": False}
+    assert publish_exchanges(prod, application, run="test") == {"changed": False}
+    told = copy_exchanges(staging, application, run="test")
+    assert (told["exchanges"], told["changed"]) == (0, False)
+    assert copy_exchanges(staging, application, run="test") == {"changed": False}
 
 
 def erase(lake: Lake, table: Table, keys: list[str]) -> None:
@@ -216,14 +302,15 @@ def test_what_stagings_own_gateway_brought_stays(prod: Settings, staging: Settin
     ask(staging, application, users=3)
     own = content(ours, SILVER_EXCHANGES)
     assert len(own) == 3
-    sample_exchanges(staging, application, run="test")
+    publish_exchanges(prod, application, run="test")
+    copy_exchanges(staging, application, run="test")
     assert own.items() < content(ours, SILVER_EXCHANGES).items()
 
 
 def test_the_ingestion_of_staging_takes_of_its_sources_what_the_sample_has(
     prod: Settings, staging: Settings, application: Application
 ) -> None:
-    sample_all(staging, application)
+    sample_all(prod, staging, application)
     _, ours = lakes(prod, staging)
     sampled = content(ours, SILVER_DOCUMENTS)
     landed = land_documents(staging, application, run="test")
@@ -235,19 +322,39 @@ def test_the_ingestion_of_staging_takes_of_its_sources_what_the_sample_has(
 @pytest.mark.parametrize("environment", ["dev", "prod"])
 def test_no_other_environment_takes_a_sample(settings: Settings, qa: Application, environment: str) -> None:
     elsewhere = settings.model_copy(update={"environment": environment})
-    for stage in (sample_evaluation_sets, sample_documents, sample_exchanges):
+    for stage in (copy_evaluation_sets, copy_documents, copy_exchanges):
         with pytest.raises(SampleError, match=f"{environment} takes no sample of prod"):
             stage(elsewhere, qa, run="test")
     assert not Path(settings.lake).exists()
 
 
-def test_without_a_prod_or_a_key_nothing_changes(staging: Settings, application: Application) -> None:
+@pytest.mark.parametrize("environment", ["dev", "staging"])
+def test_no_other_environment_publishes_a_sample(settings: Settings, qa: Application, environment: str) -> None:
+    elsewhere = settings.model_copy(update={"environment": environment})
+    for stage in (publish_evaluation_sets, publish_documents, publish_exchanges):
+        with pytest.raises(SampleError, match=f"{environment} publishes no sample: .* only prod does"):
+            stage(elsewhere, qa, run="test")
+    assert not Path(settings.lake).exists()
+
+
+def test_without_documents_a_key_or_a_published_sample_nothing_changes(
+    staging: Settings, application: Application
+) -> None:
+    prod = prod_of(staging)
     with pytest.raises(SampleError, match=r"qa: prod has no silver/documents in .*/prod/qa/silver/documents"):
-        sample_documents(staging, application, run="test")
-    keyless = staging.model_copy(update={"pseudonym_key": SecretStr("")})
+        publish_documents(prod, application, run="test")
+    keyless = prod.model_copy(update={"pseudonym_key": SecretStr("")})
     with pytest.raises(SettingsError, match="MILLRACE_PSEUDONYM_KEY is empty"):
-        sample_exchanges(keyless, application, run="test")
-    assert not (Path(staging.lake) / "staging").exists()
+        publish_exchanges(keyless, application, run="test")
+    for stage, table in (
+        (copy_evaluation_sets, "gold/evaluation_examples"),
+        (copy_documents, "silver/documents"),
+        (copy_exchanges, "silver/feedback"),
+    ):
+        told = rf"prod has published no {table} in .*/sample/qa/{table}; .* run qa.publish_sample in prod first"
+        with pytest.raises(SampleError, match=told):
+            stage(staging, application, run="test")
+    assert not Path(staging.lake).exists()
 
 
 def test_an_environment_reads_anothers_tables_and_writes_none_of_them(
@@ -267,3 +374,7 @@ def test_an_environment_reads_anothers_tables_and_writes_none_of_them(
         append(theirs, decide(fold([]), "bootstrap", actor="ann", reason="mine"), run="test")
     assert theirs.version(SILVER_FEEDBACK) == before
     assert read_journal(theirs) == []
+    publish(prod, application)
+    published = Lake.of(staging, "qa", environment=SAMPLE)
+    with pytest.raises(LakehouseError, match=r"staging may not write silver/feedback of qa in sample \("):
+        published.merge(SILVER_FEEDBACK, row, run="test")

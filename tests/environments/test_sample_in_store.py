@@ -7,16 +7,17 @@ import sys
 import pytest
 
 from millrace.applications import Application, load_application
-from millrace.environments.sample import sample_documents, sample_evaluation_sets, sample_exchanges
-from millrace.errors import AccessRefused
+from millrace.environments.sample_copy import copy_documents, copy_evaluation_sets, copy_exchanges
+from millrace.errors import AccessRefused, SampleError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.local import LocalEngine
+from millrace.lakehouse.places import SAMPLE
 from millrace.lakehouse.tables import SILVER_DOCUMENTS, SILVER_EXCHANGES, SILVER_FEEDBACK
 from millrace.settings import PROJECT, Settings
 from millrace.stack.environment import settings_variables
 from tests.conftest import DECLARATIONS
 from tests.environments.conftest import As
-from tests.environments.production import fill_prod
+from tests.environments.production import fill_prod, publish
 
 pytestmark = pytest.mark.long
 
@@ -26,22 +27,35 @@ def application(settings: Settings) -> Application:
     return load_application(settings.model_copy(update={"applications": DECLARATIONS}), "qa")
 
 
-def test_staging_samples_prod_with_its_own_credential_and_can_write_nothing_there(
+def test_staging_gets_prods_sample_with_its_own_credential_and_reads_and_writes_nothing_else_of_prod(
     lake_as: As, application: Application
 ) -> None:
-    fill_prod(lake_as("prod"), application, users=90)
+    prod = fill_prod(lake_as("prod"), application, users=90)
     staging = lake_as("staging")
-    for stage in (sample_evaluation_sets, sample_documents, sample_exchanges):
+    for stage in (copy_evaluation_sets, copy_documents, copy_exchanges):
+        with pytest.raises(SampleError, match=r"run qa\.publish_sample in prod first"):
+            stage(staging, application, run="test")
+    assert all(told["changed"] for told in publish(prod, application).values())
+    assert not any(told["changed"] for told in publish(prod, application).values())
+    for stage in (copy_evaluation_sets, copy_documents, copy_exchanges):
         assert stage(staging, application, run="test")["changed"], stage
         assert not stage(staging, application, run="test")["changed"], stage
-    theirs, ours = Lake.of(staging, "qa", environment="prod"), Lake.of(staging, "qa")
+    ours, shown = Lake.of(staging, "qa"), Lake.of(staging, "qa", environment=SAMPLE)
+    theirs = Lake.of(prod, "qa")
     for table in (SILVER_DOCUMENTS, SILVER_EXCHANGES, SILVER_FEEDBACK):
-        assert 0 < ours.read(table).num_rows < theirs.read(table).num_rows
+        assert 0 < ours.read(table).num_rows == shown.read(table).num_rows < theirs.read(table).num_rows
+        with pytest.raises(
+            AccessRefused, match=f"does not let lake-staging read s3://walled/lake/prod/qa/{table.path}"
+        ):
+            Lake.of(staging, "qa", environment="prod").read(table)
     # Past the code's wall there is the server's.
     nothing = SILVER_FEEDBACK.rows_schema.empty_table()
-    where = theirs.uri(SILVER_FEEDBACK)
-    with pytest.raises(AccessRefused, match="does not let lake-staging write s3://walled/lake/prod/qa/silver/feedback"):
-        LocalEngine().merge(where, SILVER_FEEDBACK, nothing, run="test", delete_unmatched="true")
+    for lake in (shown, Lake.of(staging, "qa", environment="prod")):
+        where = lake.uri(SILVER_FEEDBACK)
+        with pytest.raises(AccessRefused, match=r"does not let lake-staging (write|read) s3://walled/lake/"):
+            LocalEngine().merge(where, SILVER_FEEDBACK, nothing, run="test", delete_unmatched="true")
+    with pytest.raises(AccessRefused, match="does not let lake-dev read s3://walled/lake/sample/"):
+        Lake.of(lake_as("dev"), "qa", environment=SAMPLE).read(SILVER_FEEDBACK)
 
 
 @pytest.mark.model

@@ -1,6 +1,6 @@
 """The staging environment that the suite runs on: the embedded stack in `MILLRACE_ENVIRONMENT=staging`, on a lake that
-has a prod. Where the caller names a home (`MILLRACE_HOME`), that one with all of the caller's settings; else one of its
-own, with the declarations of `tests/applications` and a prod that is made for the purpose."""
+has the sample of a prod. Where the caller names a home (`MILLRACE_HOME`), that one with all of the caller's settings;
+else one of its own, with the declarations of `tests/applications` and a prod that is made for the purpose."""
 
 import json
 import os
@@ -16,12 +16,12 @@ from millrace.airflow_api import Airflow
 from millrace.applications import Application, load_application
 from millrace.environments.access.airflow_wall import password_file
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import SILVER_DOCUMENTS
+from millrace.lakehouse.places import SAMPLE
 from millrace.serving.key_store import KeyStore
 from millrace.settings import Settings, read_settings
 from millrace.stack import Stack
 from tests.conftest import stack_settings
-from tests.environments.production import fill_prod
+from tests.environments.production import fill_prod, publish
 
 SAME = """same = '''
 {% for chunk in chunks %}{{ chunk.title }}
@@ -34,9 +34,12 @@ Answer in one short sentence, only from the text above.{# A release of its own w
 RunDag = Callable[..., dict[str, Any]]
 
 
+GIVEN = "MILLRACE_HOME" in os.environ
+
+
 @pytest.fixture(scope="session")
 def settings(open_folder: Path) -> Settings:
-    if "MILLRACE_HOME" in os.environ:
+    if GIVEN:
         return read_settings().model_copy(update={"environment": "staging"})
     made = stack_settings(
         Path(tempfile.mkdtemp(dir=open_folder)), environment="staging", airflow_users={"ann": "operator"}
@@ -52,16 +55,23 @@ def application(settings: Settings) -> Application:
 
 
 @pytest.fixture(scope="session")
-def prod(settings: Settings, application: Application) -> Lake:
-    """Prod's tables, as staging may read them."""
-    lake = Lake.of(settings, application.name, environment="prod")
-    if not lake.exists(SILVER_DOCUMENTS):
-        fill_prod(settings, application)
-    return lake
+def prod(settings: Settings, application: Application) -> Lake | None:
+    """The tables of the prod that was made for the purpose; None: it is the caller's, which staging may not read."""
+    if GIVEN:
+        return None
+    made = fill_prod(settings, application)
+    publish(made, application)
+    return Lake.of(made, application.name)
 
 
 @pytest.fixture(scope="session")
-def stack(settings: Settings, prod: Lake) -> Iterator[Stack]:
+def sample(settings: Settings, application: Application, prod: Lake | None) -> Lake:
+    """What prod has published."""
+    return Lake.of(settings, application.name, environment=SAMPLE)
+
+
+@pytest.fixture(scope="session")
+def stack(settings: Settings, sample: Lake) -> Iterator[Stack]:
     with Stack(settings) as running:
         yield running
 

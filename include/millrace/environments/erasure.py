@@ -2,8 +2,9 @@
 
 Level-triggered like the rollout. First the user goes into `ops/erasures`, so that nothing of up to then is stored any
 more; then what there is is looked for and deleted, by the engine that commits to each table, until nothing is found;
-then files, change feeds and logs forget it. Killed anywhere, the next call does the rest, at the latest the nightly
-`maintain_lakehouse`. Weights that learnt from it are named, not changed: the next fine-tune finds nothing of it.
+then files, change feeds and logs forget it, and the sample that prod has published is made again without it. Killed
+anywhere, the next call does the rest, at the latest the nightly `maintain_lakehouse`. Weights that learnt from it are
+named, not changed: the next fine-tune finds nothing of it.
 """
 
 from collections.abc import Mapping
@@ -15,12 +16,14 @@ import pyarrow.compute as pc
 
 from millrace.applications import Application
 from millrace.environments.erasure_search import HOLDERS, Found, look, mentions
+from millrace.environments.sample import publish_exchanges
 from millrace.errors import ErasureError, LakehouseError, MillraceError
 from millrace.lakehouse.audit.chain import Event, record
 from millrace.lakehouse.cursors import move_cursor
 from millrace.lakehouse.forgetting import forget_removed
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import OPS_CURSORS, Table
+from millrace.lakehouse.places import SAMPLE, owner
+from millrace.lakehouse.tables import OPS_CURSORS, SILVER_EXCHANGES, SILVER_FEEDBACK, Table
 from millrace.lakehouse.trained import trained_sets
 from millrace.private_files import write_private
 from millrace.releases.registry import versions
@@ -158,6 +161,7 @@ def _erase(settings: Settings, application: Application, found: Found, *, actor:
     for table, _ in HOLDERS:
         if table.path in told["tables"] and (why := _forget(lake, table, begun, run=run)):
             waiting[table.path] = why
+    waiting |= _leave_the_sample(settings, application, run=run)
     told |= {"releases": list(trained), "tables": sorted(waiting)}
     done = replace(begun, told=told, done_at=None if waiting else datetime.now(UTC))
     _record(settings, application, done, "waiting" if waiting else "erased", totals | {"traces": traces}, actor, run)
@@ -208,6 +212,23 @@ def _forget(lake: Lake, table: Table, erasure: Erasure, *, run: str) -> str | No
         if now is not None and cursor["version"] < now:
             move_cursor(lake, cursor["reader"], table, now, run=run)
     return None
+
+
+def _leave_the_sample(settings: Settings, application: Application, *, run: str) -> dict[str, str]:
+    """Publish the sample again, without what is no longer in prod, and let go of its bytes: nobody reads its change
+    feed. Or, by path of a table, why that has to wait."""
+    if settings.environment != owner(SAMPLE):
+        return {}
+    sample = Lake.of(settings, application.name, environment=SAMPLE)
+    published = [table for table in (SILVER_FEEDBACK, SILVER_EXCHANGES) if sample.exists(table)]
+    if published and not settings.pseudonym_key.get_secret_value():
+        why = "this process has no MILLRACE_PSEUDONYM_KEY to publish the sample again with"
+        return {f"{SAMPLE}/{table.path}": why for table in published}
+    if published:
+        publish_exchanges(settings, application, run=run)
+    for table in published:
+        forget_removed(sample.own_uri(table), table)
+    return {}
 
 
 def _unread(lake: Lake, table: Table, since: int) -> bool:

@@ -1,12 +1,15 @@
-"""Staging's data: a sample of prod's, taken row by row by a hash, with nobody's name in it.
+"""What prod shows staging of its tables: a sample, taken row by row by a hash, with nobody's name in it.
 
-It reads prod's tables with staging's credential and writes staging's. Who is in is decided by the row's key and
-stratum alone (`[sample]` of the declaration), so that every run, on every machine, takes the same rows. Whatever could
-lead to a person or be used in prod is made staging's own: pseudonyms and completion ids are hashed again with staging's
-key, free text is scrubbed (`scrub.py`), versions of releases and prompts are marked as prod's. What goes in prod goes
-here with the next run. It knows no schedule.
+Prod's identity takes it and writes it to a place of its own beside the environments (`lakehouse/places.py`), which is
+all that staging's credential reads of prod. Who is in is decided by the row's key and stratum alone (`[sample]` of the
+declaration), so that every run, on every machine, takes the same rows. Whatever could lead to a person or be used in
+prod is made another: pseudonyms and completion ids are hashed again, with a key that prod alone can make; free text is
+scrubbed (`scrub.py`), versions of releases and prompts are marked as prod's. What goes in prod goes here with the next
+run. It knows no schedule, and not what staging does with it (`sample_copy.py`).
 """
 
+import hashlib
+import hmac
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -21,7 +24,8 @@ from millrace.environments.scrub import Scrubber
 from millrace.errors import SampleError, SettingsError
 from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.sampled import SAMPLED, note_versions, versions_read
+from millrace.lakehouse.places import OWNERS, SAMPLE
+from millrace.lakehouse.sampled import is_known, note_versions, versions
 from millrace.lakehouse.tables import (
     GOLD_EVALUATION_EXAMPLES,
     SILVER_DOCUMENTS,
@@ -33,58 +37,57 @@ from millrace.policies import Sample
 from millrace.settings import Settings
 from millrace.sources.pseudonym import pseudonym
 
-STAGING = "staging"
+PROD = OWNERS[SAMPLE]
 RATINGS = BAD, GOOD, NONE = ("rating/bad", "rating/good", "rating/none")
 """Strata of exchanges."""
 MARK = "sample-"
-"""How the completion ids of sampled rows begin; those that staging's own gateway issues don't."""
+"""How the completion ids of sampled rows begin; those that a gateway issues don't."""
 FREE_TEXT = ("question", "answer", "error", "comment", "correction")
 OF_PROD = ("release_version", "prompt_version", "rollout_id")
 """Numbers and names that mean another thing in staging."""
 
 
-def sample_evaluation_sets(settings: Settings, application: Application, *, run: str) -> dict[str, Any]:
-    """Bring prod's evaluation sets, each whole: a part of one would be another set. They hold nothing of users.
+def publish_evaluation_sets(settings: Settings, application: Application, *, run: str) -> dict[str, Any]:
+    """Publish prod's evaluation sets, each whole: a part of one would be another set. They hold nothing of users.
 
-    Returns: `examples` brought now, `sets` that are here, `changed`.
+    Returns: `examples` published now, `changed`.
 
     Raises:
-        SampleError: this is not staging.
+        SampleError: this is not prod.
         LakehouseError: a table can't be read or written.
     """
-    theirs, ours = _lakes(settings, application)
+    prod, sample = _lakes(settings, application)
     names = GOLD_EVALUATION_EXAMPLES.rows_schema.names
-    written = ours.merge(GOLD_EVALUATION_EXAMPLES, theirs.read(GOLD_EVALUATION_EXAMPLES, names), run=run)
-    sets = ours.read(GOLD_EVALUATION_EXAMPLES, ["evaluation_set"])["evaluation_set"].unique()
-    return {"examples": written.inserted, "sets": len(sets), "changed": written.changed}
+    written = sample.merge(GOLD_EVALUATION_EXAMPLES, prod.read(GOLD_EVALUATION_EXAMPLES, names), run=run)
+    return {"examples": written.inserted, "changed": written.changed}
 
 
-def sample_documents(settings: Settings, application: Application, *, run: str) -> dict[str, Any]:
-    """Make `silver/documents` equal to the sample of prod's, and all documents that prod's evaluation sets ask about:
-    without those, no release here could answer them. Nothing is read where prod's table and the rule are as before.
+def publish_documents(settings: Settings, application: Application, *, run: str) -> dict[str, Any]:
+    """Publish the sample of `silver/documents`, and all documents that the evaluation sets ask about: without those, no
+    release of staging could answer them. Nothing is read where the table and the rule are as before.
 
     Returns: counts `inserted`, `updated`, `deleted`, `changed`.
 
     Raises:
-        SampleError: this is not staging, or prod has no documents; staging's stay as they are.
+        SampleError: this is not prod, or it has no documents; what is published stays as it is.
         LakehouseError: a table can't be read or written.
     """
-    theirs, ours = _lakes(settings, application)
-    asked = theirs.read(GOLD_EVALUATION_EXAMPLES, ["document_id"])["document_id"]
+    prod, sample = _lakes(settings, application)
+    asked = prod.read(GOLD_EVALUATION_EXAMPLES, ["document_id"])["document_id"]
     needed = frozenset(asked.to_pylist())
     rule = _rule(application.sample, *sorted(needed))
     tables = (SILVER_DOCUMENTS,)
-    versions = _versions(theirs, tables)
-    if versions == (None,):
+    read = versions(prod, tables)
+    if read == (None,):
         raise SampleError(
-            f"{application.name}: {SAMPLED} has no {SILVER_DOCUMENTS.path} in {theirs.uri(SILVER_DOCUMENTS)}; nothing "
-            f"was changed; run {application.name}.ingest_documents there first, or correct where staging looks for it"
+            f"{application.name}: {PROD} has no {SILVER_DOCUMENTS.path} in {prod.uri(SILVER_DOCUMENTS)}; nothing was "
+            f"published; run {application.name}.ingest_documents first"
         )
-    if _is_known(ours, rule, tables, versions):
+    if is_known(sample, prod, rule, tables, read):
         return {"inserted": 0, "updated": 0, "deleted": 0, "changed": False}
     function = partial(documents_taken, sample=application.sample, needed=needed)
-    written = ours.transform(SILVER_DOCUMENTS, function, SILVER_DOCUMENTS, run=run, origin=theirs)
-    note_versions(ours, rule, tables, versions, run=run)
+    written = sample.transform(SILVER_DOCUMENTS, function, SILVER_DOCUMENTS, run=run, origin=prod)
+    note_versions(sample, prod, rule, tables, read, run=run)
     return {
         "inserted": written.inserted,
         "updated": written.updated,
@@ -106,42 +109,35 @@ def documents_taken(
         yield batch.filter(pa.array(mask, pa.bool_()))
 
 
-def sample_exchanges(settings: Settings, application: Application, *, run: str) -> dict[str, Any]:
-    """Make the sampled rows of `silver/exchanges` and `silver/feedback` equal to the sample of prod's, an exchange and
-    its feedback both or neither; what staging's own gateway brought stays. Nothing is read where prod's tables and the
-    rule are as before. The sample is held in memory, prod's tables are not.
+def publish_exchanges(settings: Settings, application: Application, *, run: str) -> dict[str, Any]:
+    """Publish the sample of `silver/exchanges` and `silver/feedback`, an exchange and its feedback both or neither.
+    Nothing is read where the tables and the rule are as before. The sample is held in memory, prod's tables are not.
 
-    Returns: `changed`; and where prod was read, `exchanges` in the sample, `strata` (stratum → how many of them, of how
-        many in prod), `deleted` rows.
+    Returns: `changed`; and where the tables were read, `exchanges` in the sample, `strata` (stratum → how many of them,
+        of how many in prod), `deleted` rows.
 
     Raises:
-        SampleError: this is not staging.
-        SettingsError: staging has no pseudonym key of its own.
+        SampleError: this is not prod.
+        SettingsError: the pseudonym key is missing.
         LakehouseError: a table can't be read or written.
     """
-    theirs, ours = _lakes(settings, application)
-    key = settings.pseudonym_key.get_secret_value().encode()
-    if not key:
-        raise SettingsError("MILLRACE_PSEUDONYM_KEY is empty; set one that prod doesn't have, and keep it")
-    sample = application.sample
+    prod, sample = _lakes(settings, application)
+    key = _key(settings)
+    policy = application.sample
     tables = (SILVER_EXCHANGES, SILVER_FEEDBACK)
-    rule = _rule(sample, pseudonym(key, "rule"))
-    versions = _versions(theirs, tables)
-    if _is_known(ours, rule, tables, versions):
+    rule = _rule(policy, pseudonym(key, "rule"))
+    read = versions(prod, tables)
+    if is_known(sample, prod, rule, tables, read):
         return {"changed": False}
-    taken, strata = _taken(theirs, sample)
-    own = partial(_made_own, key=key, scrub=Scrubber(sample.phone_regions))
+    taken, strata = _taken(prod, policy)
+    shown = partial(_shown, key=key, scrub=Scrubber(policy.phone_regions))
     written = {}
     # Feedback first, as its own ingestion does it.
     for table in (SILVER_FEEDBACK, SILVER_EXCHANGES):
-        rows = [own(row) for row in _rows(theirs, table, taken)]
-        written[table.name] = ours.merge(
-            table,
-            pa.Table.from_pylist(rows, schema=table.rows_schema),
-            run=run,
-            delete_unmatched=f"target.completion_id LIKE '{MARK}%'",
-        )
-    note_versions(ours, rule, tables, versions, run=run)
+        rows = [shown(row) for row in _rows(prod, table, taken)]
+        published = pa.Table.from_pylist(rows, schema=table.rows_schema)
+        written[table.name] = sample.merge(table, published, run=run, delete_unmatched="true")
+    note_versions(sample, prod, rule, tables, read, run=run)
     return {
         "exchanges": len(taken),
         "strata": {name: list(strata[name]) for name in RATINGS},
@@ -151,13 +147,22 @@ def sample_exchanges(settings: Settings, application: Application, *, run: str) 
 
 
 def _lakes(settings: Settings, application: Application) -> tuple[Lake, Lake]:
-    """Prod's, to read, and staging's."""
-    if settings.environment != STAGING:
+    """Prod's, to read, and the sample's."""
+    if settings.environment != PROD:
         raise SampleError(
-            f"{settings.environment} takes no sample of {SAMPLED}: its tables would be replaced by a part of "
-            f"{SAMPLED}'s; only {STAGING} does (MILLRACE_ENVIRONMENT={STAGING})"
+            f"{settings.environment} publishes no sample: what staging reads is {PROD}'s; only {PROD} does "
+            f"(MILLRACE_ENVIRONMENT={PROD})"
         )
-    return Lake.of(settings, application.name, environment=SAMPLED), Lake.of(settings, application.name)
+    return Lake.of(settings, application.name), Lake.of(settings, application.name, environment=SAMPLE)
+
+
+def _key(settings: Settings) -> bytes:
+    """With which users and completions are hashed again. It is no pseudonym of anybody's (those are of SHA-256), so it
+    is in no table, whatever name a user gives."""
+    key = settings.pseudonym_key.get_secret_value().encode()
+    if not key:
+        raise SettingsError("MILLRACE_PSEUDONYM_KEY is empty; set the one that this environment's gateway has")
+    return hmac.digest(key, SAMPLE.encode(), hashlib.sha512)
 
 
 def _rule(sample: Sample, *more: str) -> str:
@@ -165,20 +170,11 @@ def _rule(sample: Sample, *more: str) -> str:
     return f"sample-{content_hash(json.dumps(sample.model_dump(mode='json'), sort_keys=True), *more)[:16]}"
 
 
-def _versions(lake: Lake, tables: tuple[Table, ...]) -> tuple[int | None, ...]:
-    return tuple(lake.version(table) for table in tables)
-
-
-def _is_known(ours: Lake, rule: str, tables: tuple[Table, ...], versions: tuple[int | None, ...]) -> bool:
-    """Whether these tables are here, as the sample of those versions."""
-    return versions == versions_read(ours, rule, tables) and all(ours.exists(table) for table in tables)
-
-
-def _taken(theirs: Lake, sample: Sample) -> tuple[set[str], dict[str, tuple[int, int]]]:
+def _taken(prod: Lake, sample: Sample) -> tuple[set[str], dict[str, tuple[int, int]]]:
     """Ids of the exchanges in the sample; and by stratum how many these are, of how many."""
     ratings: dict[str, str] = {}
     there: Counter[str] = Counter()
-    for batch in theirs.batches(SILVER_FEEDBACK, ["completion_id", "rating"]):
+    for batch in prod.batches(SILVER_FEEDBACK, ["completion_id", "rating"]):
         for completion, rating in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             stratum = BAD if rating < 0.5 else GOOD
             there[stratum] += 1
@@ -187,7 +183,7 @@ def _taken(theirs: Lake, sample: Sample) -> tuple[set[str], dict[str, tuple[int,
     taken: set[str] = set()
     found: Counter[str] = Counter()
     exchanges = 0
-    for batch in theirs.batches(SILVER_EXCHANGES, ["completion_id"]):
+    for batch in prod.batches(SILVER_EXCHANGES, ["completion_id"]):
         exchanges += batch.num_rows
         for completion in batch["completion_id"].to_pylist():
             stratum = ratings.get(completion, NONE)
@@ -198,19 +194,19 @@ def _taken(theirs: Lake, sample: Sample) -> tuple[set[str], dict[str, tuple[int,
     return taken, {stratum: (found[stratum], there[stratum]) for stratum in RATINGS}
 
 
-def _rows(theirs: Lake, table: Table, taken: set[str]) -> Iterator[dict[str, Any]]:
+def _rows(prod: Lake, table: Table, taken: set[str]) -> Iterator[dict[str, Any]]:
     wanted = pa.array(sorted(taken), pa.string())
-    for batch in theirs.batches(table, table.rows_schema.names):
+    for batch in prod.batches(table, table.rows_schema.names):
         yield from batch.filter(pc.is_in(batch["completion_id"], value_set=wanted)).to_pylist()
 
 
-def _made_own(row: dict[str, Any], key: bytes, scrub: Scrubber) -> dict[str, Any]:
-    """A row of prod's as staging may have it: nothing in it can be traced to a person, or rated in prod."""
+def _shown(row: dict[str, Any], key: bytes, scrub: Scrubber) -> dict[str, Any]:
+    """A row of prod's as staging may read it: nothing in it can be traced to a person, or rated in prod."""
     made = row | {
         "completion_id": f"{MARK}{pseudonym(key, row['completion_id'])}",
         "user": pseudonym(key, row["user"]),
         **{name: scrub(row[name]) for name in FREE_TEXT if name in row},
-        **{name: row[name] and f"{SAMPLED}/{row[name]}" for name in OF_PROD if name in row},
+        **{name: row[name] and f"{PROD}/{row[name]}" for name in OF_PROD if name in row},
     }
     del made["content_hash"]
     return made | {"content_hash": content_hash(json.dumps(made, sort_keys=True, default=str))}

@@ -17,13 +17,15 @@ from millrace.errors import LakehouseError
 from millrace.lakehouse.commits import dataset_of, open_table, refusal
 from millrace.lakehouse.engine import BatchFunction, Engine, Written
 from millrace.lakehouse.local import LocalEngine
+from millrace.lakehouse.places import owner
 from millrace.lakehouse.storage import Location, ObjectStore, delta_options, store_of
 from millrace.lakehouse.tables import Table
 from millrace.settings import Settings
 
 
 class Lake:
-    """The tables of `application` in `environment`, under `root`: a folder, or where `store` has the lake."""
+    """The tables of `application` in `environment`, or in a place beside them, under `root`: a folder, or where `store`
+    has the lake."""
 
     def __init__(
         self,
@@ -38,7 +40,8 @@ class Lake:
     ) -> None:
         """
         Args:
-            writer: the environment that this process works in, where that is another: it may read these tables only.
+            writer: the environment that this process works in, where these tables may be another's: those it only
+                reads.
         """
         journals = sorted(path for path in spark_tables if path.startswith("ops/"))
         if journals:
@@ -54,13 +57,13 @@ class Lake:
         self._store = store
         self._spark_url = spark_url
         self._spark_tables = spark_tables
-        self._writer = writer or environment
+        self._writer = writer or owner(environment)
 
     @classmethod
     def of(cls, settings: Settings, application: str, *, environment: str = "") -> "Lake":
         """
         Args:
-            environment: another one, whose tables this environment only reads; empty: its own.
+            environment: another one, whose tables this environment only reads, or a place beside them; empty: its own.
         """
         return cls(
             settings.lake,
@@ -82,7 +85,7 @@ class Lake:
             LakehouseError: the table is another environment's. This wall is code; the one that nobody walks around is
                 the object store's, by credential.
         """
-        if self._writer != self.environment:
+        if self._writer != owner(self.environment):
             raise LakehouseError(
                 f"{self._writer} may not write {table.path} of {self.application} in {self.environment} "
                 f"({self.uri(table)}): an environment writes its own tables only; what {self.environment} shall have, "
@@ -107,6 +110,14 @@ class Lake:
     def version(self, table: Table) -> int | None:
         """Current Delta version; None while the table doesn't exist."""
         return open_table(self.uri(table), table).version() if self.exists(table) else None
+
+    def made_as(self, table: Table) -> str:
+        """The id that the table got when it was made: another one in its place has another.
+
+        Raises:
+            LakehouseError: it isn't there, or can't be read.
+        """
+        return open_table(self.uri(table), table).metadata().id
 
     def read(
         self,

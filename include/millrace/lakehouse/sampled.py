@@ -1,7 +1,7 @@
-"""What of an environment's tables is a sample of another's: how far that one's tables were read, and by which rule.
+"""What is a sample, or a copy, of another place's tables: how far those were read, and by which rule.
 
-Kept among the cursors, under `prod/silver/documents`, so that nobody takes a version of that environment's table for
-one of this environment's own. Who is in the sample is the declaration's business (`policies.Sample`).
+Kept among the cursors, under `prod/silver/documents`, so that nobody takes a version of that place's table for one of
+the lake's own. Who is in the sample is the declaration's business (`policies.Sample`).
 """
 
 from dataclasses import replace
@@ -11,40 +11,43 @@ import pyarrow.compute as pc
 
 from millrace.lakehouse.cursors import move_cursor, read_cursor
 from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.places import SAMPLE
 from millrace.lakehouse.tables import OPS_CURSORS, SILVER_DOCUMENTS, Table
 
-SAMPLED = "prod"
-"""The environment that samples are taken of."""
+
+def versions(theirs: Lake, tables: tuple[Table, ...]) -> tuple[int | None, ...]:
+    """To be asked before the tables are read, and noted after."""
+    return tuple(theirs.version(table) for table in tables)
 
 
-def versions_read(lake: Lake, rule: str, tables: tuple[Table, ...]) -> tuple[int | None, ...]:
-    """Version of each of the sampled environment's tables that `lake` is the sample of, by this very rule; None: it is
-    of none."""
-    return tuple(read_cursor(lake, rule, _theirs(table)) for table in tables)
+def is_known(lake: Lake, theirs: Lake, rule: str, tables: tuple[Table, ...], now: tuple[int | None, ...]) -> bool:
+    """Whether `lake` has these tables, made by this very rule from those in `theirs` as they are `now`."""
+    read = tuple(read_cursor(lake, rule, _of(theirs.environment, table)) for table in tables)
+    return read == now and all(lake.exists(table) for table in tables)
 
 
 def note_versions(
-    lake: Lake, rule: str, tables: tuple[Table, ...], versions: tuple[int | None, ...], *, run: str
+    lake: Lake, theirs: Lake, rule: str, tables: tuple[Table, ...], read: tuple[int | None, ...], *, run: str
 ) -> None:
-    """Note that `lake` is now the sample of these versions, and forget what it was a sample of by other rules, or of
-    later versions: those of a table that was since restored from a backup."""
-    for table, version in zip(tables, versions, strict=True):
-        theirs = _theirs(table)
+    """Note that `lake` was made of these versions, and forget what it was made of by other rules, or of later versions:
+    those of a table that was since restored from a backup."""
+    for table, version in zip(tables, read, strict=True):
+        of = _of(theirs.environment, table)
         kept = "false" if version is None else f"target.reader = '{rule}' AND target.version <= {version}"
-        gone = f"target.table = '{theirs.path}' AND NOT ({kept})"
+        gone = f"target.table = '{of.path}' AND NOT ({kept})"
         lake.merge(OPS_CURSORS, OPS_CURSORS.rows_schema.empty_table(), run=run, delete_unmatched=gone)
         if version is not None:
-            move_cursor(lake, rule, theirs, version, run=run)
+            move_cursor(lake, rule, of, version, run=run)
 
 
 def sampled_documents(lake: Lake) -> frozenset[str] | None:
-    """Ids of the documents that are here; None: they are no sample of another environment's."""
-    path = _theirs(SILVER_DOCUMENTS).path
+    """Ids of the documents that are here; None: they are no copy of the sample."""
+    path = _of(SAMPLE, SILVER_DOCUMENTS).path
     if not lake.read(OPS_CURSORS, ["reader"], where=pc.field("table") == path).num_rows:
         return None
     found: pa.Table = lake.read(SILVER_DOCUMENTS, ["document_id"])
     return frozenset(found["document_id"].to_pylist())
 
 
-def _theirs(table: Table) -> Table:
-    return replace(table, layer=f"{SAMPLED}/{table.layer}")
+def _of(place: str, table: Table) -> Table:
+    return replace(table, layer=f"{place}/{table.layer}")

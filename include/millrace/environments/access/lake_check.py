@@ -1,6 +1,7 @@
 """What an object store lets each environment's identity do in the lake, found out by trying it.
 
-In every environment a probe stands for what is there: a table that its own identity makes, and removes at the end.
+In every environment, and every place beside them, a probe stands for what is there: a table that the identity which
+manages it makes, and removes at the end.
 """
 
 import uuid
@@ -10,9 +11,10 @@ from contextlib import ExitStack
 import pyarrow as pa
 
 from millrace.environments.access.lake_wall import Bucket
-from millrace.environments.access.matrix import READS, Observed, right
+from millrace.environments.access.matrix import PLACES, READS, Observed, right
 from millrace.errors import AccessRefused, LakehouseError
 from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.places import owner
 from millrace.lakehouse.storage import Key
 from millrace.lakehouse.tables import PLATFORM, Table, text
 from millrace.settings import Settings
@@ -33,67 +35,67 @@ OF_NOBODY = {("change", "policy")}
 def declared() -> list[Observed]:
     """What `check` would try."""
     return [
-        Observed(identity, environment, resource, action, _is_declared(identity, environment, (action, resource)), None)
+        Observed(identity, place, resource, action, _is_declared(identity, place, (action, resource)), None)
         for identity in READS
-        for environment in READS
-        for action, resource in sorted(OF_READERS | OF_OWNERS | (OF_NOBODY if identity == environment else set()))
+        for place in PLACES
+        for action, resource in sorted(OF_READERS | OF_OWNERS | (OF_NOBODY if identity == place else set()))
     ]
 
 
-def _is_declared(identity: str, environment: str, tried: tuple[str, str]) -> bool:
-    may = right(identity, environment)
+def _is_declared(identity: str, place: str, tried: tuple[str, str]) -> bool:
+    may = right(identity, place)
     return tried in OF_READERS | OF_OWNERS if may == "manages" else may == "reads" and tried in OF_READERS
 
 
 def check(settings: Settings, keys: Mapping[str, Key]) -> list[Observed]:
-    """Every identity tries every action in every environment.
+    """Every identity tries every action in every environment, and every place beside them.
 
     Args:
         keys: every identity's.
 
     Raises:
-        LakehouseError: the lake is a folder, the store doesn't answer, or the owner of an environment can't make the
+        LakehouseError: the lake is a folder, the store doesn't answer, or whoever manages an environment can't make the
             probe in it.
     """
     if missing := sorted(READS.keys() - keys.keys()):
         raise LakehouseError(f"to try what {', '.join(missing)} may do needs its access key and secret key; give them")
     probe = _table(f"probe_{uuid.uuid4().hex}")
-    owners = {environment: Bucket(settings, keys[environment]) for environment in READS}
+    owners = {place: Bucket(settings, keys[owner(place)]) for place in PLACES}
     with ExitStack() as made:
-        for environment, owner in owners.items():
-            made.callback(_remove, owner, environment, probe)
-            _lake(settings, owner, environment).merge(probe, _row("owner"), run=probe.name)
+        for place, its_owner in owners.items():
+            made.callback(_remove, its_owner, place, probe)
+            _lake(settings, its_owner, place).merge(probe, _row("owner"), run=probe.name)
         return [
             observed
             for identity in READS
-            for environment, owner in owners.items()
-            for observed in _tried(settings, Bucket(settings, keys[identity]), identity, owner, environment, probe)
+            for place, its_owner in owners.items()
+            for observed in _tried(settings, Bucket(settings, keys[identity]), identity, its_owner, place, probe)
         ]
 
 
 def _tried(
-    settings: Settings, bucket: Bucket, identity: str, owner: Bucket, environment: str, probe: Table
+    settings: Settings, bucket: Bucket, identity: str, its_owner: Bucket, place: str, probe: Table
 ) -> Iterator[Observed]:
-    for (action, resource), attempt in _tries(settings, bucket, identity, owner, environment, probe):
+    for (action, resource), attempt in _tries(settings, bucket, identity, its_owner, place, probe):
         try:
             attempt()
             allowed = True
         except AccessRefused:
             allowed = False
-        declared = _is_declared(identity, environment, (action, resource))
-        yield Observed(identity, environment, resource, action, declared, allowed)
+        declared = _is_declared(identity, place, (action, resource))
+        yield Observed(identity, place, resource, action, declared, allowed)
 
 
 def _tries(
-    settings: Settings, bucket: Bucket, identity: str, owner: Bucket, environment: str, probe: Table
+    settings: Settings, bucket: Bucket, identity: str, its_owner: Bucket, place: str, probe: Table
 ) -> Iterator[tuple[tuple[str, str], Callable[[], object]]]:
     """Action and resource, and how it is tried."""
-    lake = _lake(settings, bucket, environment)
-    folder = _folder(bucket, environment, probe)
+    lake = _lake(settings, bucket, place)
+    folder = _folder(bucket, place, probe)
     first = {"Key": f"{folder}/_delta_log/00000000000000000000.json"}
-    content = owner.ask("read a commit", "get_object", **first)["Body"].read()
+    content = its_owner.ask("read a commit", "get_object", **first)["Body"].read()
     waste = {"Key": f"{folder}/{uuid.uuid4().hex}"}
-    owner.ask("write an object", "put_object", **waste, Body=b"probe")
+    its_owner.ask("write an object", "put_object", **waste, Body=b"probe")
 
     def upload() -> None:
         begun = bucket.ask("upload in parts", "create_multipart_upload", **waste)
@@ -107,7 +109,7 @@ def _tries(
     yield ("overwrite", "commit"), lambda: bucket.ask("write a commit", "put_object", **first, Body=content)
     yield ("upload", "parts of an object"), upload
     yield ("delete", "object"), lambda: bucket.ask("delete an object", "delete_object", **waste)
-    if identity == environment:
+    if identity == place:
         yield ("change", "policy"), lambda: _change_policy(bucket)
 
 
@@ -122,8 +124,8 @@ def _change_policy(bucket: Bucket) -> None:
             raise
 
 
-def _lake(settings: Settings, bucket: Bucket, environment: str) -> Lake:
-    return Lake(settings.lake, environment, PLATFORM, store=bucket.store)
+def _lake(settings: Settings, bucket: Bucket, place: str) -> Lake:
+    return Lake(settings.lake, place, PLATFORM, store=bucket.store)
 
 
 def _table(name: str) -> Table:
@@ -134,12 +136,12 @@ def _row(identity: str) -> pa.Table:
     return pa.table({"key": [identity], "content_hash": [uuid.uuid4().hex]})
 
 
-def _folder(bucket: Bucket, environment: str, probe: Table) -> str:
-    return f"{bucket.within(environment)}/{PLATFORM}/{probe.path}"
+def _folder(bucket: Bucket, place: str, probe: Table) -> str:
+    return f"{bucket.within(place)}/{PLATFORM}/{probe.path}"
 
 
-def _remove(owner: Bucket, environment: str, probe: Table) -> None:
-    folder = _folder(owner, environment, probe)
-    while found := owner.ask("list objects", "list_objects_v2", Prefix=f"{folder}/").get("Contents"):
+def _remove(its_owner: Bucket, place: str, probe: Table) -> None:
+    folder = _folder(its_owner, place, probe)
+    while found := its_owner.ask("list objects", "list_objects_v2", Prefix=f"{folder}/").get("Contents"):
         for one in found:
-            owner.ask("delete an object", "delete_object", Key=one["Key"])
+            its_owner.ask("delete an object", "delete_object", Key=one["Key"])

@@ -1,9 +1,10 @@
 """Who may do what in a lake on an object store, kept by the store: one bucket policy, made from the declared matrix.
 
 An environment is the prefix `<lake>/<environment>/`, and a service identity, a user of the store. The identity writes
-there and reads what `READS` says of others; nobody else may do anything, and only the store's administrator changes
-the policy. The bucket is the lake's alone: what else its policy says is taken away. On AWS, the identities must have
-no IAM policy of their own, which would add to this one.
+there and reads what `matrix.py` says of others. Beside them are places that one identity writes for others to read.
+Nobody else may do anything, and only the store's administrator changes the policy. The bucket is the lake's alone:
+what else its policy says is taken away. On AWS, the identities must have no IAM policy of their own, which would add to
+this one.
 """
 
 import json
@@ -13,8 +14,9 @@ from typing import Any, Literal
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from millrace.environments.access.matrix import READS
+from millrace.environments.access.matrix import PLACES, READS, right
 from millrace.errors import AccessRefused, LakehouseError
+from millrace.lakehouse.places import owner
 from millrace.lakehouse.storage import Key, ObjectStore, bucket_and_prefix
 from millrace.settings import Settings
 
@@ -129,9 +131,9 @@ class Bucket:
         self.name, self.prefix = bucket_and_prefix(settings.lake_uri)
         self.client: Any = self.store.client()
 
-    def within(self, environment: str) -> str:
-        """The prefix of an environment's objects, without a slash at its end."""
-        return f"{self.prefix}/{environment}".lstrip("/")
+    def within(self, place: str) -> str:
+        """The prefix of an environment's objects, or of a place's beside them, without a slash at its end."""
+        return f"{self.prefix}/{place}".lstrip("/")
 
     def ask(self, doing: str, method: str, **arguments: Any) -> Any:
         """The store's answer.
@@ -168,15 +170,15 @@ def declared(bucket: Bucket, principals: Mapping[str, str]) -> Iterator[Statemen
     if missing := sorted(READS.keys() - principals.keys()):
         raise LakehouseError(f"nobody said what the object store calls {', '.join(missing)}; say it")
     everything = f"arn:aws:s3:::{bucket.name}"
-    for environment in READS:
-        within = bucket.within(environment)
-        owner = principals[environment]
-        readers = tuple(sorted(principals[identity] for identity, others in READS.items() if environment in others))
-        yield Statement("Allow", (owner,), WRITING, (f"{everything}/{within}/*",))
+    for place in PLACES:
+        within = bucket.within(place)
+        manager = principals[owner(place)]
+        readers = tuple(sorted(principals[identity] for identity in READS if right(identity, place) == "reads"))
+        yield Statement("Allow", (manager,), WRITING, (f"{everything}/{within}/*",))
         if readers:
             yield Statement("Allow", readers, READING, (f"{everything}/{within}/*",))
         listed = _canonical({"StringLike": {"s3:prefix": [within, f"{within}/*"]}})
-        yield Statement("Allow", tuple(sorted({owner, *readers})), LISTING, (everything,), listed)
+        yield Statement("Allow", tuple(sorted({manager, *readers})), LISTING, (everything,), listed)
 
 
 def _changes(bucket: Bucket, principals: Mapping[str, str]) -> Iterator[Change]:

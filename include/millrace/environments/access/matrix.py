@@ -1,17 +1,26 @@
 """Who may do what, declared once for every wall between environments; and what came of trying it.
 
 Each environment has a service identity of its name, which manages everything of its own. What it reads of others is
-`READS`; nothing else is allowed. A wall is a server that keeps this (`walls.py` lists them); this module knows none.
+`READS`, and in the lake `READ_BY`; nothing else is allowed. A wall is a server that keeps this (`walls.py` lists them);
+this module knows none.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-READS: dict[str, tuple[str, ...]] = {"dev": ("prod",), "staging": ("dev", "prod"), "prod": ("staging",)}
+from millrace.lakehouse.places import SAMPLE, owner
+
+READS: dict[str, tuple[str, ...]] = {"dev": ("prod",), "staging": ("dev",), "prod": ("staging",)}
 """Environment → the others whose lake, models, prompts, experiments and index builds its identity reads: dev, to find
-out why prod answers as it does; staging, what is promoted to it and what it draws its sample from; prod, what is
-promoted to it."""
+out why prod answers as it does; staging and prod, what is promoted to them."""
+
+READ_BY: dict[str, tuple[str, ...]] = {SAMPLE: ("staging",)}
+"""Place in the lake beside the environments → the identities that read it. Of prod, staging reads a sample with
+nobody's name in it, and nothing else."""
+
+PLACES = (*READS, *READ_BY)
+"""Everything in the lake that has walls."""
 
 DATABASES = ("airflow", "gateway")
 """What each environment owns in PostgreSQL, as `<environment>_<name>`. `READS` does not hold there: Airflow's has
@@ -27,11 +36,11 @@ SHARED = "shared"
 Right = Literal["manages", "reads"]
 
 
-def right(identity: str, environment: str) -> Right | None:
-    """What `identity` may do in `environment`; None: nothing."""
-    if identity == environment:
+def right(identity: str, place: str) -> Right | None:
+    """What `identity` may do in an environment, or in a place of the lake beside them; None: nothing."""
+    if identity == owner(place):
         return "manages"
-    return "reads" if environment in READS[identity] else None
+    return "reads" if place in READS[identity] or identity in READ_BY.get(place, ()) else None
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,7 @@ class Observed:
 
     identity: str
     environment: str
+    """Or the place in the lake beside them, or `SHARED`."""
     resource: str
     action: str
     declared: bool
