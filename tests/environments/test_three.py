@@ -1,34 +1,39 @@
-"""Three environments side by side on one machine: dev and staging as programs, prod as a whole stack with its own
-Airflow, each with its own credential on one MLflow server. A promotion of each kind, a bad one, and one taken back."""
+"""Three environments side by side on one machine, in one object store and on one MLflow server, each with its own
+credential: staging and prod as whole stacks with an Airflow and a Spark Connect server of their own, dev as somebody's
+programs. A promotion of each kind, a bad one, and one taken back."""
 
 import os
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from millrace.airflow_api import Airflow
 from millrace.applications import Application, load_application
 from millrace.environments.access.airflow_wall import known_passwords
+from millrace.environments.access.lake_wall import apply as apply_lake_access
 from millrace.environments.audit import search, verify
 from millrace.environments.difference import compare_environments
-from millrace.errors import ReleaseError
+from millrace.errors import AccessRefused, ReleaseError
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import OPS_EVALUATIONS, OPS_PROMOTIONS
+from millrace.lakehouse.local import LocalEngine
+from millrace.lakehouse.tables import OPS_EVALUATIONS, OPS_PROMOTIONS, SILVER_DOCUMENTS
 from millrace.releases import published_split, registry
 from millrace.releases.declare import declare_release
 from millrace.rollout import people
 from millrace.settings import Settings
 from millrace.stack import Stack
+from millrace.stack.versitygw import Versitygw
 from millrace.training.candidate import release_candidate
 from millrace.training.finetune import build_set, finetune
 from tests.conftest import COMMIT, stack_settings
 from tests.end_to_end.test_second import ends, until
-from tests.environments.conftest import PASSWORDS
-from tests.environments.test_promotion import promoted
+from tests.environments.conftest import LAKE_KEYS, LAKE_PRINCIPALS, PASSWORDS
 from tests.training.conftest import index
 
 pytestmark = [pytest.mark.long, pytest.mark.stack, pytest.mark.timeout(3000)]
@@ -42,23 +47,46 @@ def log_in(identity: str) -> None:
 
 
 @pytest.fixture
-def prod(open_folder: Path, walled_uri: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stack]:
-    from mlflow.utils.workspace_context import WorkspaceContext
+def three(open_folder: Path, walled_uri: str, walled_lake: Settings) -> dict[str, Settings]:
+    """Environment → its settings: one MLflow server and one lake, a credential of its own for each."""
+    lake = {"lake_uri": "s3://three/lake", "lake_endpoint": walled_lake.lake_endpoint}
+    shared = lake | {"mlflow_uri": walled_uri, "mlflow_workspaces": True, "commit": COMMIT}
+    made = {}
+    for environment, key in LAKE_KEYS.items():
+        folder = Path(tempfile.mkdtemp(dir=open_folder))
+        keys = {"lake_access_key": SecretStr(key.access_key), "lake_secret_key": SecretStr(key.secret_key)}
+        users = {"airflow_users": {"otto": "operator"}}
+        made[environment] = stack_settings(folder, environment=environment, **shared, **keys, **users)
+        declare(made[environment].applications / "qa.toml")
+    made["dev"] = made["dev"].model_copy(update={"spark_tables": frozenset()})  # programs, no server of Spark's
+    return made
 
-    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "prod")
-    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORDS["prod"])
-    shared = {"mlflow_uri": walled_uri, "mlflow_workspaces": True, "commit": COMMIT}
-    shared |= {"airflow_users": {"otto": "operator"}}
-    settings = stack_settings(Path(tempfile.mkdtemp(dir=open_folder)), environment="prod", **shared)
-    declaration = settings.applications / "qa.toml"
+
+def declare(declaration: Path) -> None:
     # Twice on two cores: a few steps in four blocks, so that its answers are its own and the export's are alike.
     short = declaration.read_text().replace("\nepochs = 2\n", "\nepochs = 6\nlora_layers = 4\n")
     # Dear, so that the gate refuses it for certain: the base model scores next to nothing on ten questions.
     dear = '"{% for chunk in chunks %}' + "{{ chunk.text }} " * 4 + '{% endfor %}{{ question }}"'
     short = short.replace('"Repeat these words and nothing else: {{ question }}"', dear)
     declaration.write_text(f'{short}\n[promotion.prod]\nfinetune = "code"\n')
-    with WorkspaceContext(None), Stack(settings) as stack:
-        yield stack
+
+
+@pytest.fixture
+def stacks(
+    three: dict[str, Settings], object_store: Versitygw, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[dict[str, Stack]]:
+    from mlflow.utils.workspace_context import WorkspaceContext
+
+    apply_lake_access(three["prod"], object_store.root, LAKE_PRINCIPALS)
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "")  # set back at the end
+    with ExitStack() as running:
+        running.enter_context(WorkspaceContext(None))
+        started = {}
+        for name in ("staging", "prod"):
+            log_in(name)
+            started[name] = running.enter_context(Stack(three[name]))
+        yield started
 
 
 def in_dev(settings: Settings, application: Application) -> dict[str, str]:
@@ -89,19 +117,23 @@ def promote(airflow: Airflow, person: Airflow, version: str) -> str:
     return run
 
 
-def test_a_release_goes_from_dev_to_prod_as_bytes_or_by_its_code_and_comes_back(prod: Stack) -> None:
-    here = prod.settings
+def test_a_release_goes_from_dev_to_prod_as_bytes_or_by_its_code_and_comes_back(
+    three: dict[str, Settings], stacks: dict[str, Stack]
+) -> None:
+    dev, staging, here = three["dev"], three["staging"], three["prod"]
     application = load_application(here, "qa")
-    dev, staging = (here.model_copy(update={"environment": name}) for name in ("dev", "staging"))
     lake = Lake.of(here, "qa")
     log_in("dev")
     made = in_dev(dev, application)
     log_in("staging")
-    there = {name: promoted(staging, application, version, name)["version"] for name, version in made.items()}
-    assert all(there.values())
+    with stacks["staging"].airflow() as airflow, as_otto(staging) as person:
+        airflow.wait_for_dag("qa.promote")
+        airflow.unpause("qa.promote")
+        brought = {name: promote(airflow, person, version) for name, version in made.items()}
+        there = {name: airflow.result("qa.promote", run, "bring")["version"] for name, run in brought.items()}
     log_in("prod")
 
-    with prod.airflow() as airflow, Airflow(here.airflow_url, "otto", known_passwords(here)["otto"]) as person:
+    with stacks["prod"].airflow() as airflow, as_otto(here) as person:
         for dag in ("refresh_embeddings", "evaluate_candidate", "rollout", "finetune", "promote"):
             airflow.wait_for_dag(f"qa.{dag}")
             airflow.unpause(f"qa.{dag}")
@@ -166,6 +198,18 @@ def test_a_release_goes_from_dev_to_prod_as_bytes_or_by_its_code_and_comes_back(
     ):
         with pytest.raises(ReleaseError, match=r"does not let dev .* in prod"):
             write()
+    # Nor does the store: dev reads prod and writes nothing of it, staging doesn't even read it.
+    theirs, nothing = Lake.of(dev, "qa", environment="prod"), SILVER_DOCUMENTS.rows_schema.empty_table()
+    assert theirs.read(SILVER_DOCUMENTS).num_rows == Lake.of(here, "qa").read(SILVER_DOCUMENTS).num_rows > 0
+    with pytest.raises(AccessRefused, match="does not let lake-dev write s3://three/lake/prod/qa/silver/documents"):
+        LocalEngine().merge(theirs.uri(SILVER_DOCUMENTS), SILVER_DOCUMENTS, nothing, run="x", delete_unmatched="true")
+    with pytest.raises(AccessRefused, match="does not let lake-staging read s3://three/lake/prod/qa/silver/documents"):
+        Lake.of(staging, "qa", environment="prod").read(SILVER_DOCUMENTS)
+
+
+def as_otto(settings: Settings) -> Airflow:
+    """A person who may approve."""
+    return Airflow(settings.airflow_url, "otto", known_passwords(settings)["otto"])
 
 
 WAYS = {"declared": "models", "broken": "models", "finetuned": "code"}
