@@ -2,7 +2,7 @@
 
     python benchmarks/forgetting.py [FILE_OR_FOLDER...]
 
-Peer: the base model of `qa`, in the same run, on the same questions (`evaluation/general_questions.toml`), asked as
+Peer: the base model of `qa` as its releases have it, in the same run, on the same questions (`evaluation/general_questions.toml`), asked as
 the gate asks them. Of a folder every GGUF file in it is asked; with nothing named, what this home has fine-tuned (after
 `make run`). Shares of questions answered right; intervals are 95 %, paired bootstrap over questions, as the gate's.
 """
@@ -16,6 +16,7 @@ import numpy as np
 
 from millrace.applications import load_application
 from millrace.engines.base_model import base_model_path
+from millrace.engines.converted import exact_file
 from millrace.engines.openvino import OpenVinoEngine
 from millrace.evaluation.comparison import compare_general
 from millrace.evaluation.general import answer_general, general_questions, general_set_id
@@ -47,7 +48,7 @@ def main() -> None:
         print(f"nothing fine-tuned in {', '.join(map(str, named))}; name a GGUF file")
         return
     application = load_application(settings, "qa")
-    base = base_model_path(application.generator)
+    base = exact_file(base_model_path(application.generator), settings.cache)
     known, seconds = scores_of(base)
     print(f"{len(known)} questions, set {general_set_id(general_questions())}; {THREADS} threads")
     print(f"{base.name}: {known.mean():.3f} ({seconds:.0f} s)", flush=True)
