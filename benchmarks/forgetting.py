@@ -2,9 +2,10 @@
 
     python benchmarks/forgetting.py [FILE_OR_FOLDER...]
 
-Peer: the base model of `qa` as its releases have it, in the same run, on the same questions (`evaluation/general_questions.toml`), asked as
-the gate asks them. Of a folder every GGUF file in it is asked; with nothing named, what this home has fine-tuned (after
-`make run`). Shares of questions answered right; intervals are 95 %, paired bootstrap over questions, as the gate's.
+Peer: the base model of `qa` as its releases have it, in the same run, on the same questions
+(`evaluation/general_questions.toml`), asked as the gate asks them. Of a folder every GGUF file in it is asked; with
+nothing named, what this home has fine-tuned (after `make run`). Shares of questions answered right; intervals are 95 %,
+paired bootstrap over questions, as the gate's.
 """
 
 import argparse

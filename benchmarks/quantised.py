@@ -68,7 +68,9 @@ def questions_of(application: Application) -> list[tuple[Question, str]]:
     return sorted(found, key=lambda one: hashlib.sha256(one[0].question_id.encode()).hexdigest())
 
 
-def tuned(base: Path, asked: list[tuple[Question, str]], folder: Path, threads: int) -> Path:
+def tuned(
+    base: Path, asked: list[tuple[Question, str]], folder: Path, threads: int, learning_rate: float = 1e-3
+) -> Path:
     examples = folder / "examples.jsonl"
     examples.write_text("".join(json.dumps({"prompt": p, "answer": q.answer}) + "\n" for q, p in asked))
     spec = Spec(
@@ -77,7 +79,7 @@ def tuned(base: Path, asked: list[tuple[Question, str]], folder: Path, threads: 
         examples=examples,
         folder=folder,
         epochs=1,
-        learning_rate=1e-3,
+        learning_rate=learning_rate,
         lora_rank=16,
         lora_layers=0,
         micro_batch=1,
