@@ -5,7 +5,7 @@ from airflow.timetables.trigger import CronTriggerTimetable
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import START, run_name, stage
+from millrace_airflow import NO_BACKFILL, START, run_name, stage
 
 RUNBOOK = """
 ### What it does
@@ -23,7 +23,7 @@ the result of *exchanges* says how many were taken of how many.
 table. What was published before stays, and staging goes on with that. Safe to clear any time.
 
 ### Backfill
-There is none: it takes what prod has now.
+Airflow refuses one: every run publishes what prod has now, whichever day it is for. Trigger it once.
 """
 
 
@@ -35,6 +35,7 @@ def publish_sample(application: Application) -> DAG:
         tag="documents",
         schedule=CronTriggerTimetable(application.schedules.publish_sample, timezone="UTC"),
         start_date=START,
+        **NO_BACKFILL,
     ) as dag:
 
         @task

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 
-from millrace.environments import airflow_access
+from millrace.environments.access import airflow_wall
 from millrace.errors import MillraceError
 from millrace.settings import read_settings
 from millrace.stack.home import HomeLock, bring_up_to_date, prepare_home
@@ -21,8 +21,8 @@ try:
         sys.exit(f"somebody else prepares {settings.home}; wait for them")
     bring_up_to_date(settings.home)
     passwords = json.loads(os.environ.get("AIRFLOW_PASSWORDS") or "{}")
-    airflow_access.tell(settings, airflow_access.plan(settings, passwords), actor="service/compose")
-    airflow_access.apply(settings, passwords)
+    airflow_wall.tell(settings, airflow_wall.plan(settings, passwords), actor="service/compose")
+    airflow_wall.apply(settings, passwords)
 except (MillraceError, ValueError) as error:
     sys.exit(str(error))
 PYTHON

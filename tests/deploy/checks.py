@@ -124,7 +124,7 @@ def embedded_parts(folder: Path) -> dict[str, Part]:
     """The embedded stack's parts, with the threads that the compose file gives by default and every secret filled."""
     known = Settings(home=folder, threads=2)
     filled = {
-        name: SecretStr(f"secret {name}")
+        name: SecretStr(f"secret-{name}")
         for name, field in Settings.model_fields.items()
         if field.annotation is SecretStr
     }
@@ -147,7 +147,7 @@ def as_embedded(compose: Compose) -> Iterator[str]:
                 continue
             elif service.environment.get(variable) != value:
                 yield f"{name} has {variable}={service.environment.get(variable)}, the embedded stack {value}"
-        allowed = {variable for variable, value in part.environment.items() if value.startswith("secret ")}
+        allowed = {variable for variable, value in part.environment.items() if value.startswith("secret-")}
         if "SPARK_CONNECT_AUTHENTICATE_TOKEN" in allowed:
             # Where the lake is a folder, as it is in that stack, the embedded one gets no credential for another.
             allowed |= {"MILLRACE_SPARK_TOKEN", "MILLRACE_SPARK_SECRET"}
