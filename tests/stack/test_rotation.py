@@ -92,7 +92,7 @@ def test_keys_that_cannot_be_rotated_here_are_one_sentence(bare: Settings, key: 
 def test_a_person_rotates_and_sees_where_secrets_come_from(bare: Settings, tmp_path: Path) -> None:
     prepare_home(bare)
     obtain_secrets(bare.home)
-    (tmp_path / "token").write_text("a token in a file")
+    (tmp_path / "token").write_text("a-token-in-a-file")
     (tmp_path / "token").chmod(0o600)
 
     def millrace(*words: str) -> str:
@@ -123,4 +123,4 @@ def test_a_person_rotates_and_sees_where_secrets_come_from(bare: Settings, tmp_p
         assert line in f"\n{said}"
     secrets = json.loads((bare.home / "secrets.json").read_text()).values()
     lines = [line for secret in secrets for line in secret.splitlines()]
-    assert not [secret for secret in (*lines, "a key in the environment", "a token in a file") if secret in said]
+    assert not [secret for secret in (*lines, "a key in the environment", "a-token-in-a-file") if secret in said]
