@@ -119,6 +119,14 @@ def test_exchanges_that_were_ingested_after_their_hour_was_measured_are_measured
     assert [row["interval_start"] for row in rows(lake)] == [NOON - 30 * HOUR, NOON, NOON + HOUR]
 
 
+def test_what_arrives_after_a_first_run_that_found_no_tables_is_measured_by_a_later_run(lake: Lake, run: Run) -> None:
+    run(NOON)
+    asked = exchange(NOON + HOUR / 2)
+    write(lake, [asked], [rating(asked, NOON + HOUR, 0.5)])
+    run(NOON + 2 * HOUR)
+    assert [(row["interval_start"], row["rated"]) for row in rows(lake)] == [(NOON, 1)]
+
+
 def test_what_died_before_its_last_step_leaves_its_late_hours_to_the_next_run(
     lake: Lake, run: Run, settings: Settings, qa: Application
 ) -> None:

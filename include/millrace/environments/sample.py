@@ -25,7 +25,7 @@ from millrace.errors import SampleError, SettingsError
 from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.places import OWNERS, SAMPLE
-from millrace.lakehouse.sampled import is_known, note_versions, versions
+from millrace.lakehouse.sampled import follow
 from millrace.lakehouse.tables import (
     GOLD_EVALUATION_EXAMPLES,
     SILVER_DOCUMENTS,
@@ -66,7 +66,7 @@ def publish_documents(settings: Settings, application: Application, *, run: str)
     """Publish the sample of `silver/documents`, and all documents that the evaluation sets ask about: without those, no
     release of staging could answer them. Nothing is read where the table and the rule are as before.
 
-    Returns: counts `inserted`, `updated`, `deleted`, `changed`.
+    Returns: `changed`; and where the table was read, counts `inserted`, `updated`, `deleted`.
 
     Raises:
         SampleError: this is not prod, or it has no documents; what is published stays as it is.
@@ -75,25 +75,19 @@ def publish_documents(settings: Settings, application: Application, *, run: str)
     prod, sample = _lakes(settings, application)
     asked = prod.read(GOLD_EVALUATION_EXAMPLES, ["document_id"])["document_id"]
     needed = frozenset(asked.to_pylist())
-    rule = _rule(application.sample, *sorted(needed))
-    tables = (SILVER_DOCUMENTS,)
-    read = versions(prod, tables)
-    if read == (None,):
+    if not prod.exists(SILVER_DOCUMENTS):
         raise SampleError(
             f"{application.name}: {PROD} has no {SILVER_DOCUMENTS.path} in {prod.uri(SILVER_DOCUMENTS)}; nothing was "
             f"published; run {application.name}.ingest_documents first"
         )
-    if is_known(sample, prod, rule, tables, read):
-        return {"inserted": 0, "updated": 0, "deleted": 0, "changed": False}
     function = partial(documents_taken, sample=application.sample, needed=needed)
-    written = sample.transform(SILVER_DOCUMENTS, function, SILVER_DOCUMENTS, run=run, origin=prod)
-    note_versions(sample, prod, rule, tables, read, run=run)
-    return {
-        "inserted": written.inserted,
-        "updated": written.updated,
-        "deleted": written.deleted,
-        "changed": written.changed,
-    }
+
+    def publish() -> dict[str, Any]:
+        written = sample.transform(SILVER_DOCUMENTS, function, SILVER_DOCUMENTS, run=run, origin=prod)
+        return {"changed": written.changed, **written.counts}
+
+    rule = _rule(application.sample, *sorted(needed))
+    return follow(sample, prod, (SILVER_DOCUMENTS,), publish, rule=rule, run=run) or {"changed": False}
 
 
 def documents_taken(
@@ -124,26 +118,25 @@ def publish_exchanges(settings: Settings, application: Application, *, run: str)
     prod, sample = _lakes(settings, application)
     key = _key(settings)
     policy = application.sample
-    tables = (SILVER_EXCHANGES, SILVER_FEEDBACK)
-    rule = _rule(policy, pseudonym(key, "rule"))
-    read = versions(prod, tables)
-    if is_known(sample, prod, rule, tables, read):
-        return {"changed": False}
-    taken, strata = _taken(prod, policy)
+    tables = (SILVER_FEEDBACK, SILVER_EXCHANGES)  # feedback first, as its own ingestion does it
     shown = partial(_shown, key=key, scrub=Scrubber(policy.phone_regions))
-    written = {}
-    # Feedback first, as its own ingestion does it.
-    for table in (SILVER_FEEDBACK, SILVER_EXCHANGES):
-        rows = [shown(row) for row in _rows(prod, table, taken)]
-        published = pa.Table.from_pylist(rows, schema=table.rows_schema)
-        written[table.name] = sample.merge(table, published, run=run, delete_unmatched="true")
-    note_versions(sample, prod, rule, tables, read, run=run)
-    return {
-        "exchanges": len(taken),
-        "strata": {name: list(strata[name]) for name in RATINGS},
-        "deleted": sum(one.deleted for one in written.values()),
-        "changed": any(one.changed for one in written.values()),
-    }
+
+    def publish() -> dict[str, Any]:
+        taken, strata = _taken(prod, policy)
+        written = []
+        for table in tables:
+            rows = [shown(row) for row in _rows(prod, table, taken)]
+            published = pa.Table.from_pylist(rows, schema=table.rows_schema)
+            written.append(sample.merge(table, published, run=run, delete_unmatched="true"))
+        return {
+            "changed": any(one.changed for one in written),
+            "exchanges": len(taken),
+            "strata": {name: list(strata[name]) for name in RATINGS},
+            "deleted": sum(one.deleted for one in written),
+        }
+
+    rule = _rule(policy, pseudonym(key, "rule"))
+    return follow(sample, prod, tables, publish, rule=rule, run=run) or {"changed": False}
 
 
 def _lakes(settings: Settings, application: Application) -> tuple[Lake, Lake]:

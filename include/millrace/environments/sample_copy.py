@@ -16,7 +16,7 @@ from millrace.errors import SampleError
 from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.places import SAMPLE
-from millrace.lakehouse.sampled import is_known, note_versions, versions
+from millrace.lakehouse.sampled import follow
 from millrace.lakehouse.tables import (
     GOLD_EVALUATION_EXAMPLES,
     SILVER_DOCUMENTS,
@@ -48,7 +48,7 @@ def copy_evaluation_sets(settings: Settings, application: Application, *, run: s
 def copy_documents(settings: Settings, application: Application, *, run: str) -> dict[str, Any]:
     """Make `silver/documents` equal to the sample's. Nothing is read where that is as before.
 
-    Returns: counts `inserted`, `updated`, `deleted`, `changed`.
+    Returns: `changed`; and where the sample was read, counts `inserted`, `updated`, `deleted`.
 
     Raises:
         SampleError: this is not staging, or nothing was published; staging's documents stay as they are.
@@ -56,17 +56,12 @@ def copy_documents(settings: Settings, application: Application, *, run: str) ->
     """
     tables = (SILVER_DOCUMENTS,)
     sample, ours = _lakes(settings, application, *tables)
-    rule, read = _rule(sample, tables), versions(sample, tables)
-    if is_known(ours, sample, rule, tables, read):
-        return {"inserted": 0, "updated": 0, "deleted": 0, "changed": False}
-    written = ours.transform(SILVER_DOCUMENTS, as_they_are, SILVER_DOCUMENTS, run=run, origin=sample)
-    note_versions(ours, sample, rule, tables, read, run=run)
-    return {
-        "inserted": written.inserted,
-        "updated": written.updated,
-        "deleted": written.deleted,
-        "changed": written.changed,
-    }
+
+    def copy() -> dict[str, Any]:
+        written = ours.transform(SILVER_DOCUMENTS, as_they_are, SILVER_DOCUMENTS, run=run, origin=sample)
+        return {"changed": written.changed, **written.counts}
+
+    return follow(ours, sample, tables, copy, rule=_rule(sample, tables), run=run) or {"changed": False}
 
 
 def as_they_are(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -85,20 +80,20 @@ def copy_exchanges(settings: Settings, application: Application, *, run: str) ->
     """
     tables = (SILVER_FEEDBACK, SILVER_EXCHANGES)  # feedback first, as its own ingestion does it
     sample, ours = _lakes(settings, application, *tables)
-    rule, read = _rule(sample, tables), versions(sample, tables)
-    if is_known(ours, sample, rule, tables, read):
-        return {"changed": False}
-    rows = [sample.read(table, table.rows_schema.names) for table in tables]
     sampled = f"target.completion_id LIKE '{MARK}%'"
-    written = [
-        ours.merge(table, some, run=run, delete_unmatched=sampled) for table, some in zip(tables, rows, strict=True)
-    ]
-    note_versions(ours, sample, rule, tables, read, run=run)
-    return {
-        "exchanges": rows[1].num_rows,
-        "deleted": sum(one.deleted for one in written),
-        "changed": any(one.changed for one in written),
-    }
+
+    def copy() -> dict[str, Any]:
+        rows = [sample.read(table, table.rows_schema.names) for table in tables]
+        written = [
+            ours.merge(table, some, run=run, delete_unmatched=sampled) for table, some in zip(tables, rows, strict=True)
+        ]
+        return {
+            "changed": any(one.changed for one in written),
+            "exchanges": rows[1].num_rows,
+            "deleted": sum(one.deleted for one in written),
+        }
+
+    return follow(ours, sample, tables, copy, rule=_rule(sample, tables), run=run) or {"changed": False}
 
 
 def _lakes(settings: Settings, application: Application, *tables: Table) -> tuple[Lake, Lake]:

@@ -26,6 +26,10 @@ class Written:
     def changed(self) -> bool:
         return bool(self.inserted or self.updated or self.deleted)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"inserted": self.inserted, "updated": self.updated, "deleted": self.deleted}
+
 
 class Engine(Protocol):
     """How rows are committed. Both implementations are held to the same results by the same tests."""

@@ -4,7 +4,9 @@ Kept among the cursors, under `prod/silver/documents`, so that nobody takes a ve
 the lake's own. Who is in the sample is the declaration's business (`policies.Sample`).
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,30 +16,21 @@ from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.places import SAMPLE
 from millrace.lakehouse.tables import OPS_CURSORS, SILVER_DOCUMENTS, Table
 
-
-def versions(theirs: Lake, tables: tuple[Table, ...]) -> tuple[int | None, ...]:
-    """To be asked before the tables are read, and noted after."""
-    return tuple(theirs.version(table) for table in tables)
+Brought = TypeVar("Brought")
 
 
-def is_known(lake: Lake, theirs: Lake, rule: str, tables: tuple[Table, ...], now: tuple[int | None, ...]) -> bool:
-    """Whether `lake` has these tables, made by this very rule from those in `theirs` as they are `now`."""
-    read = tuple(read_cursor(lake, rule, _of(theirs.environment, table)) for table in tables)
-    return read == now and all(lake.exists(table) for table in tables)
-
-
-def note_versions(
-    lake: Lake, theirs: Lake, rule: str, tables: tuple[Table, ...], read: tuple[int | None, ...], *, run: str
-) -> None:
-    """Note that `lake` was made of these versions, and forget what it was made of by other rules, or of later versions:
-    those of a table that was since restored from a backup."""
-    for table, version in zip(tables, read, strict=True):
-        of = _of(theirs.environment, table)
-        kept = "false" if version is None else f"target.reader = '{rule}' AND target.version <= {version}"
-        gone = f"target.table = '{of.path}' AND NOT ({kept})"
-        lake.merge(OPS_CURSORS, OPS_CURSORS.rows_schema.empty_table(), run=run, delete_unmatched=gone)
-        if version is not None:
-            move_cursor(lake, rule, of, version, run=run)
+def follow(
+    lake: Lake, theirs: Lake, tables: tuple[Table, ...], bring: Callable[[], Brought], *, rule: str, run: str
+) -> Brought | None:
+    """Do `bring`, which makes these tables of `lake` from those of `theirs` by this rule; None: nothing was done, since
+    they are made of what is there now, by this very rule."""
+    read = tuple(theirs.version(table) for table in tables)
+    known = tuple(read_cursor(lake, rule, _of(theirs.environment, table)) for table in tables)
+    if read == known and all(lake.exists(table) for table in tables):
+        return None
+    brought = bring()
+    _note_versions(lake, theirs, rule, tables, read, run=run)
+    return brought
 
 
 def sampled_documents(lake: Lake) -> frozenset[str] | None:
@@ -51,3 +44,17 @@ def sampled_documents(lake: Lake) -> frozenset[str] | None:
 
 def _of(place: str, table: Table) -> Table:
     return replace(table, layer=f"{place}/{table.layer}")
+
+
+def _note_versions(
+    lake: Lake, theirs: Lake, rule: str, tables: tuple[Table, ...], read: tuple[int | None, ...], *, run: str
+) -> None:
+    """Forget what `lake` was made of by other rules, or of later versions: those of a table that was since restored
+    from a backup."""
+    for table, version in zip(tables, read, strict=True):
+        of = _of(theirs.environment, table)
+        kept = "false" if version is None else f"target.reader = '{rule}' AND target.version <= {version}"
+        gone = f"target.table = '{of.path}' AND NOT ({kept})"
+        lake.merge(OPS_CURSORS, OPS_CURSORS.rows_schema.empty_table(), run=run, delete_unmatched=gone)
+        if version is not None:
+            move_cursor(lake, rule, of, version, run=run)

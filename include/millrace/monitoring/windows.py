@@ -23,6 +23,8 @@ READER = "monitor"
 LATEST_RATING = timedelta(days=7)
 """After its exchange. A later rating is not counted, so that an old window can be read without all that followed."""
 WATCHED: tuple[Table, ...] = (SILVER_EXCHANGES, SILVER_FEEDBACK)
+MISSING = -1
+"""Version of a table that isn't there yet: all that comes into it comes after."""
 
 
 @dataclass(frozen=True, order=True)
@@ -61,9 +63,9 @@ def touched(start: datetime, end: datetime, minutes: int) -> list[Window]:
 
 
 def seen_now(lake: Lake) -> dict[str, int]:
-    """Path → present version of each watched table that exists."""
+    """Path → present version of each watched table."""
     versions = {table.path: lake.version(table) for table in WATCHED}
-    return {path: version for path, version in versions.items() if version is not None}
+    return {path: MISSING if version is None else version for path, version in versions.items()}
 
 
 def arrived(lake: Lake, minutes: int, completion_keys: CompletionKeys) -> set[Window]:
@@ -81,7 +83,7 @@ def move_on(lake: Lake, seen: Mapping[str, int], *, run: str) -> None:
     """Record that everything up to the versions `seen` has been looked at."""
     for table in WATCHED:
         since = read_cursor(lake, READER, table)
-        if table.path in seen and (since is None or since < seen[table.path]):
+        if since is None or since < seen[table.path]:
             move_cursor(lake, READER, table, seen[table.path], run=run)
 
 

@@ -55,13 +55,7 @@ def refresh_chunks(settings: Settings, application: Application, *, run: str) ->
         raise RetrievalError(f"{application.name}: {SILVER_DOCUMENTS.path} doesn't exist; ingest documents first")
     function = partial(chunk_documents, chunking=application.chunking)
     written = lake.transform(SILVER_DOCUMENTS, function, SILVER_CHUNKS, run=run)
-    return {
-        "inserted": written.inserted,
-        "updated": written.updated,
-        "deleted": written.deleted,
-        "version": written.version,
-        "changed": written.changed,
-    }
+    return written.counts | {"version": written.version, "changed": written.changed}
 
 
 def _chunks(document: dict[str, Any], chunking: Chunking) -> Iterator[dict[str, Any]]:

@@ -106,9 +106,7 @@ def refine_documents(settings: Settings, application: Application, *, run: str) 
     )
     return {
         "documents": len(rows),
-        "inserted": written.inserted,
-        "updated": written.updated,
-        "deleted": written.deleted,
+        **written.counts,
         "refused": refused,
         "version": written.version,
         "changed": written.changed,
