@@ -13,6 +13,7 @@ from hypothesis.extra.numpy import arrays
 from millrace.engines.base_model import base_model_path
 from millrace.errors import EngineError, TrainingError
 from millrace.training.compress import agreement_of
+from millrace.training.export import encode_q8_0
 from millrace.training.measure import PROBES, measure
 from millrace.training.quantise import (
     FORMATS,
@@ -87,6 +88,31 @@ def test_4_bits_lose_no_more_than_a_step_and_zero_points_are_whole(blocks: np.nd
     assert (np.abs(found - blocks).max(1) <= width / 15 * 2.5 + 1e-6).all()
     found = dequantize(encode_q4_0(blocks), Q4_0)
     assert (np.abs(found - blocks).max(1) <= np.abs(blocks).max(1) / 8 * 2.5 + 1e-6).all()
+
+
+@budget(deadline=None)
+@given(BLOCKS)
+def test_8_bits_are_off_by_less_than_a_step(blocks: np.ndarray) -> None:
+    found = dequantize(encode_q8_0(blocks, np.random.default_rng(0)), GGMLQuantizationType.Q8_0)
+    width = np.abs(blocks).max(1)
+    # A step, and what half precision rounds of 127 of them.
+    assert (np.abs(found - blocks).max(1) <= width / 127 * 1.07 + 1e-5).all()
+
+
+def test_what_is_added_to_weights_in_8_bits_is_there_after_they_are_written_in_8_bits_again() -> None:
+    """However little it is: a twentieth of a step, of which rounding to the nearest one would leave nothing."""
+    random = np.random.default_rng(0)
+    kind = GGMLQuantizationType.Q8_0
+    base = dequantize(quantize(random.normal(size=(576, 1536)).astype(np.float32), kind), kind)
+    added = (random.normal(size=(576, 1)) @ random.normal(size=(1, 1536))).astype(np.float32) * 1e-3
+
+    def kept(coded: np.ndarray) -> float:
+        return float(((dequantize(coded, kind) - base) * added).sum() / (added * added).sum())
+
+    assert kept(encode_q8_0(base + added, random)) == pytest.approx(1, abs=0.1)
+    assert kept(quantize(base + added, kind)) < 0.5
+    with pytest.raises(TrainingError, match="rows of 40 weights, Q8_0 needs a multiple of 32"):
+        encode_q8_0(np.ones((4, 40), np.float32), random)
 
 
 def test_fitted_scales_lose_less_than_those_of_the_widest_weight() -> None:

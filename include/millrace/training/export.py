@@ -1,9 +1,13 @@
 """What was trained becomes a file that the engine reads: the base model's GGUF with an adapter merged in, or with all
 its weights replaced.
 
-What was trained is written as Q8_0, which loses next to nothing of it; so are tensors that training didn't touch and
-that the engine would read otherwise than they were trained beside. The others keep their bytes. It knows the file
-format, and nothing of how the weights came about.
+What was trained is written as Q8_0; so are tensors that training didn't touch and that the engine would read otherwise
+than they were trained beside. The others keep their bytes. It knows the file format, and nothing of how the weights
+came about.
+
+Rounding is stochastic (Gupta et al., 2015, arXiv:1502.02551): up as often as the value is near the upper step. What a
+fine-tune adds to a weight is far less than a step of Q8_0. Where the base is in Q8_0 too, rounding to the nearest step
+gives back the base, and what was learnt is lost.
 """
 
 import json
@@ -12,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from millrace.applications import Generation
 from millrace.engines.engine import Engine, Message
@@ -19,7 +24,11 @@ from millrace.engines.gguf_file import Floats, open_gguf, read_fields, read_weig
 from millrace.engines.openvino import misread
 from millrace.errors import TrainingError
 from millrace.scoring.overlap import token_f1
+from millrace.training.quantise import BLOCK
 
+SEED = 0
+"""Of the rounding: the same weights, the same file."""
+LARGEST_CODE = 127
 AGREEMENT = 0.7
 """Mean token-F1 between the exported and the trained model's answers. Quantisation moves single words; a tensor
 written wrongly leaves nothing in common."""
@@ -33,7 +42,7 @@ def write_merged(base: Path, adapter: Path, target: Path) -> None:
     Raises:
         TrainingError: the adapter doesn't fit the base model.
     """
-    from gguf import GGMLQuantizationType, quantize
+    from gguf import GGMLQuantizationType
 
     reader = open_gguf(base)
     deltas = _deltas(adapter, read_fields(reader))
@@ -41,12 +50,12 @@ def write_merged(base: Path, adapter: Path, target: Path) -> None:
         raise TrainingError(
             f"the adapter {adapter} changes {unknown[0]}, which {base} doesn't have; train on this base"
         )
-    kind = GGMLQuantizationType.Q8_0
+    random = np.random.default_rng(SEED)
     rewrite(
         reader,
         target,
-        kinds=dict.fromkeys(deltas.keys() | misread(reader), kind),
-        encode=lambda tensor: quantize(read_weights(tensor) + deltas.get(tensor.name, np.float32(0)), kind),
+        kinds=dict.fromkeys(deltas.keys() | misread(reader), GGMLQuantizationType.Q8_0),
+        encode=lambda tensor: encode_q8_0(read_weights(tensor) + deltas.get(tensor.name, np.float32(0)), random),
     )
 
 
@@ -57,7 +66,7 @@ def write_full(base: Path, weights: Path, target: Path) -> None:
     Raises:
         TrainingError: the weights aren't those of the base model.
     """
-    from gguf import GGMLQuantizationType, quantize
+    from gguf import GGMLQuantizationType
     from safetensors.numpy import load_file
 
     reader = open_gguf(base)
@@ -69,14 +78,32 @@ def write_full(base: Path, weights: Path, target: Path) -> None:
             f"{weights} doesn't hold the weights of {base}: the shape of {wrong[0]} is {given.get(wrong[0])} and "
             f"should be {shapes.get(wrong[0])}; train on this base"
         )
+    random = np.random.default_rng(SEED)
+
+    def encode(tensor: Any) -> npt.NDArray[Any]:
+        rows = named[tensor.name].astype(np.float32)
+        return encode_q8_0(rows, random) if rows.ndim > 1 else rows
+
     matrix, vector = GGMLQuantizationType.Q8_0, GGMLQuantizationType.F32
     kinds = {name: matrix if len(shape) > 1 else vector for name, shape in shapes.items()}
-    rewrite(
-        reader,
-        target,
-        kinds=kinds,
-        encode=lambda tensor: quantize(named[tensor.name].astype(np.float32), kinds[tensor.name]),
-    )
+    rewrite(reader, target, kinds=kinds, encode=encode)
+
+
+def encode_q8_0(rows: Floats, random: np.random.Generator) -> npt.NDArray[np.uint8]:
+    """Matrix (n, m) as Q8_0, (n, m / 32 · 34) bytes: blocks of 32 weights, w = scale · code, codes -127 to 127. Rounded
+    stochastically (see above).
+
+    Raises:
+        TrainingError: the length of a row is no multiple of 32.
+    """
+    if rows.shape[1] % BLOCK:
+        raise TrainingError(f"a matrix has rows of {rows.shape[1]} weights, Q8_0 needs a multiple of {BLOCK}")
+    blocks = rows.reshape(-1, BLOCK)
+    scale = (np.abs(blocks).max(axis=1, keepdims=True) / LARGEST_CODE).astype(np.float16)
+    steps = np.divide(blocks, scale, out=np.zeros_like(blocks), where=scale > 0)
+    codes = np.floor(steps + random.random(steps.shape, np.float32)).clip(-LARGEST_CODE, LARGEST_CODE)
+    encoded = np.concatenate([scale.view(np.uint8), codes.astype(np.int8).view(np.uint8)], axis=1)
+    return encoded.reshape(len(rows), -1)
 
 
 def verify_answers(engine: Engine, answers: Sequence[dict[str, str]]) -> float:
