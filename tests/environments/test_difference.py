@@ -22,7 +22,7 @@ from millrace.releases import prompt_registry, published_split, registry
 from millrace.releases.split import Split
 from millrace.settings import Settings
 from millrace.stack.versitygw import Versitygw
-from tests.conftest import COMMIT, TEMPLATE, copy_declarations
+from tests.conftest import COMMIT, TEMPLATE, copy_declarations, free_port
 from tests.environments.conftest import As
 from tests.environments.test_walls import register
 
@@ -186,6 +186,7 @@ def test_a_person_reads_the_difference_and_a_program_gets_it_as_json(
 ) -> None:
     for name in ("home", "applications", "commit"):
         monkeypatch.setenv(f"MILLRACE_{name.upper()}", str(getattr(alone, name)))
+    monkeypatch.setenv("MILLRACE_MLFLOW_PORT", str(free_port()))  # where nothing answers
     run = CliRunner()
     monkeypatch.setenv("MILLRACE_ENVIRONMENT", "staging")
     assert run.invoke(app, ["env", "record"]).output.startswith(f"staging, commit {COMMIT}: ")
