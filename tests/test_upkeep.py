@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from mlflow import MlflowClient
 
 from millrace.applications import Application
 from millrace.environments.audit import verify
@@ -17,7 +18,7 @@ from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import BRONZE_EVENTS
 from millrace.releases.manifest import PromptVersion, declared_manifest, describe_weights
 from millrace.releases.published_split import publish_split
-from millrace.releases.registry import fetch_release, register_release, versions
+from millrace.releases.registry import RELEASE_TAG, fetch_release, register_release, versions
 from millrace.releases.retention import remove_files
 from millrace.releases.split import Split
 from millrace.retrieval.builds import FORMAT, BuildManifest
@@ -84,7 +85,7 @@ def test_lineages_and_copies_of_releases_that_users_cannot_meet_go(
 ) -> None:
     application = qa.model_copy(update={"name": f"upkeep_{time.time_ns()}"})
     folders = {}
-    for content in ("champion", "unused", "lately used"):
+    for content in ("champion", "unused", "lately used", "forged"):
         weights = tmp_path / "model.gguf"
         weights.write_text(content)
         prompt = PromptVersion(name="p", version="1", template="{{ question }}")
@@ -98,13 +99,19 @@ def test_lineages_and_copies_of_releases_that_users_cannot_meet_go(
         age(folders[content], 30)
         age(tracked.index_builds(application.name) / f"lineage of {content}", 30)
     age(tracked.index_builds(application.name) / lineage_id(application), 30)
+    other = tracked.home / "releases" / ".." / "events"
+    other.mkdir(exist_ok=True)
+    age(other, 30)
+    client = MlflowClient(tracked.mlflow_url, tracked.mlflow_url)
+    client.set_model_version_tag(application.name, "4", RELEASE_TAG, "../events")
 
     gone = remove_unused(tracked, application)
 
     assert gone["releases"] == [folders["unused"].name]
+    assert other.is_dir(), "a tag that anybody may set is no path"
     assert gone["lineages"] == ["lineage of unused"]
     kept = {path.name for path in tracked.index_builds(application.name).iterdir()}
-    assert kept == {"lineage of champion", "lineage of lately used", lineage_id(application)}
+    assert kept == {"lineage of champion", "lineage of lately used", "lineage of forged", lineage_id(application)}
     assert fetch_release(tracked, application, "2").is_dir(), "the registry keeps what was removed here"
 
 

@@ -140,11 +140,12 @@ def _releases(settings: Settings, application: Application, live: list[Manifest]
     ours = {tags[RELEASE_TAG] for tags in versions(settings, application).values()}
     unused = ours - {manifest.release_id for manifest in live}
     before = time.time() - application.retention.unused_releases * DAY
-    folders = (local_releases(settings) / release_id for release_id in sorted(unused))
+    # What is there decides what may go: a tag of the registry is no path.
+    folders = (folder for folder in sorted(local_releases(settings).glob("rel-*")) if folder.name in unused)
     in_use = {manifest.generator.identity for manifest in live}
     gone = []
     for folder in folders:
-        if not folder.is_dir() or folder.stat().st_mtime >= before:
+        if folder.stat().st_mtime >= before:
             continue
         adapted = _adapted(folder)
         if adapted and adapted.identity in in_use:

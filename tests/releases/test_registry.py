@@ -3,6 +3,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -177,6 +178,54 @@ def test_bytes_changed_in_the_registry_are_found_out(
     with pytest.raises(ReleaseError, match=f"other bytes .* than release {manifest.release_id} was registered with"):
         releases.fetch_release(registry, application, version)
     assert list((registry.home / "releases").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "why"),
+    [
+        ("code/evil.py", lambda text: "print('here')", "has code/evil.py, which no release has"),
+        ("MLmodel", lambda text: text.replace("millrace.releases.pyfunc", "evil"), "is not loaded by millrace."),
+        ("MLmodel", lambda text: text.replace("code: null", "code: code"), "is not loaded by millrace."),
+        ("MLmodel", lambda text: text.replace("upstream_url: ''", "upstream_url: https://evil"), "names places of its"),
+        ("MLmodel", lambda text: "no: model", "can't be read"),
+        ("requirements.txt", lambda text: text + "\nevil==1", "requires other packages than millrace, mlflow, "),
+        ("requirements.txt", lambda text: text.replace("jinja2==", "jinja2 @ https://evil/"), "requires other"),
+        ("requirements.txt", lambda text: text + "\n--index-url https://evil", "can't be read"),
+        ("conda.yaml", lambda text: text.replace("- millrace", "- evil"), "in conda.yaml or python_env.yaml than"),
+        ("conda.yaml", lambda text: text.replace("conda-forge", "https://evil"), "installed with other tools than pip"),
+        ("python_env.yaml", lambda text: text.replace("- wheel", "- evil"), "installed with other tools than pip"),
+    ],
+)  # fmt: skip
+def test_code_or_packages_that_somebody_put_beside_a_release_are_not_fetched_with_it(
+    registry: Settings,
+    application: Application,
+    make_release: Make,
+    tmp_path: Path,
+    name: str,
+    change: Callable[[str], str],
+    why: str,
+) -> None:
+    version = register(registry, application, make_release)
+    folder = tmp_path / "model"
+    releases.fetch_model(registry, application, version, folder)
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(change(path.read_text() if path.exists() else ""))
+    model = client(registry).get_model_version(application.name, version).source.rsplit("/")[-1]
+    client(registry).log_model_artifacts(model, str(folder))
+    with pytest.raises(ReleaseError, match=why):
+        releases.fetch_model(registry, application, version, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    assert releases.fetch_release(registry, application, version), "what loads a release's own files can go on"
+
+
+def test_a_release_id_that_is_no_id_is_no_path(
+    registry: Settings, application: Application, make_release: Make
+) -> None:
+    version = register(registry, application, make_release)
+    client(registry).set_model_version_tag(application.name, version, "millrace.release_id", "../events")
+    with pytest.raises(ReleaseError, match=f"{application.name}@1 carries no release"):
+        releases.fetch_release(registry, application, version)
 
 
 def test_a_local_folder_without_weights_or_cut_off_is_named(

@@ -6,6 +6,7 @@ goes. This module knows no registry and loads no model.
 
 import hashlib
 import json
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +23,7 @@ FORMAT = 4
 chain. 4: the embedding model may be a fine-tuned one. A manifest says the lowest that reads it."""
 
 
+RELEASE_ID = re.compile(r"rel-[0-9a-f]{16}")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 

@@ -6,6 +6,7 @@ loaded by `millrace.releases.pyfunc`: no pickle, no code.
 """
 
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,13 +14,21 @@ from typing import Any
 
 from millrace.errors import ReleaseError
 from millrace.releases.manifest import File, Manifest, file_sha256, read_manifest
-from millrace.releases.requirements import requirements
+from millrace.releases.requirements import required, requirements
 
 MANIFEST = "manifest.json"
 CARD = "model_card.md"
 DATA = "release"
 EMBEDDING = "embedding"
 """Folder of the fine-tuned embedding model's files, beside the generator's: some have the same names."""
+LOADER = "millrace.releases.pyfunc"
+AROUND = (
+    "MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt", CARD,
+    "input_example.json", "serving_input_example.json",
+)  # fmt: skip
+"""The files of the MLflow model beside the release's own."""
+_TOOL = re.compile(r"(python|pip|setuptools|wheel)([=<>]=?[0-9.]+)?")
+"""What MLflow installs requirements with."""
 
 LOAD_CONFIG: dict[str, Any] = {
     "index_builds": "",  # folder with a folder of builds per lineage; this or the next is required
@@ -80,7 +89,7 @@ def write_model(
     model = folder / "model"
     mlflow.pyfunc.save_model(
         model,
-        loader_module="millrace.releases.pyfunc",
+        loader_module=LOADER,
         data_path=str(data),
         signature=ModelSignature(
             inputs=Schema([ColSpec(DataType.string, "question")]),
@@ -141,6 +150,58 @@ def verify_release(folder: Path, release_id: str) -> Manifest:
                 f"registered with ({file.sha256[:12]}…); {_again(folder)}"
             )
     return manifest
+
+
+def verify_model(folder: Path, release_id: str) -> Manifest:
+    """The manifest of an MLflow model, which is as `write_model` writes it and has nothing else: whoever may register
+    models elsewhere could bring code or packages in it that run where it is loaded.
+
+    Raises:
+        ReleaseError: as `verify_release`; or the model has another loader, another file, or asks for other packages.
+    """
+    data = folder / "data" / DATA
+    manifest = verify_release(data, release_id)
+    known = {folder / name for name in AROUND} | {data / MANIFEST} | {path for _, path in _files(manifest, data)}
+    found = {path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
+    problem = next((f"has {path.relative_to(folder)}, which no release has" for path in sorted(found - known)), None)
+    problem = problem or _said_otherwise(folder, manifest)
+    if problem:
+        raise ReleaseError(
+            f"the MLflow model of release {release_id} {problem}, and it is not loaded; find out who made it, then "
+            "register the release again"
+        )
+    return manifest
+
+
+def _said_otherwise(folder: Path, manifest: Manifest) -> str | None:
+    """What a model's description says that `write_model` doesn't."""
+    import yaml
+    from packaging.requirements import InvalidRequirement, Requirement
+    from packaging.utils import canonicalize_name
+
+    try:
+        flavors = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))["flavors"]
+        flavor = flavors["python_function"]
+        packages = (folder / "requirements.txt").read_text(encoding="utf-8").splitlines()
+        asked = [Requirement(line) for line in packages]
+        conda = yaml.safe_load((folder / "conda.yaml").read_text(encoding="utf-8"))
+        *built, pip = conda["dependencies"]
+        python = yaml.safe_load((folder / "python_env.yaml").read_text(encoding="utf-8"))
+        built += python["build_dependencies"]
+        if list(flavors) != ["python_function"] or flavor["loader_module"] != LOADER or flavor["code"] is not None:
+            return f"is not loaded by {LOADER} alone"
+        if flavor["data"] != f"data/{DATA}" or flavor["config"].items() - LOAD_CONFIG.items():
+            return "names places of its own to load from"
+        names = {canonicalize_name(one.name) for one in asked if not one.url and str(one.specifier).startswith("==")}
+        if len(names) != len(packages) or names != {canonicalize_name(name) for name in required(manifest)}:
+            return f"requires other packages than {', '.join(required(manifest))}"
+        if pip != {"pip": packages} or python["dependencies"] != ["-r requirements.txt"]:
+            return "requires other packages in conda.yaml or python_env.yaml than in requirements.txt"
+        if conda["channels"] != ["conda-forge"] or not all(_TOOL.fullmatch(one) for one in built):
+            return "wants to be installed with other tools than pip"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError, InvalidRequirement) as error:
+        return f"can't be read ({type(error).__name__}: {error})"
+    return None
 
 
 def install(downloaded: Path, folder: Path, release_id: str) -> None:

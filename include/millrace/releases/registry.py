@@ -19,9 +19,9 @@ from millrace.applications import Application
 from millrace.errors import ReleaseError
 from millrace.lakehouse.lake import Lake
 from millrace.releases.card import example_question, licences, model_card, training_data
-from millrace.releases.manifest import Manifest
+from millrace.releases.manifest import RELEASE_ID, Manifest
 from millrace.releases.mlflow_server import ensure_experiment, found_or_none, mlflow_client
-from millrace.releases.package import DATA, EMBEDDING, install, read_release, verify_release, write_model
+from millrace.releases.package import DATA, EMBEDDING, install, read_release, verify_model, write_model
 from millrace.releases.published_split import ensure_model
 from millrace.releases.recipe import commit_tag
 from millrace.settings import Settings
@@ -223,7 +223,7 @@ def fetch_model(settings: Settings, application: Application, version: str, fold
     """The whole MLflow model of a registered release, downloaded, verified, then named `folder`.
 
     Raises:
-        ReleaseError: as `fetch_release`.
+        ReleaseError: as `fetch_release`; or the model holds more than the release and what Millrace puts around it.
     """
     with (
         mlflow_client(settings, f"fetch release {application.name}@{version}") as client,
@@ -231,7 +231,7 @@ def fetch_model(settings: Settings, application: Application, version: str, fold
     ):
         release_id = _release_id(settings, client, application.name, version)
         model = _download(client, settings, application.name, version, "", Path(scratch))
-        manifest = verify_release(model / "data" / DATA, release_id)
+        manifest = verify_model(model, release_id)
         model.rename(folder)
     return manifest
 
@@ -323,9 +323,11 @@ def _release_id(settings: Settings, client: Any, application: str, version: str)
         found = None
     if found is None:
         raise ReleaseError(f"release {application}@{version} is not registered; `millrace status` lists what is")
-    if RELEASE_TAG not in found.tags:
-        raise ReleaseError(f"model version {application}@{version} carries no release (no tag {RELEASE_TAG})")
-    return str(found.tags[RELEASE_TAG])
+    release_id = str(found.tags.get(RELEASE_TAG))
+    # It names a folder here, and whoever may register there may set it.
+    if not RELEASE_ID.fullmatch(release_id):
+        raise ReleaseError(f"model version {application}@{version} carries no release (tag {RELEASE_TAG})")
+    return release_id
 
 
 def _download(client: Any, settings: Settings, application: str, version: str, part: str, folder: Path) -> Path:

@@ -28,8 +28,13 @@ def requirements(manifest: Manifest) -> list[str]:
     Raises:
         ReleaseError: one of them isn't installed here.
     """
-    names = (*_EVERY, *_kind(manifest.generator), manifest.retrieval.embedding_model)
-    return [f"millrace=={version('millrace')}", *sorted(f"{name}=={_version(name)}" for name in names)]
+    millrace, *others = required(manifest)
+    return [f"{millrace}=={version(millrace)}", *sorted(f"{name}=={_version(name)}" for name in others)]
+
+
+def required(manifest: Manifest) -> tuple[str, ...]:
+    """Names of Millrace and of what it imports to load this release."""
+    return ("millrace", *_EVERY, *_kind(manifest.generator), manifest.retrieval.embedding_model)
 
 
 def locked(manifest: Manifest) -> list[str]:
