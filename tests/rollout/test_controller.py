@@ -15,7 +15,7 @@ import pytest
 from millrace.applications import Application
 from millrace.errors import ReleaseError
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import OPS_BREACHES, OPS_EVALUATIONS
+from millrace.lakehouse.tables import OPS_ALERTS, OPS_BREACHES, OPS_EVALUATIONS, PLATFORM
 from millrace.releases import published_split
 from millrace.releases.split import Split
 from millrace.rollout import people
@@ -194,6 +194,19 @@ def test_what_a_person_moved_is_respected_until_somebody_resumes(
     assert published() == before
     assert published_split.read_aliases(tracked, application.name)["champion"] == "1"
     assert ticks()["decision"] == "hold"
+
+
+def test_a_freeze_soon_after_another_is_told_too(
+    ticks: Tick, lake: Lake, tracked: Settings, application: Application
+) -> None:
+    ticks()
+    client = mlflow.MlflowClient(tracking_uri=tracked.mlflow_url, registry_uri=tracked.mlflow_url)
+    for _ in range(2):
+        client.set_registered_model_alias(application.name, "champion", "3")
+        assert ticks()["decision"] == "freeze"
+        people.resume(tracked, application, actor="ann", reason="was a mistake")
+    titles = Lake.of(tracked, PLATFORM).read(OPS_ALERTS)["title"].to_pylist()
+    assert sorted(titles) == [f"{application.name} decision {number}: rollout frozen" for number in (1, 3)]
 
 
 def test_who_rates_differs_freezes_and_reports_bounds(ticks: Tick, lake: Lake, published: Any) -> None:

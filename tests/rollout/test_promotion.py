@@ -69,9 +69,23 @@ def test_what_never_passed_the_gate_is_not_admitted_by_an_answer(
     passed: Lake, tracked: Settings, asking: Application
 ) -> None:
     before = read_journal(passed)
-    with pytest.raises(ApprovalError, match=r"version 3 of .* never passed the gate; `millrace release admit` is for"):
+    with pytest.raises(ApprovalError, match=r"version 3 of .* has not passed the gate against the champion, version 1"):
         record_approval(tracked, asking, "3", answer("Approve", "ann"))
     assert read_journal(passed) == before
+
+
+def test_a_late_answer_admits_nothing_that_passed_against_an_earlier_champion(
+    passed: Lake, tracked: Settings, asking: Application
+) -> None:
+    people.admit(tracked, asking, "3", actor="ann", reason="urgent")
+    tick(tracked, asking, run="test")
+    people.skip(tracked, asking, actor="ann", reason="urgent")
+    before = read_journal(passed)
+    with pytest.raises(ApprovalError, match=r"version 2 of .* has not passed the gate against the champion, version 3"):
+        record_approval(tracked, asking, "2", answer("Approve", "ann"))
+    assert read_journal(passed) == before
+    record_approval(tracked, asking, "2", answer("Reject", "ann"))
+    assert read_journal(passed)[-1].kind == "reject"
 
 
 def test_an_answer_is_recorded_once_however_often_the_task_runs(

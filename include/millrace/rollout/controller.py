@@ -232,9 +232,10 @@ def _alert(settings: Settings, application: Application, decision: Decision) -> 
     about = f" of version {decision.challenger}" if decision.challenger else ""
     send(
         Alert(
-            title=f"{application.name}: rollout{about} {what}",
+            # Each decision is another trouble: one soon after the last must reach somebody too.
+            title=f"{application.name} decision {decision.sequence}: rollout{about} {what}",
             what=decision.reason,
-            source=f"{application.name}.rollout, decision {decision.sequence}",
+            source=f"{application.name}.rollout",
             runbook=f"{settings.airflow_url}/dags/{application.name}.rollout",
         ),
         settings,

@@ -78,7 +78,7 @@ def record_approval(
 
     Raises:
         ApprovalError: nobody is named, who is named is no person where others reach Airflow, who answered built the
-            release, or what is approved never passed the gate.
+            release, or what is approved hasn't passed the gate against the present champion.
         MillraceError: the reason is missing, or the release is not registered.
     """
     builder = registry.versions(settings, application).get(version, {}).get(registry.BUILDER_TAG)
@@ -88,8 +88,10 @@ def record_approval(
     state = fold(read_journal(lake))
     if version in state.decided or version in {admission.version for admission in state.waiting}:
         return None
-    passed = lake.read(OPS_EVALUATIONS, ["candidate"], where=pc.field("passed") & (pc.field("candidate") == version))
-    if said.approved and not passed.num_rows:
-        raise ApprovalError(f"{about} never passed the gate; `millrace release admit` is for that")
+    if said.approved and version not in {admission.version for admission in passed_gate(lake, state)}:
+        raise ApprovalError(
+            f"{about} has not passed the gate against the champion, version {state.champion}; evaluate it again, or "
+            "`millrace release admit` lets it past"
+        )
     act = people.admit if said.approved else people.reject
     return act(settings, application, version, actor=said.actor, reason=said.reason)
