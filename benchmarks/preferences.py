@@ -50,7 +50,7 @@ from millrace.training.launch import run_program
 from millrace.training.loop import load
 from millrace.training.measure import measure
 from millrace.training.objectives import log_probabilities, padded
-from millrace.training.spec import Spec
+from millrace.training.spec import PROGRAM, Spec
 
 FILE = "qa-feedback/dev_feedback.json"
 CHECKPOINT_STEPS = 4
@@ -112,7 +112,7 @@ def split(questions: Sequence[Asked], held_out: int) -> tuple[list[Asked], list[
 def tuned(base: Path, training: Training, examples: list[dict[str, str]], folder: Path, **dpo: Any) -> Path:
     """The file of what `examples` teach `base`. Its name is of all that; what is there already isn't made again."""
     declared = training.model_dump(include=set(Spec.model_fields)) | dpo
-    target = folder / f"{hashed(base.name, declared, examples)}.gguf"
+    target = folder / f"{hashed(PROGRAM, base.name, declared, examples)}.gguf"
     run = target.with_suffix("")
     run.mkdir(parents=True, exist_ok=True)
     path = run / "examples.jsonl"

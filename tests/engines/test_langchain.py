@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from langchain_core.messages import AIMessage
+from langchain_core.outputs import ChatGeneration, LLMResult
 
 from millrace.applications import Generation
 from millrace.engines.engine import Message
-from millrace.engines.langchain import LangChainEngine, installed_chain
+from millrace.engines.langchain import LangChainEngine, _watcher, installed_chain
 from millrace.errors import EngineError
 from tests.conftest import free_port
 from tests.engines.chains import PACKAGE, install
@@ -155,3 +157,23 @@ def test_a_server_that_is_gone_is_one_sentence(packages: None, monkeypatch: pyte
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     with pytest.raises(EngineError, match="chain 'concise' failed: OpenAIConnectionError: Connection error"):
         a_chain("concise").generate(CAPITAL, Generation(max_new_tokens=2))
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ({"finish_reason": "length"}, "length"),
+        ({"finish_reason": "MAX_TOKENS"}, "length"),
+        ({"finish_reason": "content_filter"}, "length"),
+        ({"stop_reason": "max_tokens"}, "length"),
+        ({"stop_reason": "end_turn"}, "stop"),
+        ({"done_reason": "length"}, "length"),
+        ({"finish_reason": None, "stopReason": "max_tokens"}, "length"),
+        ({}, "stop"),
+    ],
+)
+def test_an_answer_cut_short_is_known_for_one_whatever_the_integration_calls_it(said: dict, reason: str) -> None:
+    watcher = _watcher()
+    message = AIMessage("In the", response_metadata=said)
+    watcher.on_llm_end(LLMResult(generations=[[ChatGeneration(message=message)]]))
+    assert watcher.reason == reason

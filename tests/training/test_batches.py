@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millrace.engines.chat import END_OF_TURN
-from millrace.training.batches import encode, schedule, split_held_out
+from millrace.training.batches import encode, schedule, split_development, split_held_out
 
 plans = st.fixed_dictionaries(
     {
@@ -36,11 +36,16 @@ def test_a_plan_is_the_same_in_every_process_and_after_every_restart(lengths: li
     assert schedule(lengths, **plan) == schedule(lengths, **plan)
 
 
-@given(st.integers(2, 300), st.floats(0.01, 0.5), st.integers(0, 9))
-def test_held_out_examples_are_not_trained_on(count: int, share: float, seed: int) -> None:
-    training, held_out = split_held_out(count, share, seed)
-    assert sorted(training + held_out) == list(range(count))
-    assert 1 <= len(held_out) <= 16
+@given(st.lists(st.integers(0, 99), min_size=2).filter(lambda one: len(set(one)) > 2), st.floats(0.01, 0.99))
+def test_no_prompt_is_both_trained_on_and_measured_on(prompts: list[int], share: float) -> None:
+    asked = [str(prompt) for prompt in prompts]
+    rest, held_out = split_held_out(asked, share / 2, seed=0)
+    training, development = split_development(rest, asked, share / 2, seed=0)
+    assert sorted(training + development + held_out) == list(range(len(asked)))
+    sides = [{asked[i] for i in side} for side in (training, development, held_out)]
+    assert len(set.union(*sides)) == sum(map(len, sides)), "some prompt is on two sides"
+    assert all(sides)
+    assert (len(sides[1]) <= 32, len(sides[2]) <= 16) == (True, True)
 
 
 @given(st.text(), st.text())

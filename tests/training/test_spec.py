@@ -71,6 +71,9 @@ def test_a_fingerprint_changes_with_what_is_learnt_and_with_nothing_else() -> No
             "offload_optimizer needs stage 1, 2 or 3",
         ),
         ({"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}}, "offload_optimizer.device"),
+        ({"deepspeed": {"gradient_accumulation_steps": 8}}, "is decided by .* gradient_accumulation; set that"),
+        ({"deepspeed": {"train_micro_batch_size_per_gpu": 8}}, "is decided by .* micro_batch; set that"),
+        ({"deepspeed": {"optimizer": {"params": {"lr": 1e-6}}}}, "lr is decided by .* learning_rate; set that"),
     ],
 )
 def test_what_would_be_ignored_or_can_not_work_is_refused(

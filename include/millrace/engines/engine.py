@@ -11,6 +11,8 @@ from millrace.applications import Generation
 
 Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length", "cancelled"]
+CUT_SHORT = {"length", "max_tokens", "max_output_tokens", "model_context_window_exceeded", "content_filter", "safety"}
+"""What servers call the end of an answer that isn't whole, in lower case."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,11 @@ class Generated:
     prompt_tokens: int
     completion_tokens: int
     finish_reason: FinishReason
+
+
+def finish_reason(said: object) -> FinishReason:
+    """What a server's reason is called here. A filter that cuts an answer short is a length, too: it isn't whole."""
+    return "length" if str(said).lower() in CUT_SHORT else "stop"
 
 
 class Stream(Protocol):

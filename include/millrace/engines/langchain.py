@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from millrace.applications import Generation
 from millrace.engines.chat import plain
-from millrace.engines.engine import FinishReason, Generated, Message
+from millrace.engines.engine import FinishReason, Generated, Message, finish_reason
 from millrace.engines.estimate import estimated_prompt, estimated_tokens
 from millrace.engines.pulled_stream import PulledStream
 from millrace.errors import EngineError
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 GROUP = "millrace.chains"
 FIELDS = ("max_new_tokens", "temperature")
 """Configurable fields that a chain must have."""
+SAID_UNDER = ("finish_reason", "stop_reason", "stopReason", "done_reason")
+"""Where integrations keep why a model ended: OpenAI and Google, Anthropic, Bedrock, Ollama."""
 
 
 @dataclass(frozen=True)
@@ -204,8 +206,8 @@ def _watcher() -> Any:
                 usage = getattr(message, "usage_metadata", None) or {}
                 self.prompt_tokens += usage.get("input_tokens", 0)
                 self.completion_tokens += usage.get("output_tokens", 0)
-                said = getattr(message, "response_metadata", {}).get("finish_reason")
-                self.reason = "length" if said == "length" else "stop"
+                said = getattr(message, "response_metadata", {})
+                self.reason = finish_reason(next((said[name] for name in SAID_UNDER if said.get(name)), None))
 
     return Watcher()
 

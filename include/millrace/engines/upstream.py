@@ -16,7 +16,7 @@ from pydantic import SecretStr
 
 from millrace.applications import Generation
 from millrace.engines.chat import plain
-from millrace.engines.engine import FinishReason, Generated, Message
+from millrace.engines.engine import FinishReason, Generated, Message, finish_reason
 from millrace.engines.estimate import estimated_prompt, estimated_tokens
 from millrace.engines.pulled_stream import PulledStream
 from millrace.errors import EngineError
@@ -192,7 +192,7 @@ class UpstreamEngine:
             answer = self._create(messages, config, stream=False)
         choice = answer.choices[0]
         text = choice.message.content or ""
-        return _generated(self, messages, text, answer.usage, _finish(choice.finish_reason))
+        return _generated(self, messages, text, answer.usage, finish_reason(choice.finish_reason))
 
     def stream(self, messages: Sequence[Message], config: Generation) -> "UpstreamStream":
         with _told(self._upstream):
@@ -253,7 +253,7 @@ class UpstreamStream(PulledStream):
             return ""
         choice = chunk.choices[0]
         if choice.finish_reason:
-            self._reason = _finish(choice.finish_reason)
+            self._reason = finish_reason(choice.finish_reason)
         return str(choice.delta.content or "")
 
     def _hang_up(self) -> None:
@@ -274,10 +274,6 @@ def _generated(
 
 def _wire(messages: Sequence[Message]) -> list[dict[str, str]]:
     return [{"role": message.role, "content": plain(message.content)} for message in messages]
-
-
-def _finish(said: str | None) -> FinishReason:
-    return "length" if said == "length" else "stop"
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Loss counts on the answer alone: its tokens and the end of the turn, so that the
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from millrace.engines.chat import END_OF_TURN, chat_prompt
 from millrace.engines.engine import Message
@@ -67,18 +68,25 @@ def encode(prompt: str, answer: str, tokenize: Tokenize) -> Encoded:
     return Encoded(tuple(tokenize(asked)), tuple(tokenize(plain + END_OF_TURN)))
 
 
-def split_development(training: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Of the positions to train on, those that stay so, and the development split: at least one, at most 32."""
-    kept, apart = split_held_out(len(training), share, seed + 1, most=32)
+def split_development(
+    training: Sequence[int], prompts: Sequence[str], share: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """Of the positions to train on, those that stay so, and the development split: at least one prompt, at most 32."""
+    kept, apart = split_held_out([prompts[i] for i in training], share, seed + 1, most=32)
     return [training[i] for i in kept], [training[i] for i in apart]
 
 
-def split_held_out(count: int, share: float, seed: int, most: int = 16) -> tuple[list[int], list[int]]:
-    """Positions to train on and positions to measure on: at least one of these, at most `most`."""
-    order = list(range(count))
+def split_held_out(prompts: Sequence[str], share: float, seed: int, most: int = 16) -> tuple[list[int], list[int]]:
+    """Positions to train on and positions to measure on: those of at least one prompt, of at most `most`. What shares a
+    prompt, as two pairs of one question do, is on one side."""
+    positions: dict[str, list[int]] = {}
+    for position, prompt in enumerate(prompts):
+        positions.setdefault(prompt, []).append(position)
+    order = list(positions.values())
     random.Random(seed).shuffle(order)
-    size = min(most, max(1, round(count * share)))
-    return sorted(order[size:]), sorted(order[:size])
+    size = min(most, len(order) - 1, max(1, round(len(order) * share)))
+    kept, apart = (sorted(chain.from_iterable(groups)) for groups in (order[size:], order[:size]))
+    return kept, apart
 
 
 Schedule = list[list[list[list[int]]]]

@@ -35,6 +35,8 @@ from millrace.training.stopping import Measured, best_of, exhausted
 from millrace.training.weights import put_back, save_adapter, trained_weights, write_weights
 
 MINIMUM = 8
+SIDES = 3
+"""To train on, to measure on, and to stop by."""
 """Examples below which nothing is trained."""
 SHOWN = 8
 """Prompts whose greedy answers are written into the result, held-out ones first; the export is compared with them. A
@@ -80,10 +82,10 @@ def train(spec: Spec, rendezvous: str | None) -> None:
     torch.manual_seed(spec.seed)
     tokenizer, base = load(spec.base, spec.cache)
     prompts, examples, left_out = _examples(spec, tokenizer)
-    training, held_out = split_held_out(len(examples), spec.held_out, spec.seed)
+    training, held_out = split_held_out(prompts, spec.held_out, spec.seed)
     development: list[int] = []
     if spec.evaluate_steps:
-        training, development = split_development(training, spec.development, spec.seed)
+        training, development = split_development(training, prompts, spec.development, spec.seed)
     plan = schedule(
         [examples[i].tokens for i in training],
         epochs=spec.epochs,
@@ -279,6 +281,11 @@ def _examples(spec: Spec, tokenizer: Any) -> tuple[list[str], Sequence[Any], int
         raise TrainingError(
             f"{len(fitting)} of {len(given)} training examples have at most {spec.max_tokens} tokens, "
             f"at least {MINIMUM} are needed; raise training.max_tokens, or gather more examples"
+        )
+    if (different := len({prompt for prompt, _ in fitting})) < SIDES:
+        raise TrainingError(
+            f"the {len(fitting)} training examples have {different} different prompts, at least {SIDES} are needed to "
+            "train on one and measure on another; gather examples of more questions"
         )
     return [prompt for prompt, _ in fitting], [e for _, e in fitting], len(given) - len(fitting)
 

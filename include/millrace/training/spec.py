@@ -14,8 +14,8 @@ from millrace.errors import TrainingError
 from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.costs import cost_id
 
-PROGRAM = 2
-"""Raise when the training program changes what it learns from the same spec: earlier results are not reused then."""
+PROGRAM = 3
+"""Raise when the same spec gives other weights, or they are exported otherwise: earlier results are not reused then."""
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Linear layers of a block that get an adapter."""
@@ -23,6 +23,13 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 PRUNED = "pruned.gguf"
 """In a fine-tune's folder, the weights that it starts from where blocks were removed."""
+DECIDED = {
+    "train_micro_batch_size_per_gpu": "micro_batch",
+    "gradient_accumulation_steps": "gradient_accumulation",
+    "lr": "learning_rate",
+}
+"""DeepSpeed's keys that the program's own loop goes by, or its schedule overwrites: a value of their own would train
+less than was said, or change nothing."""
 OUT_OF_MEMORY = "out of memory"
 """How the program's last sentence begins where that was the reason."""
 
@@ -149,6 +156,12 @@ class Spec(Strict):
     def _nothing_is_ignored(self) -> Self:
         if self.lora_layers and not self.lora_rank:
             raise ValueError("lora_layers is for an adapter, and lora_rank = 0 trains all weights; leave it out")
+        optimizer = self.deepspeed.get("optimizer")
+        params = optimizer.get("params") if isinstance(optimizer, dict) else None
+        named = self.deepspeed.keys() | (params.keys() if isinstance(params, dict) else set())
+        for name, instead in DECIDED.items():
+            if name in named:
+                raise ValueError(f"deepspeed's {name} is decided by [training] {instead}; set that")
         return self
 
     @property
