@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from itertools import groupby
@@ -14,20 +15,24 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
+from pydantic import SecretStr
 from typer.testing import CliRunner
 
 from millrace.cli import app
 from millrace.errors import BackupError, StackError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import OPS_DECISIONS, SILVER_CHUNKS
+from millrace.private_files import write_json
 from millrace.retrieval.index import builds_of, kept_lineages
 from millrace.rollout.decisions import fold, read_journal
 from millrace.settings import Settings
+from millrace.stack import processes
 from millrace.stack.backup import restore, save, saving
 from millrace.stack.backup.databases import Database
+from millrace.stack.backup.embedded import running_postgres
 from millrace.stack.backup.repository import Repository
 from millrace.stack.home import RESTORING, prepare_home
-from tests.stack.backup.reading import databases, delta_tables, files
+from tests.stack.backup.reading import cursor_in, databases, delta_tables, files
 
 pytestmark = pytest.mark.slow
 
@@ -242,6 +247,38 @@ def test_a_restore_that_was_killed_starts_nothing_and_is_completed_by_the_next(w
             databases(whole),
             files(whole.home),
         ) == before
+
+
+def test_a_servers_database_that_somebody_filled_meanwhile_is_not_passed_over(
+    whole: Settings, open_folder: Path, tmp_path: Path
+) -> None:
+    saved = save(whole, tmp_path / "backups")
+    server = whole.model_copy(update={"home": Path(tempfile.mkdtemp(dir=open_folder)) / "home"})
+    prepare_home(server)
+    target = whole.model_copy(update={"home": server.home.parent / "restored"})
+    try:
+        with running_postgres(server) as postgres:
+            postgres.create_database("gateway")
+            target = target.model_copy(update={"keys_url": SecretStr(postgres.url("gateway"))})
+            # A restore has begun, and a gateway started on the database that was empty then.
+            target.home.mkdir()
+            write_json(target.home / RESTORING, {"backup": saved.name})
+            with cursor_in(postgres, "gateway") as cursor:
+                cursor.execute("create table keys (id int)")
+            with pytest.raises(BackupError, match="was empty when the restore began and is not now: stop what uses it"):
+                restore(target, tmp_path / "backups")
+            with cursor_in(postgres, "gateway") as cursor:
+                cursor.execute("drop table keys")
+            restore(target, tmp_path / "backups")
+            with cursor_in(postgres, "gateway") as cursor:
+                cursor.execute("select count(*) from kept.things")
+                assert cursor.fetchone() == (500,)
+            write_json(target.home / RESTORING, {"backup": saved.name, "databases": ["gateway"]})
+            restore(target, tmp_path / "backups")
+        assert not (target.home / RESTORING).exists()
+    finally:
+        for home in (server.home, target.home):
+            processes.end(home, ["postgres"], seconds=10)
 
 
 def test_a_backup_that_was_killed_is_none_and_the_next_one_is_whole(kept: Settings, tmp_path: Path) -> None:

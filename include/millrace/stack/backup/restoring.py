@@ -1,14 +1,16 @@
 """A backup becomes a home again, and the databases, artifacts and collections beside it.
 
 Nothing is written before every byte of the backup was read and every place was found empty. From then on a mark in the
-home says which backup it becomes: nothing starts on such a home, and the same restore, repeated, completes it.
+home says which backup it becomes, and which databases of servers are whole: nothing starts on such a home, and the same
+restore, repeated, completes it.
 """
 
 import json
 import os
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 from millrace import FORMAT_VERSION
 from millrace.errors import BackupError
@@ -60,20 +62,21 @@ def restore(settings: Settings, folder: Path, name: str = "") -> Restored:
     manifest = repository.read(name)
     places = places_of(settings)
     _check_fits(manifest, places)
-    begun = _begun(settings.home)
-    if begun not in (None, name):
+    mark = _Mark.of(settings.home)
+    if mark.backup not in (None, name):
         raise BackupError(
-            f"{settings.home} is half restored from backup {begun}; repeat that, or remove the folder to restore {name}"
+            f"{settings.home} is half restored from backup {mark.backup}; repeat that, or remove the folder to restore "
+            f"{name}"
         )
     repository.verify(manifest)
     try:
-        if begun is None:
+        if mark.backup is None:
             _check_empty(manifest, places)
         with only_for_its_owner():
             settings.home.mkdir(parents=True, exist_ok=True)
-            write_json(settings.home / RESTORING, {"backup": name})
+            mark.set(name)
             with locked(settings.home):
-                _write(repository, manifest, places)
+                _write(repository, manifest, places, mark)
             os.sync()
             (settings.home / RESTORING).unlink()
     except OSError as error:
@@ -84,7 +87,33 @@ def restore(settings: Settings, folder: Path, name: str = "") -> Restored:
     return Restored(name, manifest)
 
 
-def _write(repository: Repository, manifest: Manifest, places: Places) -> None:
+@dataclass
+class _Mark:
+    """What is known of a restore that has begun and not ended; `backup` is None where none has."""
+
+    path: Path
+    backup: str | None = None
+    databases: list[str] = field(default_factory=list)
+    """Of servers, those that are whole."""
+
+    @classmethod
+    def of(cls, home: Path) -> Self:
+        path = home / RESTORING
+        try:
+            said = json.loads(path.read_text())
+            return cls(path, str(said["backup"]), list(said.get("databases", [])))
+        except FileNotFoundError:
+            return cls(path)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BackupError(f"{path} can't be understood ({error}); remove {home}") from None
+
+    def set(self, backup: str | None = None, *databases: str) -> None:
+        self.backup = backup or self.backup
+        self.databases += databases
+        write_json(self.path, {"backup": self.backup, "databases": self.databases})
+
+
+def _write(repository: Repository, manifest: Manifest, places: Places, mark: _Mark) -> None:
     def write(part: str, store: Store) -> None:
         for path, blob in manifest.parts.get(part, {}).items():
             store.write(path, repository.get(blob))
@@ -101,10 +130,10 @@ def _write(repository: Repository, manifest: Manifest, places: Places) -> None:
     if (collections := places.collections) is not None:
         for name, blob in manifest.parts.get("collections", {}).items():
             collections.restore(name, repository.path(blob), blob.sha256)
-    _write_databases(repository, manifest.parts.get("databases", {}), places)
+    _write_databases(repository, manifest.parts.get("databases", {}), places, mark)
 
 
-def _write_databases(repository: Repository, dumps: Files, places: Places) -> None:
+def _write_databases(repository: Repository, dumps: Files, places: Places, mark: _Mark) -> None:
     with ExitStack() as held:
         postgres = None
         if dumps.keys() & set(places.embedded):
@@ -113,9 +142,18 @@ def _write_databases(repository: Repository, dumps: Files, places: Places) -> No
             if name in places.embedded and postgres is not None:
                 postgres.create_database(name)
             database = places.database(name, postgres)
-            # One that has something in it has all of it, from an earlier attempt.
-            if database is not None and database.is_empty():
+            if database is None or name in mark.databases:
+                continue
+            if database.is_empty():
                 database.restore(repository.get(blob))
+                if name in places.servers:
+                    mark.set(None, name)
+            elif name in places.servers:
+                raise BackupError(
+                    f"{database.where} was empty when the restore began and is not now: stop what uses it, make it "
+                    "empty, then repeat the same restore"
+                )
+            # Else it is in the home, where nothing starts meanwhile: it has all of it, from an earlier attempt.
 
 
 def _check_fits(manifest: Manifest, places: Places) -> None:
@@ -165,13 +203,3 @@ def _check_empty(manifest: Manifest, places: Places) -> None:
         there = set(collections.names()) & manifest.parts.get("collections", {}).keys()
         if there:
             raise BackupError(f"collection {min(there)} is there already; delete it, or restore to another server")
-
-
-def _begun(home: Path) -> str | None:
-    """The backup whose restore to `home` has begun and not ended."""
-    try:
-        return str(json.loads((home / RESTORING).read_text())["backup"])
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise BackupError(f"{home / RESTORING} can't be understood ({error}); remove {home}") from None
