@@ -4,7 +4,7 @@ from airflow.sdk import DAG, AssetAlias, Param, task
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import HEAVY, START, asset, run_name, stage
+from millrace_airflow import HEAVY, START, announce, asset, run_name, stage
 
 RUNBOOK = """
 ### What it does
@@ -55,8 +55,7 @@ def batch_inference(application: Application) -> DAG:
             names = ("mode", "release", "limit", "batch", "retry_errors")
             chosen = {name: params[name] for name in names}
             done = answer(read_settings(), application, run=run_name(), **chosen)
-            if done["changed"]:
-                outlet_events[answers].add(asset(application.name, "gold/answers"), extra=done)
+            announce(outlet_events, application, "gold/answers", done)
             return done
 
         infer()

@@ -4,7 +4,7 @@ from airflow.sdk import DAG, AssetAlias, Param, task
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import HEAVY, asset, run_name, stage
+from millrace_airflow import HEAVY, announce, run_name, stage
 
 RUNBOOK = """
 ### What it does
@@ -52,8 +52,7 @@ def compress(application: Application) -> DAG:
                 version=params["release"],
                 run=run_name(),
             )
-            if made["changed"]:
-                outlet_events[releases].add(asset(application.name, "releases"), extra=made)
+            announce(outlet_events, application, "releases", made)
             return made
 
         compress()

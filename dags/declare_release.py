@@ -4,7 +4,7 @@ from airflow.sdk import DAG, AssetAlias, Param, task
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import asset, run_name, stage
+from millrace_airflow import announce, run_name, stage
 
 RUNBOOK = """
 ### What it does
@@ -41,8 +41,7 @@ def declare_release(application: Application) -> DAG:
             from millrace.releases.declare import declare_release as declare
 
             declared = declare(read_settings(), application, variant=params["variant"], run=run_name())
-            if declared["changed"]:
-                outlet_events[releases].add(asset(application.name, "releases"), extra=declared)
+            announce(outlet_events, application, "releases", declared)
             return declared
 
         declare()

@@ -9,7 +9,7 @@ from airflow.timetables.trigger import CronTriggerTimetable
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import HEAVY, NO_BACKFILL, asset, run_name, stage
+from millrace_airflow import HEAVY, NO_BACKFILL, announce, asset, run_name, stage
 
 BELATED = timedelta(minutes=10)  # of the very first run; a parse in between would else skip a week
 RUNBOOK = """
@@ -67,8 +67,7 @@ def finetune(application: Application) -> DAG:
             from millrace.training.candidate import release_candidate
 
             released = release_candidate(read_settings(), application, trained=trained, run=run_name(), form=params)
-            if released["changed"]:
-                outlet_events[releases].add(asset(application.name, "releases"), extra=released)
+            announce(outlet_events, application, "releases", released)
             return released
 
         release(train(build_set()))

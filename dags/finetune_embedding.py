@@ -5,7 +5,7 @@ from airflow.sdk.exceptions import AirflowSkipException
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import HEAVY, asset, run_name, stage
+from millrace_airflow import HEAVY, announce, run_name, stage
 
 RUNBOOK = """
 ### What it does
@@ -64,8 +64,7 @@ def finetune_embedding(application: Application) -> DAG:
             from millrace.training.embedding import release_embedding
 
             made = release_embedding(read_settings(), application, tuned=tuned, run=run_name(), form=params)
-            if made["changed"]:
-                outlet_events[releases].add(asset(application.name, "releases"), extra=made)
+            announce(outlet_events, application, "releases", made)
             return made
 
         tuned = tune()

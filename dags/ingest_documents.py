@@ -5,7 +5,7 @@ from airflow.timetables.interval import CronDataIntervalTimetable
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import START, asset, run_name, stage
+from millrace_airflow import START, announce, run_name, stage
 
 RUNBOOK = """
 ### What it does
@@ -59,10 +59,7 @@ def ingest_documents(application: Application) -> DAG:
             from millrace.retrieval.chunk import refresh_chunks
 
             written = refresh_chunks(read_settings(), application, run=run_name())
-            if written["changed"]:
-                outlet_events[AssetAlias(f"{application.name}/silver/chunks")].add(
-                    asset(application.name, "silver/chunks"), extra=written
-                )
+            announce(outlet_events, application, "silver/chunks", written)
             return written
 
         land() >> refine() >> chunk()

@@ -5,7 +5,7 @@ from airflow.timetables.interval import CronDataIntervalTimetable
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import START, asset, interval, run_name, stage
+from millrace_airflow import START, announce, interval, run_name, stage
 
 RUNBOOK = """
 ### What it does
@@ -50,10 +50,7 @@ def ingest_feedback(application: Application) -> DAG:
             from millrace.sources.feedback import refine_feedback
 
             written = refine_feedback(read_settings(), application, *interval(), run=run_name())
-            if written["changed"]:
-                outlet_events[AssetAlias(f"{application.name}/silver/feedback")].add(
-                    asset(application.name, "silver/feedback"), extra=written
-                )
+            announce(outlet_events, application, "silver/feedback", written)
             return written
 
         land() >> refine()

@@ -5,7 +5,7 @@ from airflow.timetables.trigger import CronTriggerTimetable
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import HEAVY, NO_BACKFILL, asset, run_name, stage
+from millrace_airflow import HEAVY, NO_BACKFILL, announce, run_name, stage
 
 RUNBOOK = """
 ### What it does
@@ -63,8 +63,7 @@ def optimize_prompt(application: Application) -> DAG:
             from millrace.prompts.optimize import release_best
 
             released = release_best(read_settings(), application, result=result, run=run_name(), form=params)
-            if released["changed"]:
-                outlet_events[releases].add(asset(application.name, "releases"), extra=released)
+            announce(outlet_events, application, "releases", released)
             return released
 
         release(study())

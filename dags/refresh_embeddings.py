@@ -4,7 +4,7 @@ from airflow.sdk import DAG, AssetAlias, Param, task
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import HEAVY, START, asset, run_name, stage
+from millrace_airflow import HEAVY, START, announce, asset, run_name, stage
 
 RUNBOOK = """
 ### What it does
@@ -62,10 +62,7 @@ def refresh_embeddings(application: Application) -> DAG:
 
             published = publish_builds(read_settings(), application, built, run=run_name())
             for one in published:
-                if one["changed"]:
-                    outlet_events[AssetAlias(f"{application.name}/index")].add(
-                        asset(application.name, "index"), extra=one
-                    )
+                announce(outlet_events, application, "index", one)
             return published
 
         publish(build(embed()))

@@ -5,7 +5,7 @@ from airflow.timetables.trigger import CronTriggerTimetable
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import NO_BACKFILL, START, asset, run_name, stage
+from millrace_airflow import NO_BACKFILL, START, announce, run_name, stage
 
 RUNBOOK = """
 ### What it does
@@ -53,17 +53,15 @@ def sample(application: Application) -> DAG:
         def chunk(*, outlet_events) -> None:
             from millrace.retrieval.chunk import refresh_chunks
 
-            if (written := refresh_chunks(read_settings(), application, run=run_name()))["changed"]:
-                chunks = asset(application.name, "silver/chunks")
-                outlet_events[AssetAlias(f"{application.name}/silver/chunks")].add(chunks, extra=written)
+            written = refresh_chunks(read_settings(), application, run=run_name())
+            announce(outlet_events, application, "silver/chunks", written)
 
         @task(outlets=[AssetAlias(f"{application.name}/silver/feedback")])
         def exchanges(*, outlet_events) -> dict:
             from millrace.environments.sample_copy import copy_exchanges
 
-            if (brought := copy_exchanges(read_settings(), application, run=run_name()))["changed"]:
-                feedback = asset(application.name, "silver/feedback")
-                outlet_events[AssetAlias(f"{application.name}/silver/feedback")].add(feedback, extra=brought)
+            brought = copy_exchanges(read_settings(), application, run=run_name())
+            announce(outlet_events, application, "silver/feedback", brought)
             return brought
 
         evaluation_sets() >> documents() >> chunk()

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -88,6 +89,19 @@ def test_a_clear_and_a_backfill_beside_live_runs_change_nothing(
         assert reran.state == "success"
         assert reran.start > first.start, "the run was not run again"
     assert content(qa_lake) == before
+
+
+def test_a_later_try_that_finds_nothing_left_to_change_still_tells_who_waits_for_it(
+    running_stack: Stack, told: Told
+) -> None:
+    """As one whose first try died after its commit."""
+    with running_stack.airflow() as airflow:
+        documents = airflow.runs("qa.ingest_documents", states=["success"])[-1]
+        since = datetime.now(UTC)
+        airflow.clear_run("qa.ingest_documents", documents.run_id)
+        heard = airflow.wait_for_asset_run("qa.refresh_embeddings", since, timeout=300)
+        airflow.wait_for_run("qa.refresh_embeddings", heard.run_id, timeout=300)
+        assert airflow.result("qa.ingest_documents", documents.run_id, "chunk")["changed"] is False
 
 
 def test_a_person_sees_who_answers_and_gets_an_answer_with_its_citations(running_stack: Stack, told: Told) -> None:
