@@ -6,6 +6,7 @@ MillraceError
 ├── BackupError            a backup can't be made, trusted or restored
 ├── LakehouseError         a table can't be read or written as asked
 │   ├── ConflictError      somebody else committed first; read again and retry
+│   ├── FeedGone           the changes that are asked for were removed
 │   └── AccessRefused      storage does not let this identity do that
 ├── SourceError            a document or event source can't be read
 ├── SampleError            no sample of prod can be published, or staging can't have it
@@ -51,6 +52,10 @@ class LakehouseError(MillraceError):
 
 class ConflictError(LakehouseError):
     """Somebody else committed first; read again and retry."""
+
+
+class FeedGone(LakehouseError):
+    """The changes that are asked for were removed; start again from the whole table."""
 
 
 class AccessRefused(LakehouseError):

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 
-from millrace.errors import ConflictError, LakehouseError
+from millrace.errors import ConflictError, FeedGone, LakehouseError
 from millrace.lakehouse.commits import open_table
 from millrace.lakehouse.difference import Difference
 from millrace.lakehouse.lake import Lake
@@ -166,8 +166,30 @@ def test_a_feed_that_no_longer_reaches_back_is_one_sentence(lake: Lake) -> None:
     DeltaTable(lake.uri(THINGS)).create_checkpoint()
     for version in range(3):
         Path(lake.uri(THINGS), "_delta_log", f"{version:020}.json").unlink()
-    with pytest.raises(LakehouseError, match="no longer reaches back to version 0"):
+    with pytest.raises(FeedGone, match="no longer reaches back to version 0"):
         lake.changes(THINGS, 0)
+
+
+def test_a_feed_whose_files_were_removed_is_gone_and_one_that_storage_does_not_give_now_is_not(
+    lake: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lake.merge(THINGS, things({"a": "1", "b": "1"}), run="r")
+    since = lake.version(THINGS)
+    lake.merge(THINGS, things({"a": "2"}), run="r")
+
+    def unavailable(*_: object, **__: object) -> None:
+        raise OSError("Generic S3 error: 503 Service Unavailable")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DeltaTable, "load_cdf", unavailable)
+        with pytest.raises(LakehouseError, match="503 Service Unavailable") as raised:
+            lake.changes(THINGS, since)
+    assert not isinstance(raised.value, FeedGone)
+    assert lake.changes(THINGS, since).num_rows == 1
+    for file in Path(lake.uri(THINGS), "_change_data").rglob("*.parquet"):
+        file.unlink()
+    with pytest.raises(FeedGone, match=f"no longer reaches back to version {since}"):
+        lake.changes(THINGS, since)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from millrace.applications import Application
-from millrace.errors import LakehouseError, RetrievalError
+from millrace.errors import FeedGone, RetrievalError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import OPS_COSTS, OPS_CURSORS, SILVER_CHUNKS, SILVER_EMBEDDINGS
 from millrace.retrieval import embed
@@ -169,7 +169,7 @@ def test_a_feed_that_no_longer_reaches_back_costs_a_comparison_and_no_embedding(
 
     def vacuumed(self: Lake, table: Any, since: int | None) -> Any:
         if since is not None:
-            raise LakehouseError("the change feed no longer reaches back")
+            raise FeedGone("the change feed no longer reaches back")
         return changes(self, table, since)
 
     monkeypatch.setattr(Lake, "changes", vacuumed)

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from millrace.applications import Application
 from millrace.environments.erasure_search import HOLDERS, Found, look, mentions
 from millrace.environments.sample import publish_exchanges
-from millrace.errors import ErasureError, LakehouseError, MillraceError
+from millrace.errors import ErasureError, FeedGone, MillraceError
 from millrace.lakehouse.audit.chain import Event, record
 from millrace.lakehouse.cursors import move_cursor
 from millrace.lakehouse.forgetting import forget_removed
@@ -235,7 +235,7 @@ def _unread(lake: Lake, table: Table, since: int) -> bool:
     """Whether something other than a deletion came after version `since`."""
     try:
         return "upsert" in lake.changes(table, since)["change"].to_pylist()
-    except LakehouseError:
+    except FeedGone:
         return False  # The feed doesn't reach back that far: there is nothing to wait for.
 
 

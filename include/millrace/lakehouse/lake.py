@@ -212,7 +212,8 @@ class Lake:
         `change` (`upsert` or `delete`), one per key. A deleted row carries its last values.
 
         Raises:
-            LakehouseError: the feed no longer reaches back to `since`.
+            FeedGone: the feed no longer reaches back to `since`.
+            LakehouseError: storage doesn't answer, or refuses.
         """
         return LocalEngine().changes(self.uri(table), table, since)
 

@@ -13,7 +13,7 @@ import pyarrow.fs as pafs
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import DeltaError
 
-from millrace.errors import ConflictError, LakehouseError
+from millrace.errors import ConflictError, FeedGone, LakehouseError
 from millrace.lakehouse.commits import dataset_of, open_table, refusal, retried
 from millrace.lakehouse.difference import Difference
 from millrace.lakehouse.engine import BatchFunction, Written
@@ -26,6 +26,10 @@ BATCH = 1000
 
 _DOOMED = "_doomed"
 """Column of a merge's source: true for a row that only says which key to delete."""
+
+
+REMOVED = ("Invalid table version", "not found", "No such file", "NoSuchKey")
+"""What delta-rs says of a version or a file that is there no more."""
 
 
 class LocalEngine:
@@ -98,8 +102,10 @@ class LocalEngine:
             return table.schema.append(pa.field("change", pa.string())).empty_table()
         try:
             feed = pa.table(opened.load_cdf(starting_version=since + 1, ending_version=opened.version()).read_all())
-        except (DeltaError, OSError) as error:
-            raise LakehouseError(
+        except Exception as error:  # a file that isn't there is a bare Exception of delta-rs
+            if not any(sign in str(error) for sign in REMOVED):
+                raise refusal(table, uri, error, "read") from error
+            raise FeedGone(
                 f"{table.path}: the change feed no longer reaches back to version {since}; "
                 f"forget the reader's cursor to start from the whole table ({error})"
             ) from error

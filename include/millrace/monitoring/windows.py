@@ -12,7 +12,7 @@ from datetime import UTC, date, datetime, timedelta
 from itertools import groupby
 from typing import Any
 
-from millrace.errors import LakehouseError, MillraceError, SourceError
+from millrace.errors import FeedGone, MillraceError, SourceError
 from millrace.lakehouse.cursors import move_cursor, read_cursor
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import SILVER_EXCHANGES, SILVER_FEEDBACK, Table
@@ -107,7 +107,7 @@ def _changed(lake: Lake, table: Table) -> list[dict[str, Any]]:
         return []
     try:
         feed = lake.changes(table, since)
-    except LakehouseError:
+    except FeedGone:
         # Vacuumed. Those windows can still be made right, by a backfill.
         return []
     rows: list[dict[str, Any]] = feed.select(["completion_id", "occurred_at"]).to_pylist()

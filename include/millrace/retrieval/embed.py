@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from millrace.applications import Application, Chunking
-from millrace.errors import LakehouseError, RetrievalError
+from millrace.errors import FeedGone, RetrievalError
 from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.costs import Cost, cost_id, record_cost
 from millrace.lakehouse.cursors import forget_cursor, move_cursor, read_cursor
@@ -226,7 +226,7 @@ def _changes(lake: Lake, since: int | None, known: dict[str, str]) -> tuple[list
     """Chunks that may need a vector, and those whose vector must go."""
     try:
         feed = lake.changes(SILVER_CHUNKS, since)
-    except LakehouseError as error:
+    except FeedGone as error:
         log.warning("%s; comparing all chunks with all vectors instead", error)
         since = None
         feed = lake.changes(SILVER_CHUNKS, None)
