@@ -125,12 +125,12 @@ class Plan(Policy):
 
 
 Metric = Literal[
-    "failed_share",  # of exchanges that ended
-    "unfinished_share",  # of exchanges: accepted, and no end of them has arrived
-    "fell_back_share",  # of exchanges that the champion answered because the challenger failed
+    "failed_share",  # of users, by the last exchange that ended
+    "unfinished_share",  # of users, by the last exchange: accepted, and no end of it has arrived
+    "fell_back_share",  # of a challenger's users: the champion answered the last exchange, because it failed
     "feedback_rate",  # of answers
     "rating_mean",  # over users who rated, 0 to 1
-    "seconds_p95",  # of answers
+    "seconds_p95",  # of answers that no challenger had to fail for
     "cost_per_exchange",  # US dollars
     "drift",  # columns that differ from the week before
 ]
@@ -144,7 +144,7 @@ class Bound(Policy):
     above: float | None = None
     below: float | None = None
     minimum: int = Field(30, ge=2)
-    """Observations (exchanges; of ratings, users) in the window below which nothing is said."""
+    """Observations (exchanges; of ratings and failures, users) in the window below which nothing is said."""
     action: Action = "alert"
     """Beside the alert, which every breach gives."""
 

@@ -30,6 +30,7 @@ def one(n: int, **changed: Any) -> Exchange:
         "release_id": "rel-1",
         "release_version": "1",
         "index_build": "b",
+        "rollout_id": None,
         "pinned": False,
         "fell_back": False,
         "from_cache": False,
@@ -72,7 +73,7 @@ def test_each_release_is_held_against_the_bound_alone() -> None:
     ]
     (breach,) = breaches(WINDOW, good + bad, [], [FAILED], 0.999)
     assert (breach.release_id, breach.release_version, breach.value) == ("rel-2", "2", 1.0)
-    assert "failed_share was 1 on 100 exchanges, at least 0.93" in breach.reason
+    assert "failed_share was 1 on 100 users, at least 0.93" in breach.reason
     assert breach.reason.endswith("the policy says not above 0.1")
     again = breaches(WINDOW, bad, [], [FAILED], 0.999)
     assert [b.breach_id for b in again] == [breach.breach_id]
@@ -97,6 +98,33 @@ def test_a_user_who_rates_often_counts_once() -> None:
     loud = [one(i, user="loud", rating=0.0) for i in range(500)]
     calm = [one(1000 + i, rating=0.9) for i in range(40)]
     assert found(Bound(metric="rating_mean", below=0.5), loud + calm) == []
+
+
+@pytest.mark.parametrize(
+    ("metric", "broken"),
+    [
+        ("failed_share", {"state": "failed", "error": "broke"}),
+        ("unfinished_share", {"state": "accepted"}),
+        ("fell_back_share", {"fell_back": True, "rollout_id": "r", "challenger": "1"}),
+    ],
+)
+def test_one_client_that_tries_again_and_again_is_one(metric: Any, broken: dict[str, Any]) -> None:
+    retried = [one(1000 + i, user="script", **broken) for i in range(60)]
+    assert found(Bound(metric=metric, above=0.1), [one(i) for i in range(100)] + retried) == []
+    assert found(Bound(metric=metric, above=0.1), [one(i, **broken) for i in range(100)]) == ["1"]
+
+
+def test_a_challenger_that_breaks_is_not_held_against_the_champion_that_answers_for_it() -> None:
+    own = [one(i) for i in range(100)]
+    instead = [
+        one(100 + i, fell_back=True, rollout_id="r", challenger="2", seconds=31.0, error="hung") for i in range(100)
+    ]
+    bounds = [Bound(metric="fell_back_share", above=0.2), Bound(metric="seconds_p95", above=10), FAILED]
+    (breach,) = breaches(WINDOW, own + instead, [], bounds, 0.999)
+    assert (breach.metric, breach.release_version, breach.release_id) == ("fell_back_share", "2", "rollout r")
+    answered = [one(200 + i, release_id="rel-2", release_version="2", rollout_id="r") for i in range(20)]
+    (breach,) = breaches(WINDOW, own + instead + answered, [], bounds, 0.999)
+    assert (breach.release_id, breach.release_version, breach.value) == ("rel-2", "2", 100 / 120)
 
 
 def test_equal_ratings_show_no_more_than_that_many_can() -> None:

@@ -37,6 +37,7 @@ def asked(
             release_id="rel-1",
             release_version="1",
             index_build="b",
+            rollout_id=None,
             pinned=False,
             fell_back=False,
             from_cache=False,

@@ -5,16 +5,25 @@ from collections.abc import Callable, Collection
 from datetime import datetime, timedelta
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from millrace.applications import Application
+from millrace.errors import LakehouseError
 from millrace.lakehouse.cursors import read_cursor
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import GOLD_DRIFT_HOURLY, GOLD_METRICS_HOURLY, OPS_BREACHES, SILVER_EXCHANGES
+from millrace.lakehouse.tables import (
+    GOLD_DRIFT_HOURLY,
+    GOLD_METRICS_HOURLY,
+    OPS_BREACHES,
+    OPS_DECISIONS,
+    SILVER_EXCHANGES,
+)
 from millrace.monitoring.drift import measure_drift
 from millrace.monitoring.metrics import measure
+from millrace.monitoring.observed import read_windows
 from millrace.monitoring.watch import check
-from millrace.monitoring.windows import READER
+from millrace.monitoring.windows import READER, Window
 from millrace.policies import Bound, Monitor
 from millrace.settings import Settings
 from tests.monitoring.silver import HOUR, NOON, exchange, rating, write
@@ -65,6 +74,19 @@ def alerts(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.getMessage().startswith("ALERT")]
 
 
+def test_who_should_have_answered_is_the_challenger_that_the_journal_names(lake: Lake) -> None:
+    row = {
+        "sequence": 0, "decided_at": NOON, "kind": "start", "actor": "a", "reason": "r", "rollout_id": "r-1",
+        "epoch": 1, "champion": "1", "challenger": "2", "share": 0.5, "evidence": "{}", "simulated": False,
+    }  # fmt: skip
+    lake.merge(OPS_DECISIONS, pa.Table.from_pylist([row], schema=OPS_DECISIONS.rows_schema), run="test")
+    arm = {"arm": "challenger", "rollout_id": "r-1"}
+    write(lake, [exchange(NOON, **arm, fell_back=True), exchange(NOON, **arm, release_version="2")], [])
+    window = Window(NOON, NOON + HOUR)
+    observed = read_windows(lake, NOON.date(), [window])[window]
+    assert {(one.release_version, one.challenger) for one in observed} == {("1", "2"), ("2", None)}
+
+
 def test_a_breach_is_one_row_one_alert_and_the_action_that_the_policy_names(
     lake: Lake, turn: Turn, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -79,7 +101,7 @@ def test_a_breach_is_one_row_one_alert_and_the_action_that_the_policy_names(
     assert (row["interval_start"], row["at"]) == (NOON, NOON + HOUR)
     (alert,) = alerts(caplog)
     assert "qa: version 7: failed_share above 0.2" in alert
-    assert "2026-11-24 12:00 to 13:00 UTC: failed_share was 1 on 60 exchanges" in alert
+    assert "2026-11-24 12:00 to 13:00 UTC: failed_share was 1 on 60 users" in alert
     assert "the policy asks for rollback" in alert
     assert "/dags/qa.monitor" in alert
 
@@ -137,6 +159,24 @@ def test_late_ratings_make_a_breach_in_the_hour_of_their_exchanges(lake: Lake, t
     write(lake, [], [rating(one, NOON + 5 * HOUR, 0.0) for one in asked])
     assert turn(NOON + 5 * HOUR) == {"breaches": 1, "actions": ["retrain"]}
     assert lake.read(OPS_BREACHES)["interval_start"].to_pylist() == [NOON]
+
+
+def test_a_late_rating_is_not_lost_when_storage_fails_once(
+    lake: Lake, turn: Turn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [exchange(NOON + timedelta(seconds=n)) for n in range(60)]
+    write(lake, asked)
+    turn()
+    write(lake, [], [rating(one, NOON + 5 * HOUR, 0.0) for one in asked])
+
+    def unavailable(*_: Any) -> None:
+        raise LakehouseError("503 Service Unavailable")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Lake, "changes", unavailable)
+        with pytest.raises(LakehouseError, match="503"):
+            turn(NOON + 5 * HOUR)
+    assert turn(NOON + 6 * HOUR) == {"breaches": 1, "actions": ["retrain"]}
 
 
 def test_what_a_backfill_finds_in_the_past_is_written_down_and_nobody_is_woken(

@@ -6,11 +6,13 @@ most 1 - `confidence`, and one on the right side of it more rarely. Shares: exac
 percentile: by order statistics (Conover 1999, §3.2), exact too. Means of ratings, over users, and of costs: Student's
 t, which is approximate; of ratings never narrower than what that many equal ones can show. All rest on exchanges
 (users) that don't depend on one another: an incident that hits many at once is one event, and is meant to be found.
-Exchanges that a caller pinned to a release are left out: they say nothing of what users are given.
+What failed is counted by users, each by the last exchange: one who tries again and again is one.
+Exchanges that a caller pinned to a release are left out: they say nothing of what users are given. Where the champion
+answered because the challenger failed, that is held against the challenger, and the time it took against nobody.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -29,6 +31,7 @@ from millrace.policies import Bound
 Floats = npt.NDArray[np.float64]
 
 SHARES = ("failed_share", "unfinished_share", "fell_back_share", "feedback_rate")
+OF_USERS = ("failed_share", "unfinished_share", "fell_back_share", "rating_mean")
 
 
 @dataclass(frozen=True)
@@ -83,15 +86,28 @@ def breaches(
     for one in exchanges:
         if not one.pinned:
             releases[one.release_id].append(one)
+    assigned = _assigned([one for those in releases.values() for one in those])
     found = []
     for bound in bounds:
         if bound.metric == "drift":
             found += _drifted(window, releases, drift, bound)
             continue
-        for release_id, those in sorted(releases.items()):
+        for release_id, those in sorted((assigned if bound.metric == "fell_back_share" else releases).items()):
             told = _beyond(bound, those, confidence)
             if told is not None:
                 found.append(_breach(window, bound, release_id, those, *told))
+    return found
+
+
+def _assigned(exchanges: Sequence[Exchange]) -> dict[str, list[Exchange]]:
+    """Exchanges by the release that should have answered; one that never did has its rollout for an id."""
+    known = {one.release_version: one.release_id for one in exchanges}
+    found: dict[str, list[Exchange]] = defaultdict(list)
+    for one in exchanges:
+        if not one.fell_back:
+            found[one.release_id].append(one)
+        elif one.challenger:
+            found[known.get(one.challenger, f"rollout {one.rollout_id}")].append(one)
     return found
 
 
@@ -108,7 +124,7 @@ def _beyond(bound: Bound, exchanges: Sequence[Exchange], confidence: float) -> t
         return None
     side = "at least" if bound.above is not None else "at most"
     return value, (
-        f"{bound.metric} was {value:.4g} on {values.size} {'users' if bound.metric == 'rating_mean' else 'exchanges'}, "
+        f"{bound.metric} was {value:.4g} on {values.size} {'users' if bound.metric in OF_USERS else 'exchanges'}, "
         f"{side} {near:.4g} with {confidence:.4g} confidence; the policy says not {bound.told.split(' ', 1)[1]}"
     )
 
@@ -118,15 +134,15 @@ def observations(metric: str, exchanges: Sequence[Exchange]) -> Floats:
     completed = [one for one in exchanges if one.completed]
     match metric:
         case "failed_share":
-            found = [float(one.failed) for one in exchanges if one.completed or one.failed]
+            found = [float(one.failed) for one in _last(one for one in exchanges if one.completed or one.failed)]
         case "unfinished_share":
-            found = [float(one.state == "accepted") for one in exchanges]
+            found = [float(one.state == "accepted") for one in _last(exchanges)]
         case "fell_back_share":
-            found = [float(one.fell_back) for one in exchanges]
+            found = [float(one.fell_back) for one in _last(exchanges)]
         case "feedback_rate":
             found = [float(one.rating is not None) for one in completed]
         case "seconds_p95":
-            found = [one.seconds for one in completed if one.seconds is not None]
+            found = [one.seconds for one in completed if one.seconds is not None and not one.fell_back]
         case "cost_per_exchange":
             found = [one.cost_usd for one in exchanges]
         case "rating_mean":
@@ -138,6 +154,11 @@ def observations(metric: str, exchanges: Sequence[Exchange]) -> Floats:
         case _:
             raise ValueError(metric)
     return np.array(found, dtype=np.float64)
+
+
+def _last(exchanges: Iterable[Exchange]) -> Iterable[Exchange]:
+    """Each user's."""
+    return {one.user: one for one in exchanges}.values()
 
 
 def estimate(metric: str, values: Floats, *, above: bool, confidence: float) -> tuple[float, float]:
@@ -193,7 +214,7 @@ def _breach(
         interval_start=window.start,
         interval_end=window.end,
         release_id=release_id,
-        release_version=QUESTIONS if release_id == QUESTIONS else exchanges[-1].release_version,
+        release_version=QUESTIONS if release_id == QUESTIONS else _version(bound, exchanges[-1]),
         metric=bound.metric,
         bound=bound.told,
         value=value,
@@ -201,3 +222,7 @@ def _breach(
         reason=reason,
         simulated=any(one.simulated for one in exchanges),
     )
+
+
+def _version(bound: Bound, one: Exchange) -> str:
+    return one.challenger or one.release_version if bound.metric == "fell_back_share" else one.release_version

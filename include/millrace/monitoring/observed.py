@@ -4,14 +4,14 @@ Reads the partitions of the windows' days and the ratings of the week after, and
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import SILVER_EXCHANGES, SILVER_FEEDBACK
+from millrace.lakehouse.tables import OPS_DECISIONS, SILVER_EXCHANGES, SILVER_FEEDBACK
 from millrace.monitoring.windows import LATEST_RATING, Window
 from millrace.sources.event_log import CLIENT_LEFT
 
@@ -31,6 +31,7 @@ class Exchange:
     release_id: str
     release_version: str
     index_build: str
+    rollout_id: str | None
     pinned: bool
     fell_back: bool
     from_cache: bool
@@ -40,6 +41,8 @@ class Exchange:
     cost_usd: float
     rating: float | None = None
     """None: nobody rated it, within a week."""
+    challenger: str | None = None
+    """Where `fell_back`: the version that should have answered, if the journal knows the rollout."""
 
     @property
     def completed(self) -> bool:
@@ -55,7 +58,7 @@ class Exchange:
         return self.state == "failed" and not self.left
 
 
-COLUMNS = [name for name in Exchange.__dataclass_fields__ if name != "rating"]
+COLUMNS = [name for name in Exchange.__dataclass_fields__ if name not in ("rating", "challenger")]
 
 
 def read_exchanges(lake: Lake, window: Window) -> list[Exchange]:
@@ -69,12 +72,28 @@ def read_exchanges(lake: Lake, window: Window) -> list[Exchange]:
 
 
 def read_windows(lake: Lake, day: date, windows: Sequence[Window]) -> dict[Window, list[Exchange]]:
-    """The exchanges of each of these windows of one `day`, with their ratings."""
+    """The exchanges of each of these windows of one `day`, with their ratings and who should have answered."""
     spanned = Window(min(window.start for window in windows), max(window.end for window in windows))
     exchanges = read_exchanges(lake, spanned)
     ratings = _ratings(lake, day, exchanges)
-    rated = [Exchange(**vars(exchange) | {"rating": ratings.get(exchange.completion_id)}) for exchange in exchanges]
-    return {window: [one for one in rated if window.start <= one.occurred_at < window.end] for window in windows}
+    challengers = _challengers(lake, {one.rollout_id for one in exchanges if one.fell_back})
+    known = [
+        replace(
+            one,
+            rating=ratings.get(one.completion_id),
+            challenger=challengers.get(one.rollout_id) if one.fell_back else None,
+        )
+        for one in exchanges
+    ]
+    return {window: [one for one in known if window.start <= one.occurred_at < window.end] for window in windows}
+
+
+def _challengers(lake: Lake, rollouts: set[str | None]) -> dict[str | None, str]:
+    if not rollouts:
+        return {}
+    asked = pc.field("rollout_id").isin(sorted(one for one in rollouts if one)) & pc.field("challenger").is_valid()
+    rows = lake.read(OPS_DECISIONS, ["rollout_id", "challenger"], where=asked)
+    return dict(zip(rows["rollout_id"].to_pylist(), rows["challenger"].to_pylist(), strict=True))
 
 
 def _ratings(lake: Lake, day: date, exchanges: Sequence[Exchange]) -> dict[str, float]:

@@ -178,7 +178,7 @@ OPS_BREACHES = Table(
         text("breach_id"),  # hash of window, release and bound
         time("interval_start"),
         time("interval_end"),
-        text("release_id"),  # -: users' questions
+        text("release_id"),  # -: users' questions; rollout …: of a challenger that answered nobody
         text("release_version"),
         text("metric"),
         text("bound"),
