@@ -104,6 +104,37 @@ def test_a_build_that_finds_less_than_the_published_one_is_refused_and_that_one_
     assert current(declared_builds(settings, application)) == good
 
 
+@pytest.mark.model
+def test_a_build_that_lost_documents_is_refused_however_well_it_finds_the_rest(
+    settings: Settings, qa: Application, lake: Lake
+) -> None:
+    application = small(qa, sources=[{"kind": "airflow_config", "sections": ["triggerer", "smtp", "kerberos"]}])
+    good = build(settings, application)
+    publish_build(settings, application, good, run="test")
+    kept = lake.read(SILVER_CHUNKS, ["document_id", "chunk_id"]).sort_by("document_id")["chunk_id"][0].as_py()
+    nothing = SILVER_CHUNKS.rows_schema.empty_table()
+    lake.merge(SILVER_CHUNKS, nothing, run="test", delete_unmatched=f"target.chunk_id != '{kept}'")
+    refresh_embeddings(settings, application, run="test")
+    bad = build_index(settings, application, run="test")["build"]
+    assert bad != good
+    with pytest.raises(CanaryError, match=r"finds 0\.\d+ of \d\d canaries"):
+        publish_build(settings, application, bad, run="test")
+    assert current(declared_builds(settings, application)) == good
+
+
+@pytest.mark.model
+def test_where_every_document_is_another_one_a_build_must_reach_what_a_first_one_must(
+    settings: Settings, qa: Application, lake: Lake
+) -> None:
+    publish_build(settings, small(qa), build(settings, small(qa)), run="test")
+    others = small(qa, sources=[{"kind": "airflow_config", "sections": ["smtp", "kerberos"]}])
+    good = build(settings, others)
+    spoil(lake)
+    with pytest.raises(CanaryError, match=r"of \d+ canaries, 0\.500 is needed"):
+        publish_build(settings, others, remade(settings, others), run="test")
+    assert good != current(declared_builds(settings, others))
+
+
 def remade(settings: Settings, application: Application) -> str:
     """The build of the state of now, made from the vectors of now."""
     made = build_index(settings, application, run="test")["build"]

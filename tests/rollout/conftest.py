@@ -49,12 +49,13 @@ def application(tracked: Settings, qa: Application, policy: Rollout) -> Applicat
     return own
 
 
-def passes_gate(settings: Settings, application: Application, version: str) -> None:
+def passes_gate(settings: Settings, application: Application, version: str, *, passed: bool = True) -> None:
     """As the gate writes it down, against version 1."""
     row = {field.name: "x" for field in OPS_EVALUATIONS.columns} | {
         "champion": "1",
         "candidate": version,
-        "passed": True,
+        "evaluation_id": uuid.uuid4().hex,
+        "passed": passed,
         "criteria": "[]",
         "evaluated_at": datetime.now(UTC),
     }

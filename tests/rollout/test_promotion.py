@@ -74,6 +74,18 @@ def test_what_never_passed_the_gate_is_not_admitted_by_an_answer(
     assert read_journal(passed) == before
 
 
+def test_the_gates_last_word_counts(
+    passed: Lake, tracked: Settings, asking: Application, application: Application
+) -> None:
+    passes_gate(tracked, application, "2", passed=False)
+    assert next_promotion(tracked, asking) is None
+    with pytest.raises(ApprovalError, match="has not passed the gate"):
+        record_approval(tracked, asking, "2", answer("Approve", "ann"))
+    assert tick(tracked, application, run="test")["decision"] is None
+    passes_gate(tracked, application, "2")
+    assert tick(tracked, application, run="test")["decision"] == "start"
+
+
 def test_a_late_answer_admits_nothing_that_passed_against_an_earlier_champion(
     passed: Lake, tracked: Settings, asking: Application
 ) -> None:

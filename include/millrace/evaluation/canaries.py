@@ -66,7 +66,8 @@ def publish_build(
 ) -> dict[str, Any]:
     """Publish `build` if its recall@5 on the canaries is at most `canary_margin` below the published build's.
 
-    Only questions whose document is in both builds are counted: a document that was removed is no loss.
+    Only questions whose document is in the published build are counted; a document that was removed from the lake
+    asks nothing. Where there are none, `build` is held against what a first one must reach.
 
     Args:
         lineage: that the build is of; None: the declared one.
@@ -126,20 +127,17 @@ def _compare(
     if not asked:
         return {}
     retriever = Retriever(builds, lineage.open(settings))
-    there = retriever.documents(build)
-    if before is not None:
-        there &= retriever.documents(before)
-    asked = [question for question in asked if question.document_id in there]
+    there = retriever.documents(before) if before is not None else frozenset()
+    if known := [question for question in asked if question.document_id in there]:
+        asked = known
     return {
         "canaries": len(asked),
         "recall": _recall(retriever, asked, build),
-        "recall_before": _recall(retriever, asked, before) if before is not None else None,
+        "recall_before": _recall(retriever, asked, before) if known and before is not None else None,
     }
 
 
-def _recall(retriever: Retriever, questions: list[Question], build: str) -> float | None:
-    if not questions:
-        return None
+def _recall(retriever: Retriever, questions: list[Question], build: str) -> float:
     found = [
         any(hit.document_id == question.document_id for hit in retriever.search(question.question, DEPTH, build))
         for question in questions

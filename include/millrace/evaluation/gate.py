@@ -141,6 +141,7 @@ def identify(set_id: str, champion: Side, candidate: Side, application: Applicat
         _builds(champion, candidate),
         general_set_id(general_questions()),
         application.gate.model_dump(mode="json"),
+        application.prices.model_dump(mode="json"),
     ]
     return f"eval-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]}"
 

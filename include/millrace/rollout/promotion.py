@@ -26,17 +26,15 @@ def needs_approval(settings: Settings, application: Application) -> bool:
 
 
 def passed_gate(lake: Lake, state: State) -> list[Admission]:
-    """Releases that passed the gate against the present champion and about which nothing was decided yet."""
-    rows = lake.read(
-        OPS_EVALUATIONS,
-        ["candidate", "evaluated_at"],
-        where=pc.field("passed") & (pc.field("champion") == state.champion),
-    ).to_pylist()
+    """Releases that passed the gate against the present champion, at last, and about which nothing was decided yet."""
+    columns = ["candidate", "evaluated_at", "passed"]
+    rows = lake.read(OPS_EVALUATIONS, columns, where=pc.field("champion") == state.champion).sort_by("evaluated_at")
+    last = {row["candidate"]: row for row in rows.to_pylist()}
     known = state.decided | {admission.version for admission in state.waiting}
     return [
-        Admission(row["candidate"], row["evaluated_at"], simulated=False)
-        for row in rows
-        if row["candidate"] not in known
+        Admission(version, row["evaluated_at"], simulated=False)
+        for version, row in last.items()
+        if row["passed"] and version not in known
     ]
 
 
