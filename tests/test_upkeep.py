@@ -1,5 +1,6 @@
 """Upkeep removes what can be made or fetched again, and nothing else."""
 
+import logging
 import os
 import time
 import uuid
@@ -66,14 +67,18 @@ def test_the_environments_own_tables_are_tidied_with_an_applications(settings: S
     assert verify(settings).entries == 2
 
 
-def test_event_segments_go_once_every_line_is_in_a_table_and_they_are_old(tracked: Settings, qa: Application) -> None:
+def test_event_segments_go_once_every_line_is_in_a_table_and_they_are_old(
+    tracked: Settings, qa: Application, caplog: pytest.LogCaptureFixture
+) -> None:
     application = qa.model_copy(update={"name": "upkeep"})
     landed, waiting = feedback(tracked, LONG_AGO, 3), feedback(tracked, LONG_AGO + timedelta(hours=1), 3)
     recent = feedback(tracked, datetime.now(UTC) - timedelta(days=1), 3)
     landed.write_bytes(landed.read_bytes() + b"no event\n" + b'{"torn')
     land_events(tracked, application, LONG_AGO, LONG_AGO + timedelta(hours=1), run="test")
 
-    assert remove_unused(tracked, application)["segments"] == [landed.name]
+    with caplog.at_level(logging.ERROR, "millrace.alerts"):
+        assert remove_unused(tracked, application)["segments"] == [landed.name]
+    assert f"ALERT upkeep: events that no run has read: {waiting.name} in " in caplog.text
     assert (landed.exists(), waiting.exists(), recent.exists()) == (False, True, True)
     assert Lake.of(tracked, "upkeep").read(BRONZE_EVENTS).num_rows == 3
     again = land_events(tracked, application, LONG_AGO, LONG_AGO + timedelta(hours=1), run="test")

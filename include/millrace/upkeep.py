@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
+from millrace.alerts import Alert, send
 from millrace.applications import Application
 from millrace.engines.upstream import unload_adapter
 from millrace.errors import EngineError, LakehouseError, ReleaseError
@@ -171,10 +172,10 @@ def _adapted(folder: Path) -> ServedModel | None:
 
 
 def _segments(settings: Settings, application: Application) -> list[str]:
-    """A segment goes if each of its lines is in bronze or in quarantine."""
+    """A segment goes if each of its lines is in bronze or in quarantine; others are told."""
     lake = Lake.of(settings, application.name)
     before = time.time() - application.retention.event_segments * DAY
-    gone = []
+    gone, unread = [], []
     for path in sorted(settings.event_log(application.name).glob("*.jsonl")):
         hour = segment_hour(path)
         if hour is None or (hour + HOUR).timestamp() >= before:
@@ -189,6 +190,21 @@ def _segments(settings: Settings, application: Application) -> list[str]:
         if there.issuperset(line for line in lines[:-1] if not is_erased(line)):
             path.unlink()
             gone.append(path.name)
+        else:
+            unread.append(path.name)
+    if unread:
+        send(
+            Alert(
+                title=f"{application.name}: events that no run has read",
+                what=(
+                    f"{', '.join(unread)} in {settings.event_log(application.name)} should have been removed, and hold "
+                    f"lines that are in no table; run a backfill of {application.name}.ingest_feedback over their hours"
+                ),
+                source=f"{application.name}.maintain_lakehouse",
+                runbook=f"{settings.airflow_url}/dags/{application.name}.ingest_feedback",
+            ),
+            settings,
+        )
     return gone
 
 

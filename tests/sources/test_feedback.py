@@ -227,6 +227,22 @@ def test_an_application_without_any_event_has_an_interval_without_rows(ingest) -
     assert ingest()["refined"] == {"exchanges": 0, "feedback": 0, "quarantined": 0, "waiting": 0, "changed": False}
 
 
+def test_events_that_were_written_after_their_interval_was_read_are_not_lost(
+    gateway: Gateway, ingest, lake: Lake
+) -> None:
+    about = gateway.at(29).ask()
+    gateway.answer(about)
+    between, end = START + 30 * MINUTE, START + 60 * MINUTE
+    ingest(START, between)
+    gateway.at(29.9).rate(about, 0.5)  # its gateway was held up: the stamp is of the interval that was read
+    late = gateway.ask("and this?")
+    told = ingest(between, end)
+    assert (told["landed"]["lines"], told["landed"]["landed"]) == (0, 2)
+    assert set(rows(lake, SILVER_EXCHANGES, "completion_id")) == {about["completion_id"], late["completion_id"]}
+    assert [row["rating"] for row in rows(lake, SILVER_FEEDBACK, "completion_id").values()] == [0.5]
+    assert not ingest(START, between)["landed"]["changed"]
+
+
 EDGES = [START + timedelta(minutes=45 * n) for n in range(6)]
 INTERVALS = list(pairwise(EDGES))
 

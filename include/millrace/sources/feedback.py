@@ -10,7 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from typing import Any, TypeAlias
 
 import pyarrow as pa
@@ -45,16 +45,21 @@ from millrace.sources.event_log import (
 SETTLE = 2.0
 """Seconds after its end before an interval is read: a gateway may be between stamping an event and writing it."""
 
+LATE = timedelta(minutes=5)
+"""How long before its interval a run looks again. A gateway that was held up between stamping an event and writing it,
+or whose clock is behind, acknowledged it after its own interval was read."""
+
 AnyExchange: TypeAlias = Accepted | Completed | Failed
 
 
 def land_events(
     settings: Settings, application: Application, start: datetime, end: datetime, *, run: str
 ) -> dict[str, Any]:
-    """Insert the events of [start, end) into `bronze/events`, and lines that are none into `quarantine/feedback`.
+    """Insert the events of [start, end) into `bronze/events`, and lines that are none into `quarantine/feedback`; and
+    events of shortly before that came too late for their own interval.
 
-    Returns: `lines` read, `landed` and `quarantined` for the first time, `erased` (of users who asked for that),
-        `changed`.
+    Returns: `lines` of the interval, `landed` and `quarantined` for the first time, `erased` (of users who asked for
+        that), `changed`.
 
     Raises:
         SourceError: the interval is empty or has no time zone, or a segment can't be read.
@@ -62,10 +67,10 @@ def land_events(
     start, end = _interval(start, end)
     _wait_for_writers(end)
     lake = Lake.of(settings, application.name)
-    there = lake.read(BRONZE_EVENTS, ["event_id", "payload"], where=_within(start, end))
+    there = lake.read(BRONZE_EVENTS, ["event_id", "payload"], where=_within(start - LATE, end))
     known = dict(zip(there["event_id"].to_pylist(), there["payload"].to_pylist(), strict=True))
     read = sorted(
-        read_events(settings.event_log(application.name), start, end),
+        read_events(settings.event_log(application.name), start - LATE, end),
         key=lambda line: (line.at, line.segment, line.offset),
     )
     erased = Erased(read_erasures(lake))
@@ -86,6 +91,8 @@ def land_events(
                 events.append(line)
                 continue
             reason = f"event id {event_id} belongs to another line already"
+        if line.at < start:
+            continue  # its own interval says so
         refused.append(
             {
                 "item_id": f"{line.segment}:{line.offset}",
@@ -100,10 +107,10 @@ def land_events(
         QUARANTINE_FEEDBACK, pa.Table.from_pylist(refused, schema=QUARANTINE_FEEDBACK.rows_schema), run=run
     )
     return {
-        "lines": len(read),
+        "lines": sum(line.at >= start for line in read),
         "landed": landed.inserted,
         "quarantined": quarantined.inserted,
-        "erased": len(read) - len(lines),
+        "erased": sum(line.at >= start for line in dropped),
         "changed": landed.changed or quarantined.changed,
     }
 
@@ -111,7 +118,8 @@ def land_events(
 def refine_feedback(
     settings: Settings, application: Application, start: datetime, end: datetime, *, run: str
 ) -> dict[str, Any]:
-    """Bring the exchanges and feedback of every completion with an event in [start, end) up to all its events.
+    """Bring the exchanges and feedback of every completion with an event in [start, end), or shortly before, up to all
+    its events.
 
     Events that the quality suites refuse go to `quarantine/feedback` with the reason. Feedback on an exchange that
     has not landed waits in bronze: the exchange's own interval writes it. Of several ratings of one answer the last
@@ -126,7 +134,7 @@ def refine_feedback(
     """
     start, end = _interval(start, end)
     lake = Lake.of(settings, application.name)
-    landed = _touched(lake, start, end, settings)
+    landed = _touched(lake, start - LATE, end, settings)
     # Read after the events: whoever is erased meanwhile is known here.
     erased = Erased(read_erasures(lake))
     events = [one for one in landed if not erased.covers(one.event)]
