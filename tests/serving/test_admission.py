@@ -391,7 +391,12 @@ def test_in_dev_on_this_machine_any_key_and_none_will_do(gateway: Gateway, setti
 
 
 def test_what_became_of_a_key_and_what_it_was_used_for_is_in_the_audit_trail(
-    keyed: Settings, qa: Application, make: Make, store: KeyStore, monkeypatch: pytest.MonkeyPatch
+    keyed: Settings,
+    qa: Application,
+    make: Make,
+    store: KeyStore,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     key, written = make("ask")
     gave = store.rotate(key.id, overlap=timedelta(hours=1), actor="bob")[1]
@@ -409,8 +414,13 @@ def test_what_became_of_a_key_and_what_it_was_used_for_is_in_the_audit_trail(
         assert gateway.client.get("/metrics", headers=shown(gave)).status_code == 403
         assert ask(gateway, "sk-123").status_code == 401
         assert trail(keyed, "key_use") == []
+        head = keyed.home / "audit" / f"{keyed.environment}.json"
+        known = head.read_bytes()
+        head.write_text("what nobody can read")
         monkeypatch.setattr(admission, "now", lambda: now() + timedelta(hours=1))
         assert ask(gateway, gave).status_code == 200
+        gateway.wait_until(lambda: "the uses of API keys wait for the audit trail" in caplog.text)
+        head.write_bytes(known)
         over = Counter({(key.id, "ask"): 4, (key.id, "refused"): 1, ("unknown", "refused"): 1})
         gateway.wait_until(lambda: uses(keyed) == over)
         assert threads == {"key uses"}, "no request waits for the lake"

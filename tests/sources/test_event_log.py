@@ -1,6 +1,7 @@
 """The promises of the event log: on disk when acknowledged, alone with its torn lines, read back whole."""
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -188,6 +189,22 @@ for thread in range(8):
     assert len(found) == len(set(found))
     assert len(whole) >= 300
     assert whole <= set(found)
+
+
+def test_a_segment_that_could_only_half_be_begun_keeps_no_later_event_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = EventLog(tmp_path, clock=lambda: HOUR)
+
+    def refused(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", refused)
+        with pytest.raises(SourceError, match="Input/output error"):
+            log.append(feedback(1))
+    log.append(feedback(2))
+    assert [line.event.completion_id for line in read_events(tmp_path, *EVER)] == ["chatcmpl-2"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small tmpfs")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 
-from millrace.errors import ApiKeyError, KeysAway, LakehouseError
+from millrace.errors import ApiKeyError, KeysAway, MillraceError
 from millrace.lakehouse.audit.key_uses import KeyUses
 from millrace.lakehouse.tables import PLATFORM
 from millrace.serving.api_keys import ApiKey, Scope, read_key
@@ -197,7 +197,7 @@ class Admission:
         offered with the next."""
         try:
             self._uses.flush(self._settings, run="gateway", now=moment)
-        except LakehouseError as error:
+        except MillraceError as error:
             log.error("the uses of API keys wait for the audit trail: %s", error)
 
     def _authenticated(self, header: str) -> ApiKey:

@@ -217,8 +217,8 @@ class EventLog:
         if self._segment is None:
             self._folder.mkdir(parents=True, exist_ok=True)
             name = f"{hour:%Y-%m-%dT%H}-{self._instance}-{self._begun}.jsonl"
+            self._begun += 1  # first: a file that could only half be begun is there, and its name is taken
             self._segment = _Segment(self._folder / name, hour)
-            self._begun += 1
         return self._segment
 
 
@@ -228,13 +228,17 @@ class _Segment:
     def __init__(self, path: Path, hour: datetime) -> None:
         self.hour = hour
         self.damaged = False
-        self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._written = 0
         self._synced = 0
         self._syncing = threading.Lock()
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # or the file's name is lost with the power, and its lines with it
+            self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            try:
+                os.fsync(folder)  # or the file's name is lost with the power, and its lines with it
+            except OSError:
+                os.close(self._descriptor)
+                raise
         finally:
             os.close(folder)
 
