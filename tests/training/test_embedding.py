@@ -16,9 +16,11 @@ from safetensors.numpy import load_file, save_file
 from millrace.applications import Application, EmbeddingTraining, Gate
 from millrace.errors import RetrievalError, TrainingError
 from millrace.evaluation.canaries import publish_tuned
-from millrace.evaluation.gate import evaluate_candidate
+from millrace.evaluation.gate import evaluate_candidate, find_leaks
+from millrace.evaluation.sets import Example
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import OPS_COSTS, SILVER_DOCUMENTS, SILVER_EMBEDDINGS
+from millrace.lakehouse.trained import all_trained_sets
 from millrace.releases.declare import declare_release
 from millrace.releases.lineages import build_indexes, embed_changes
 from millrace.releases.loader import ReleaseLoader
@@ -140,6 +142,10 @@ def test_a_fine_tuned_model_is_a_candidate_with_an_index_beside_the_old_one_whic
     assert manifest.retrieval.lineage == tuned["lineage"] != old.retrieval.lineage
     tags = versions(tracked, small)[made["version"]]
     assert (tags["millrace.origin"], tags["pairs"], tags["millrace.state"]) == ("embedding", "40", "candidate")
+    (trained_on,) = all_trained_sets(tags)
+    of_both = [next(one["question"] for one in learnt if one["held_out"] is kept) for kept in (False, True)]
+    again = [Example(question, None, question, "?", "d") for question in of_both]
+    assert [leak for leak, _ in find_leaks(lake, trained_on, again)] == of_both[:1]
     (cost,) = [row for row in lake.read(OPS_COSTS).to_pylist() if row["stage"] == "training"]
     assert cost["release_id"] == made["release_id"]
 

@@ -24,7 +24,7 @@ from millrace.lakehouse.forgetting import forget_removed
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.places import SAMPLE, owner
 from millrace.lakehouse.tables import OPS_CURSORS, SILVER_EXCHANGES, SILVER_FEEDBACK, Table
-from millrace.lakehouse.trained import trained_sets
+from millrace.lakehouse.trained import all_trained_sets
 from millrace.private_files import write_private
 from millrace.releases.registry import versions
 from millrace.releases.retention import delete_exchange_traces
@@ -194,7 +194,7 @@ def _trained(settings: Settings, application: Application, sets: set[str] | froz
     return tuple(
         version
         for version, tags in versions(settings, application).items()
-        if sets & {*trained_sets(tags), tags.get("fingerprint", "")}
+        if sets & {*all_trained_sets(tags), tags.get("fingerprint", "")}
     )
 
 

@@ -16,7 +16,7 @@ from millrace.environments.access.matrix import READS
 from millrace.errors import ReleaseError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import GOLD_PREFERENCE_EXAMPLES, GOLD_TRAINING_EXAMPLES
-from millrace.lakehouse.trained import trained_questions, trained_sets
+from millrace.lakehouse.trained import all_trained_sets, trained_questions
 from millrace.releases.mlflow_server import ensure_experiment, evaluations_experiment, mlflow_client
 from millrace.releases.registry import (
     RELEASE_TAG,
@@ -142,7 +142,7 @@ def _copy_training_sets(
     ours = Lake.of(settings, application.name)
     theirs = Lake.of(settings, application.name, environment=origin.environment)
     erased = _asked_by_erased(settings, ours)
-    for training_set in trained_sets(tags):
+    for training_set in all_trained_sets(tags):
         found = 0
         for table in (GOLD_TRAINING_EXAMPLES, GOLD_PREFERENCE_EXAMPLES):
             rows = theirs.read(table, table.rows_schema.names, where=pc.field("training_set") == training_set)

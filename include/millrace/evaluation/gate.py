@@ -28,7 +28,7 @@ from millrace.lakehouse.audit.journals import follow
 from millrace.lakehouse.costs import Cost, cost_id, record_cost
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import OPS_EVALUATIONS
-from millrace.lakehouse.trained import trained_questions, trained_sets
+from millrace.lakehouse.trained import all_trained_sets, trained_questions
 from millrace.releases.loader import ReleaseLoader
 from millrace.releases.manifest import Manifest
 from millrace.releases.published_split import read_split
@@ -93,7 +93,7 @@ def evaluate_candidate(
     known = _read(lake, evaluation_id)
     changed = known is None
     if known is None:
-        training_sets = trained_sets(registered[candidate])
+        training_sets = all_trained_sets(registered[candidate])
         examples = read_evaluation_set(lake, set_id)
         started = time.perf_counter()
         criteria, scored, general = _evaluate(settings, application, sides, examples, training_sets, evaluation_id)

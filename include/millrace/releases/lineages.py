@@ -6,10 +6,11 @@ from typing import Any
 
 from millrace.applications import Application
 from millrace.errors import RetrievalError
+from millrace.lakehouse.trained import EMBEDDING_TAG
 from millrace.releases.embedding import release_lineage
 from millrace.releases.package import read_release
 from millrace.releases.published_split import read_aliases, read_split
-from millrace.releases.registry import EMBEDDING_TAG, fetch_release, release_manifest, young_candidates
+from millrace.releases.registry import fetch_release, release_manifest, young_candidates
 from millrace.retrieval.embed import Lineage, declared_lineage, lineage_name, refresh_embeddings
 from millrace.retrieval.embedding_model import weights_sha256
 from millrace.retrieval.index import build_index

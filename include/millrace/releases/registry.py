@@ -18,6 +18,7 @@ from typing import Any
 from millrace.applications import Application
 from millrace.errors import ReleaseError
 from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.trained import EMBEDDING_TAG
 from millrace.releases.card import example_question, licences, model_card, training_data
 from millrace.releases.manifest import RELEASE_ID, Manifest
 from millrace.releases.mlflow_server import ensure_experiment, found_or_none, mlflow_client
@@ -33,8 +34,6 @@ BUILDER_TAG = "millrace.built_by"
 """The person who triggered the run that registered a release; a schedule has none."""
 FILES_TAG = "millrace.files"
 """Where it is, it says when the release's files were removed (`retention.py`)."""
-EMBEDDING_TAG = "millrace.embedding"
-"""SHA-256 of the fine-tuned embedding model's weights, where a release has one."""
 TRAINING_TAGS = ("training_set", "earlier_training_sets", "simulated", "teacher")
 CANDIDATE = "candidate"
 

@@ -16,12 +16,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from millrace.applications import Application, EmbeddingTraining
 from millrace.errors import TrainingError
 from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.costs import Cost, attribute_cost, record_cost
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import SILVER_CHUNKS, SILVER_DOCUMENTS, SILVER_EXCHANGES, SILVER_FEEDBACK
+from millrace.lakehouse.tables import (
+    GOLD_TRAINING_EXAMPLES,
+    SILVER_CHUNKS,
+    SILVER_DOCUMENTS,
+    SILVER_EXCHANGES,
+    SILVER_FEEDBACK,
+)
+from millrace.lakehouse.trained import embedding_set
 from millrace.releases.declare import declare_release
 from millrace.releases.embedding import release_lineage
 from millrace.releases.manifest import Manifest, describe_embedding
@@ -152,6 +161,7 @@ def release_embedding(
     manifest = read_release(released)
     retrieval = manifest.retrieval.model_copy(update={"lineage": tuned["lineage"], "tuned": describe_embedding(folder)})
     candidate = manifest.changed(retrieval=retrieval)
+    _remember(Lake.of(settings, application.name), folder, embedding_set(weights_sha256(folder)), run=run)
     tags = training_tags(settings, application, tuned["release"])
     simulated = tuned["simulated"] > 0 or tags.get("simulated") == "true"
     registered = register_once(
@@ -174,6 +184,27 @@ def release_embedding(
     cost = training_cost_id(tuned["fingerprint"], tuned["seconds"])
     attribute_cost(Lake.of(settings, application.name), cost, candidate.release_id, run=run)
     return registered
+
+
+def _remember(lake: Lake, folder: Path, set_id: str, *, run: str) -> None:
+    """What was trained on, for the gate that looks for leaks, and for whoever erases a user."""
+    pairs = [json.loads(line) for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        {
+            "training_set": set_id,
+            "example_id": content_hash(pair["question"], pair["chunk_id"]),
+            "origin": pair["origin"],
+            "simulated": pair["simulated"],
+            "section": None,
+            "question": pair["question"],
+            "answer": "",
+            "chunk_ids": [pair["chunk_id"]],
+            "prompt": "",
+        }
+        for pair in pairs
+        if not pair["held_out"]
+    ]
+    lake.merge(GOLD_TRAINING_EXAMPLES, pa.Table.from_pylist(rows, schema=GOLD_TRAINING_EXAMPLES.rows_schema), run=run)
 
 
 def _pairs(

@@ -14,7 +14,7 @@ GOLD_TRAINING_EXAMPLES = Table(
         flag("simulated"),
         text("section", nullable=True),
         text("question"),
-        text("answer"),
+        text("answer"),  # empty, like the prompt: its chunk was learnt, by an embedding model
         pa.field("chunk_ids", pa.list_(pa.string()), nullable=False),
         text("prompt"),  # rendered, as the generator sees it
     ),
