@@ -54,6 +54,25 @@ def test_a_small_loss_within_the_margin_passes_only_once_enough_examples_exclude
     assert verdicts == [False, True]
 
 
+def test_several_questions_of_one_document_tell_no_more_than_one_of_each():
+    rng = np.random.default_rng(5)
+    once = [scores(rng.random(40), rng.random(40) + 1) for _ in range(2)]
+    asked = [scores(np.repeat(one.quality, 5), np.repeat(one.seconds, 5)) for one in once]
+    documents = [f"d{n // 5}" for n in range(200)]
+    told = [
+        [(c.low, c.estimate, c.high) for c in compare(*arms, POLICY, seed=0, documents=of)]
+        for arms, of in ((once, None), (asked, documents), (asked, None))
+    ]
+    assert told[1] == [pytest.approx(interval) for interval in told[0]]
+    assert told[2][0][0] > told[1][0][0], "as if they were 200"
+
+
+def test_of_too_few_documents_questions_are_drawn():
+    rng = np.random.default_rng(6)
+    arms = [scores(rng.random(40)) for _ in range(2)]
+    assert compare(*arms, POLICY, seed=0, documents=["a", "b"] * 20) == compare(*arms, POLICY, seed=0)
+
+
 def test_prices_of_nothing_cost_the_same_and_something_instead_of_nothing_is_refused():
     nothing, something = np.zeros(10), np.ones(10)
     assert ratio_of_means(nothing, nothing, 0.95, 100, 0).high == 1

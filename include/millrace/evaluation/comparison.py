@@ -1,9 +1,14 @@
 """Two releases answered the same questions: is the second one good enough? Paired (`scoring/bootstrap.py`), pure.
 
+Questions about one document are found or missed together, so documents are drawn, not questions, unless there are too
+few of them. What is not in the examples is not in the interval: where no question lost anything, so few of them may
+still hide a loss of 3 in `n` (the rule of three).
+
 Knows scores per example and the policy's margins. Knows nothing of where answers come from, of releases or of
 tables (`gate.py` does).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,6 +33,10 @@ class Scores:
     """US dollars."""
 
 
+Documents = Sequence[str] | None
+"""Of each example, the document that holds its answer."""
+
+
 @dataclass(frozen=True)
 class Criterion:
     """One thing that the gate asks, and the answer. JSON-able by `dataclasses.asdict`."""
@@ -47,8 +56,13 @@ class Criterion:
     why: str
 
 
-def compare(champion: Scores, candidate: Scores, policy: Gate, *, seed: int) -> list[Criterion]:
+def compare(
+    champion: Scores, candidate: Scores, policy: Gate, *, seed: int, documents: Documents = None
+) -> list[Criterion]:
     """The gate's criteria, in the order in which people care.
+
+    Args:
+        documents: None: each example is of its own.
 
     Raises:
         MillraceError: too few examples to decide on, or the two releases answered different numbers of them.
@@ -59,24 +73,33 @@ def compare(champion: Scores, candidate: Scores, policy: Gate, *, seed: int) -> 
             f"a comparison needs the same examples in both arms and at least {MINIMUM_EXAMPLES} of them, got "
             f"{sorted(sizes)}; name more evaluation sections in the application's [questions]"
         )
+    of = documents if documents and len(set(documents)) >= MINIMUM_EXAMPLES else None
+    seconds, cost = (champion.seconds, candidate.seconds), (champion.cost, candidate.cost)
     return [
-        _no_loss("quality", champion.quality, candidate.quality, policy.quality_margin, policy, seed),
-        _no_loss("retrieval", champion.retrieval, candidate.retrieval, policy.retrieval_margin, policy, seed),
-        _no_excess("latency", champion.seconds, candidate.seconds, policy.latency_ratio, policy, seed, "s", 1),
-        _no_excess("cost", champion.cost, candidate.cost, policy.cost_ratio, policy, seed, "$ a million answers", 1e6),
+        _no_loss("quality", champion.quality, candidate.quality, policy.quality_margin, policy, seed, of),
+        _no_loss("retrieval", champion.retrieval, candidate.retrieval, policy.retrieval_margin, policy, seed, of),
+        _no_excess("latency", *seconds, policy.latency_ratio, policy, seed, of, "s", 1),
+        _no_excess("cost", *cost, policy.cost_ratio, policy, seed, of, "$ a million answers", 1e6),
     ]
 
 
 def compare_general(champion: Floats, candidate: Floats, policy: Gate, *, seed: int) -> Criterion:
     """Whether the candidate still knows what the champion does, from (n,) scores of the same general questions."""
     subject = "share of general questions answered"
-    return _no_loss("general", champion, candidate, policy.general_margin, policy, seed, subject)
+    return _no_loss("general", champion, candidate, policy.general_margin, policy, seed, None, subject)
 
 
 def _no_loss(
-    name: str, champion: Floats, candidate: Floats, margin: float, policy: Gate, seed: int, subject: str = ""
+    name: str,
+    champion: Floats,
+    candidate: Floats,
+    margin: float,
+    policy: Gate,
+    seed: int,
+    documents: Documents,
+    subject: str = "",
 ) -> Criterion:
-    found = mean_difference(champion, candidate, policy.confidence, policy.resamples, seed)
+    found = mean_difference(champion, candidate, policy.confidence, policy.resamples, seed, documents)
     passed = found.low >= -margin
     why = (
         f"{subject or name} went from {champion.mean():.3f} to {candidate.mean():.3f}; "
@@ -98,9 +121,17 @@ def _no_loss(
 
 
 def _no_excess(
-    name: str, champion: Floats, candidate: Floats, bound: float, policy: Gate, seed: int, unit: str, scale: float
+    name: str,
+    champion: Floats,
+    candidate: Floats,
+    bound: float,
+    policy: Gate,
+    seed: int,
+    documents: Documents,
+    unit: str,
+    scale: float,
 ) -> Criterion:
-    found = ratio_of_means(champion, candidate, policy.confidence, policy.resamples, seed)
+    found = ratio_of_means(champion, candidate, policy.confidence, policy.resamples, seed, documents)
     passed = found.high <= bound
     why = (
         f"{name} went from {champion.mean() * scale:.3g} to {candidate.mean() * scale:.3g} {unit}; the "

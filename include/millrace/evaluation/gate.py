@@ -190,7 +190,10 @@ def _evaluate(
         )
     finally:
         loader.close()
-    quality, retrieval, *budgets = compare(as_scores(champion), as_scores(candidate), application.gate, seed=seed)
+    documents = [example.document_id for example in examples]
+    quality, retrieval, *budgets = compare(
+        as_scores(champion), as_scores(candidate), application.gate, seed=seed, documents=documents
+    )
     return [leak, quality, retrieval, general, *budgets], _worst_first(examples, champion, candidate), answers
 
 

@@ -2,12 +2,13 @@
 
 An interval is the bias-corrected and accelerated bootstrap (BCa; Efron & Tibshirani, *An Introduction to the
 Bootstrap*, 1993, §14.3): examples are drawn with replacement, both sides' scores together, so that the difficulty of
-an example cancels. Its quantiles are widened for small samples as by a t distribution (Hesterberg, *What Teachers
+an example cancels; where examples come in groups that fail together, as questions about one document do, groups are
+drawn. Its quantiles are widened for small samples as by a t distribution (Hesterberg, *What Teachers
 Should Know About the Bootstrap*, The American Statistician 69(4), 2015, §5.3). It looks once: a test that is looked
 at again and again belongs to the rollout.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -33,20 +34,37 @@ class Interval:
     high: float
 
 
-def mean_difference(champion: Floats, candidate: Floats, confidence: float, resamples: int, seed: int) -> Interval:
+def mean_difference(
+    champion: Floats,
+    candidate: Floats,
+    confidence: float,
+    resamples: int,
+    seed: int,
+    groups: Sequence[Hashable] | None = None,
+) -> Interval:
     """Mean of candidate minus champion, with its BCa interval. Swapping the arms mirrors it at 0.
 
     Args:
         champion: (n,) scores; `candidate` the same examples in the same order.
         confidence: of the two-sided interval, e.g. 0.95.
         seed: of the resampling; the same seed gives the same interval.
+        groups: (n,) which group each example is of; None: each is one.
     """
-    difference = candidate - champion
-    return _bca(difference[:, None], lambda means: means[..., 0], confidence, resamples, seed)
+    values = np.stack([candidate - champion, np.ones(len(champion))], axis=1)
+    return _bca(_summed(values, groups), lambda means: means[..., 0] / means[..., 1], confidence, resamples, seed)
 
 
-def ratio_of_means(champion: Floats, candidate: Floats, confidence: float, resamples: int, seed: int) -> Interval:
+def ratio_of_means(
+    champion: Floats,
+    candidate: Floats,
+    confidence: float,
+    resamples: int,
+    seed: int,
+    groups: Sequence[Hashable] | None = None,
+) -> Interval:
     """Candidate's mean divided by champion's, with its BCa interval. Swapping the arms inverts it.
+
+    Args as `mean_difference`.
 
     Both nothing: the ratio is 1. Champion nothing and candidate something: it is `LARGEST_RATIO`.
 
@@ -62,8 +80,18 @@ def ratio_of_means(champion: Floats, candidate: Floats, confidence: float, resam
             logs = np.log(means[..., 1]) - np.log(means[..., 0])
         return np.clip(np.nan_to_num(logs, nan=0.0), -np.log(LARGEST_RATIO), np.log(LARGEST_RATIO))
 
-    on_log = _bca(both, log_ratio, confidence, resamples, seed)
+    on_log = _bca(_summed(both, groups), log_ratio, confidence, resamples, seed)
     return Interval(*(float(np.exp(value)) for value in (on_log.estimate, on_log.low, on_log.high)))
+
+
+def _summed(values: Floats, groups: Sequence[Hashable] | None) -> Floats:
+    """(n, columns) → (groups, columns)."""
+    if groups is None:
+        return values
+    positions = {group: position for position, group in enumerate(dict.fromkeys(groups))}
+    sums = np.zeros((len(positions), values.shape[1]))
+    np.add.at(sums, [positions[group] for group in groups], values)
+    return sums
 
 
 def _bca(
@@ -72,7 +100,7 @@ def _bca(
     """BCa interval of a smooth function of column means.
 
     Args:
-        values: (n, columns), one row an example.
+        values: (n, columns), one row an example, or a group's sum.
         statistic: (..., columns) means → (...) statistics.
     """
     n = len(values)
