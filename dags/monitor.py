@@ -16,7 +16,8 @@ arrived late, into `gold/metrics_hourly`, per release and index build; compares 
 with the week before (`gold/drift_hourly`); holds windows that are over against `[monitor] bounds`. A breach is a row
 of `ops/breaches`: it alerts once, and starts `finetune` (retrain), `refresh_embeddings` (reembed) or `rollout`
 (rollback) by an asset, if the release still answers users. What a backfill finds in windows older than a day is only
-written down. *health* alerts of ingestion that missed its last intervals, of runs that failed without a word, and of a
+written down. Failures count by users, each by the last exchange, and those that the champion answered for a challenger
+against the challenger. *health* alerts of ingestion that missed its last intervals, of runs that failed without a word, and of a
 disk that is nearly full; it sends alerts again that reached nobody.
 
 ### Healthy
