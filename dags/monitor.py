@@ -17,8 +17,8 @@ with the week before (`gold/drift_hourly`); holds windows that are over against 
 of `ops/breaches`: it alerts once, and starts `finetune` (retrain), `refresh_embeddings` (reembed) or `rollout`
 (rollback) by an asset, if the release still answers users. What a backfill finds in windows older than a day is only
 written down. Failures count by users, each by the last exchange, and those that the champion answered for a challenger
-against the challenger. *health* alerts of ingestion that missed its last intervals, of runs that failed without a word, and of a
-disk that is nearly full; it sends alerts again that reached nobody.
+against the challenger. *health* alerts of ingestion that missed its last intervals, of runs that failed without a word,
+and of a disk that is nearly full; it sends alerts again that reached nobody.
 
 ### Healthy
 Green for every interval, within seconds, whatever the history; no new breaches. *too few* users is no finding.
