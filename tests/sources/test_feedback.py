@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 
+import pendulum
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
@@ -241,6 +242,12 @@ def test_events_that_were_written_after_their_interval_was_read_are_not_lost(
     assert set(rows(lake, SILVER_EXCHANGES, "completion_id")) == {about["completion_id"], late["completion_id"]}
     assert [row["rating"] for row in rows(lake, SILVER_FEEDBACK, "completion_id").values()] == [0.5]
     assert not ingest(START, between)["landed"]["changed"]
+
+
+def test_an_interval_may_be_given_as_airflow_gives_it(gateway: Gateway, ingest, lake: Lake) -> None:
+    gateway.at(5).rate(gateway.at(1).ask(), 0.5)
+    ingest(pendulum.instance(START), pendulum.instance(END))
+    assert len(rows(lake, SILVER_FEEDBACK, "completion_id")) == 1
 
 
 EDGES = [START + timedelta(minutes=45 * n) for n in range(6)]

@@ -377,7 +377,8 @@ def _day(at: datetime) -> date:
 def _interval(start: datetime, end: datetime) -> tuple[datetime, datetime]:
     if start.tzinfo is None or end.tzinfo is None or start >= end:
         raise SourceError(f"[{start}, {end}) is not an interval with a time zone; give start < end, in UTC")
-    return start.astimezone(UTC), end.astimezone(UTC)
+    # Airflow's are of a class of its own, which forgets its time zone where a time is taken from it.
+    return datetime.fromtimestamp(start.timestamp(), UTC), datetime.fromtimestamp(end.timestamp(), UTC)
 
 
 def _wait_for_writers(end: datetime) -> None:
