@@ -35,9 +35,9 @@ from millrace.training.stopping import Measured, best_of, exhausted
 from millrace.training.weights import put_back, save_adapter, trained_weights, write_weights
 
 MINIMUM = 8
-SIDES = 3
-"""To train on, to measure on, and to stop by."""
 """Examples below which nothing is trained."""
+SIDES = 3
+"""To train on, to measure on, and to stop by: as many different prompts are needed."""
 SHOWN = 8
 """Prompts whose greedy answers are written into the result, held-out ones first; the export is compared with them. A
 flipped word counts for much in one answer, and for little in eight."""
