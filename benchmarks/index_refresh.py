@@ -77,7 +77,7 @@ def by_lists() -> tuple[float, float]:
 
         def refresh() -> None:
             put(opened, fresh, {"builds": ["b"]})
-            kept = [ids[n] for n in before if n not in gone]
+            kept: list[int | uuid.UUID | str] = [ids[n] for n in before if n not in gone]
             opened.update(UpdateOperation.set_payload(kept, {"builds": ["a", "b"]}))
 
         return seconds(refresh), seconds(opened.optimize)

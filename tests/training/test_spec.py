@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from millrace.applications import Training
 from millrace.errors import TrainingError
-from millrace.training.spec import Spec, Zero, fingerprint, read_spec
+from millrace.training.spec import Bf16, Spec, Zero, fingerprint, read_spec
 
 pytestmark = pytest.mark.slow
 
@@ -71,6 +71,8 @@ def test_a_fingerprint_changes_with_what_is_learnt_and_with_nothing_else() -> No
             "offload_optimizer needs stage 1, 2 or 3",
         ),
         ({"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}}, "offload_optimizer.device"),
+        ({"deepspeed": {"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}}}, "bf16 needs stage 1, 2 or 3"),
+        ({"deepspeed": {"bf16": {"enable": True}}}, "bf16.enable"),
         ({"deepspeed": {"gradient_accumulation_steps": 8}}, "is decided by .* gradient_accumulation; set that"),
         ({"deepspeed": {"train_micro_batch_size_per_gpu": 8}}, "is decided by .* micro_batch; set that"),
         ({"deepspeed": {"optimizer": {"params": {"lr": 1e-6}}}}, "lr is decided by .* learning_rate; set that"),
@@ -99,6 +101,7 @@ def test_deepspeed_knows_every_key_that_it_is_given(make_spec: Callable[..., Spe
     import torch
     from deepspeed.runtime import constants
     from deepspeed.runtime.lr_schedules import WarmupDecayLR
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     offload = {"device": "cpu", "pin_memory": False}
@@ -111,6 +114,7 @@ def test_deepspeed_knows_every_key_that_it_is_given(make_spec: Callable[..., Spe
     assert Zero.model_fields.keys() <= written
     read = DeepSpeedZeroConfig(**config["zero_optimization"])
     assert (read.offload_param.device, read.prefetch_bucket_size) == ("cpu", 7)
+    assert Bf16.model_fields.keys() <= DeepSpeedBF16Config.model_fields.keys()
     assert config["scheduler"]["params"].keys() <= inspect.signature(WarmupDecayLR).parameters.keys()
     adam = inspect.signature(torch.optim.AdamW).parameters.keys() | {"torch_adam"}
     assert config["optimizer"]["params"].keys() <= adam

@@ -18,8 +18,9 @@ from millrace.releases.recipe import Recipe
 from millrace.releases.registry import register_once
 from millrace.settings import Settings
 from millrace.training.export import verify_answers, write_full, write_merged
+from millrace.training.finetune import training_cost_id
 from millrace.training.measure import PROBE_TOKENS, PROBES, as_tags, measure, side_by_side
-from millrace.training.spec import PRUNED, training_cost_id
+from millrace.training.spec import PRUNED
 from millrace.training.starting import starting_manifest, starting_weights
 
 

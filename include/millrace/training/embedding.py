@@ -46,10 +46,10 @@ from millrace.settings import Settings
 from millrace.sources.erased import erasures_seen, require_nobody_erased
 from millrace.sources.questions import derive_questions
 from millrace.training.contrastive import Embed, Found, Triple, measure, tune
+from millrace.training.finetune import training_cost_id
 from millrace.training.pairs import Corpus, Pair, choose_pairs, seek
 from millrace.training.pool import held_out_questions
 from millrace.training.sets import MINIMUM
-from millrace.training.spec import training_cost_id
 from millrace.training.weights import require_equal
 
 log = logging.getLogger("millrace.training")

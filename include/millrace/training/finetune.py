@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from millrace.applications import Application, Training
 from millrace.errors import OutOfMemory, ReleaseError, TrainingError
-from millrace.lakehouse.costs import Cost, record_cost
+from millrace.lakehouse.costs import Cost, cost_id, record_cost
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import GOLD_PREFERENCE_EXAMPLES, GOLD_TRAINING_EXAMPLES
 from millrace.releases.manifest import file_sha256
@@ -32,7 +32,7 @@ from millrace.training.preferences import (
 )
 from millrace.training.prune import prune
 from millrace.training.sets import Example, build_training_set, read_training_set
-from millrace.training.spec import PRUNED, Spec, fingerprint, read_spec, told, training_cost_id
+from millrace.training.spec import PRUNED, Spec, fingerprint, read_spec, told
 from millrace.training.starting import required_champion, starting_weights, trained_champion
 from millrace.training.tracking import TrackedRun, TrainedOn
 
@@ -342,3 +342,11 @@ def _forget(runs: Path, *, keep: int) -> None:
     folders = sorted((path for path in runs.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
     for folder in folders[:-keep]:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def training_cost_id(fingerprint: str, seconds: float) -> str:
+    """The id of what a finished fine-tune cost, in `ops/costs`: trained again, it takes other `seconds`.
+
+    They are of all its steps, also of those that a killed attempt left in a checkpoint.
+    """
+    return cost_id("training", fingerprint, repr(seconds))

@@ -94,7 +94,7 @@ def train(spec: Spec, rendezvous: str | None) -> None:
         accumulation=spec.gradient_accumulation,
         seed=spec.seed,
     )
-    model = with_adapter(spec, base) if spec.lora_rank else base
+    model = with_adapter(base, rank=spec.lora_rank, last=spec.lora_layers) if spec.lora_rank else base
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=[p for p in model.parameters() if p.requires_grad],
@@ -158,7 +158,7 @@ def _steps(
             break
         started = time.perf_counter()
         rate = engine.optimizer.param_groups[0]["lr"]
-        total = torch.zeros(())
+        total = torch.zeros((), device=engine.device)
         terms = sum(objective.terms(training[i]) for micro in step for batch in micro for i in batch)
         for micro in step:
             loss = objective.loss(engine, [training[i] for i in micro[rank]])
@@ -166,7 +166,7 @@ def _steps(
             # what is learnt doesn't depend on how it is cut.
             engine.backward(loss * (spec.processes * len(step) / terms))
             engine.step()
-            total += loss.detach().cpu()
+            total += loss.detach()
         # What every process saw, so that all of them stop at the same step.
         torch.distributed.all_reduce(total)
         mean = total.item() / terms
@@ -216,13 +216,13 @@ def _measured(objective: Objective, engine: Any, positions: Sequence[int], spec:
     """Means over examples, shared out over the processes."""
     import torch
 
-    total = torch.zeros(len(objective.measures))
+    total = torch.zeros(len(objective.measures), device=engine.device)
     mine = positions[rank :: spec.processes]
     # Where weights are shared out, every process takes part in every forward pass.
     idle = -(-len(positions) // spec.processes) - len(mine) if spec.zero_stage == 3 else 0
     with torch.no_grad():
         for position in mine:
-            total += objective.measure(engine.module, position).cpu()
+            total += objective.measure(engine.module, position)
         for _ in range(idle):
             objective.measure(engine.module, positions[0])
     torch.distributed.all_reduce(total)
@@ -241,12 +241,12 @@ def _reference(spec: Spec, engine: Any, pairs: Sequence[Pair], rank: int) -> lis
 
     if spec.reference.exists():
         return json.loads(spec.reference.read_text())
-    said = torch.zeros((len(pairs), 2))
+    said = torch.zeros((len(pairs), 2), device=engine.device)
     with torch.no_grad():
         for turn in range(rank, len(pairs) + -len(pairs) % spec.processes, spec.processes):
             if turn < len(pairs) or spec.zero_stage == 3:
                 position = min(turn, len(pairs) - 1)
-                found = log_probabilities(padded(engine.module, pairs[position].sides)).cpu()
+                found = log_probabilities(padded(engine.module, pairs[position].sides))
                 said[position] = found if turn < len(pairs) else 0
     torch.distributed.all_reduce(said)
     if rank == 0:
@@ -318,17 +318,21 @@ def load(base: Path, cache: Path) -> tuple[Any, Any]:
     return tokenizer, model
 
 
-def with_adapter(spec: Spec, base: Any) -> Any:
-    """The base, frozen, with a LoRA adapter (Hu et al., 2021, arXiv:2106.09685) that is trained."""
+def with_adapter(base: Any, *, rank: int, last: int) -> Any:
+    """The base, frozen, with a LoRA adapter (Hu et al., 2021, arXiv:2106.09685) to train.
+
+    Args:
+        last: so many of its last blocks are adapted; 0: all.
+    """
     from peft import LoraConfig, get_peft_model
 
     blocks = base.config.num_hidden_layers
-    adapted = range(max(0, blocks - spec.lora_layers) if spec.lora_layers else 0, blocks)
+    adapted = range(max(0, blocks - last) if last else 0, blocks)
     return get_peft_model(
         base,
         LoraConfig(
-            r=spec.lora_rank,
-            lora_alpha=2 * spec.lora_rank,
+            r=rank,
+            lora_alpha=2 * rank,
             target_modules=list(TARGETS),
             layers_to_transform=[*adapted],
         ),

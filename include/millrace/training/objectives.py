@@ -160,20 +160,22 @@ def packed(model: Any, examples: Sequence[Encoded]) -> Answers:
 
     device = model.device
     lengths = torch.tensor([example.tokens for example in examples])
-    example_of = torch.arange(len(examples)).repeat_interleave(lengths)
     starts = lengths.cumsum(0) - lengths
+    example_of = torch.arange(len(examples)).repeat_interleave(lengths)
     ids = torch.tensor([token for example in examples for token in example.prompt + example.answer])
     at = torch.arange(len(ids))
-    sees = (example_of[:, None] == example_of) & (at[:, None] >= at)
     answers = torch.tensor([len(example.answer) for example in examples])
     first = starts + lengths - answers
     predicted = torch.cat([torch.arange(int(a), int(a + n)) for a, n in zip(first, answers, strict=True)])
+    positions = at - starts[example_of]
+    ids, at, example_of, predicted = (one.to(device) for one in (ids, at, example_of, predicted))
+    sees = (example_of[:, None] == example_of) & (at[:, None] >= at)
     logits = model(
-        input_ids=ids[None].to(device),
+        input_ids=ids[None],
         # Four dimensions: taken as it is, not as a mask of padding.
-        attention_mask=sees[None, None].to(device),
-        position_ids=(at - starts[example_of])[None].to(device),
+        attention_mask=sees[None, None],
+        position_ids=positions[None].to(device),
         use_cache=False,
-        logits_to_keep=(predicted - 1).to(device),
+        logits_to_keep=predicted - 1,
     ).logits
-    return Answers(logits[0], ids[predicted].to(device), example_of[predicted].to(device))
+    return Answers(logits[0], ids[predicted], example_of[predicted])

@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from millrace.applications import Training
 from millrace.errors import TrainingError
 from millrace.lakehouse.content import content_hash
-from millrace.lakehouse.costs import cost_id
 
 PROGRAM = 3
 """Raise when the same spec gives other weights, or they are exported otherwise: earlier results are not reused then."""
@@ -98,6 +97,12 @@ class Zero(Strict):
         return self
 
 
+class Bf16(Strict):
+    """Computing with 16 bits a number; what is trained is kept with 32 beside it."""
+
+    enabled: bool
+
+
 class DeepSpeedConfig(Strict):
     """Every key that is handed to DeepSpeed."""
 
@@ -105,9 +110,16 @@ class DeepSpeedConfig(Strict):
     gradient_accumulation_steps: int = Field(ge=1)
     gradient_clipping: float = Field(default=1.0, gt=0)
     steps_per_print: int = 1_000_000
+    bf16: Bf16 = Bf16(enabled=False)
     zero_optimization: Zero = Zero()
     optimizer: Optimizer
     scheduler: Scheduler
+
+    @model_validator(mode="after")
+    def _32_bits_are_kept(self) -> Self:
+        if self.bf16.enabled and self.zero_optimization.stage == 0:
+            raise ValueError("bf16 needs stage 1, 2 or 3: stage 0 gives nobody the 32-bit numbers of what is trained")
+        return self
 
 
 class Spec(Strict):
@@ -281,11 +293,3 @@ def _merged(base: dict[str, object], over: dict[str, object]) -> dict[str, objec
         below = merged.get(key)
         merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return merged
-
-
-def training_cost_id(fingerprint: str, seconds: float) -> str:
-    """The id of what a finished fine-tune cost, in `ops/costs`: trained again, it takes other `seconds`.
-
-    They are of all its steps, also of those that a killed attempt left in a checkpoint.
-    """
-    return cost_id("training", fingerprint, repr(seconds))

@@ -13,19 +13,27 @@ from millrace.errors import TrainingError
 
 
 def trained_weights(module: Any, rank: int) -> dict[str, Any]:
-    """Name → tensor in the machine's memory, of all that was trained; empty in processes that aren't rank 0."""
+    """Name → tensor in the machine's memory, of all that was trained; empty in processes that aren't rank 0.
+
+    Where 16 bits compute, they are the optimizer's, of 32: what a step adds is mostly less than 16 bits can tell.
+    """
+    import torch
+    from deepspeed.utils import safe_get_full_fp32_param
+
     kept = {}
     for name, weight in module.named_parameters():
         if weight.requires_grad:
             with _whole(weight):
+                exact = weight if weight.dtype == torch.float32 else safe_get_full_fp32_param(weight)
                 if rank == 0:
-                    kept[name] = weight.detach().cpu().clone()
+                    kept[name] = exact.detach().cpu().clone()
     return kept
 
 
 def put_back(module: Any, file: Path) -> None:
     """Give the model the weights that `write_weights` wrote to `file`, which every process sees."""
     import torch
+    from deepspeed.utils import safe_set_full_fp32_param
     from safetensors.torch import load_file
 
     saved = load_file(file)
@@ -33,6 +41,8 @@ def put_back(module: Any, file: Path) -> None:
         if weight.requires_grad:
             with torch.no_grad(), _whole(weight, changed=True):
                 weight.copy_(saved[name])
+            if weight.dtype != torch.float32:
+                safe_set_full_fp32_param(weight, saved[name].to(weight.device))
 
 
 def write_weights(weights: dict[str, Any], file: Path) -> None:
