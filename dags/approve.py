@@ -7,13 +7,14 @@ from airflow.sdk.exceptions import AirflowSkipException
 
 from millrace.applications import Application, load_applications
 from millrace.settings import read_settings
-from millrace_airflow import START, Approval, asset, stage
+from millrace_airflow import START, Approval, another, asset, stage
 
 RUNBOOK = """
 ### What it does
 Started by a passed evaluation. Where `[promotion] approval_in` of the declaration names this environment, it asks an
 operator or admin who didn't build it (*Required Actions*): **Approve** or **Reject**, with a reason. The answer is a
-decision in the journal; an approval admits the release to the rollout. Elsewhere the gate's word is enough.
+decision in the journal; an approval admits the release to the rollout. Elsewhere the gate's word is enough. While
+another release waits, the next run asks about it.
 
 ### Healthy
 Green, or waiting in *approve* (an alert says so, and reminds). Skipped: nothing waits for an answer.
@@ -37,13 +38,15 @@ def approve(application: Application) -> DAG:
         start_date=START,
     ) as dag:
 
-        def waiting() -> dict:
+        def found() -> dict | None:
             from millrace.rollout.promotion import next_promotion
 
-            found = next_promotion(read_settings(), application)
-            if found is None:
+            return next_promotion(read_settings(), application)
+
+        def waiting() -> dict:
+            if (asked := found()) is None:
                 raise AirflowSkipException("no release that passed the gate waits for an answer")
-            return found
+            return asked
 
         def record(asked: dict, said: dict) -> None:
             from millrace.rollout.promotion import record_approval
@@ -54,13 +57,14 @@ def approve(application: Application) -> DAG:
         if asks:
             hours = timedelta(hours=policy.timeout_hours)
             # It looks again at what waits: what *choose* returned, an operator may have rewritten.
-            chosen >> Approval(
+            approved = Approval(
                 task_id="approve",
                 ask=lambda context: waiting(),
                 record=record,
                 response_timeout=hours,
                 outlets=[promotions],
             )
+            chosen >> approved >> another(application, "evaluations", found)
     return dag
 
 

@@ -1,6 +1,6 @@
 """`<application>.rollout`: journal and evidence → at most one decision → the split that the gateway follows."""
 
-from airflow.sdk import DAG, task
+from airflow.sdk import DAG, AssetAlias, get_current_context, task
 from airflow.timetables.assets import AssetOrTimeSchedule
 from airflow.timetables.trigger import CronTriggerTimetable
 
@@ -39,6 +39,7 @@ the journal, `ops/decisions`, has the past.
 
 
 def rollout(application: Application) -> DAG:
+    registered = AssetAlias(f"{application.name}/releases")
     with stage(
         application,
         "rollout",
@@ -56,11 +57,15 @@ def rollout(application: Application) -> DAG:
         **NO_BACKFILL,
     ) as dag:
 
-        @task
-        def tick() -> dict:
+        @task(outlets=[registered])
+        def tick(*, outlet_events) -> dict:
             from millrace.rollout import controller
 
-            return controller.tick(read_settings(), application, run=run_name())
+            decided = controller.tick(read_settings(), application, run=run_name())
+            # Who waited has to be evaluated against the new champion. A try that died told nobody.
+            if decided["decision"] == "promote" or get_current_context()["ti"].try_number > 1:
+                outlet_events[registered].add(asset(application.name, "releases"))
+            return decided
 
         tick()
     return dag

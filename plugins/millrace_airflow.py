@@ -18,6 +18,7 @@ from airflow.sdk import (
     Param,
     SyncCallback,
     get_current_context,
+    task,
 )
 from airflow.sdk.exceptions import AirflowFailException, TaskAwaitingInput
 from airflow.utils.types import DagRunType
@@ -47,6 +48,19 @@ def announce(outlet_events: Any, application: Application, path: str, made: Mapp
     if made["changed"] or get_current_context()["ti"].try_number > 1:
         name = AssetAlias(f"{application.name}/{path}")
         outlet_events[name].add(asset(application.name, path), extra=dict(made))
+
+
+def another(application: Application, path: str, waiting: Callable[[], object]) -> Any:
+    """The last task of a stage that events of the asset `path` start and that takes one thing a run: it emits such an
+    event while `waiting` finds more (is not None). Airflow makes one run of all events that come during a run."""
+    alias = AssetAlias(f"{application.name}/{path}")
+
+    @task(task_id="another", outlets=[alias])
+    def emit(*, outlet_events: Any) -> None:
+        if waiting() is not None:
+            outlet_events[alias].add(asset(application.name, path))
+
+    return emit()
 
 
 def run_name() -> str:

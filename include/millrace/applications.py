@@ -4,6 +4,7 @@ This module turns `<name>.toml` into a frozen `Application`. It does not know wh
 """
 
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -14,6 +15,8 @@ from millrace.policies import Monitor, Plan, Prices, Sample
 from millrace.settings import Settings
 
 Share = Annotated[float, Field(gt=0, le=1)]
+SMALLEST = 1e-4
+"""Share of users that a rollout can tell apart (`releases/split.py`)."""
 
 
 class Declared(BaseModel):
@@ -231,6 +234,16 @@ class Rollout(Declared):
     latency_budget_seconds: float = Field(10, gt=0)
     minimum_users: int = Field(20, ge=2)
     """First exposures in each arm before an advance."""
+
+    @model_validator(mode="after")
+    def _steps_grow(self) -> Self:
+        shares = [0, *(round(step.share / SMALLEST) for step in self.steps), round(1 / SMALLEST)]
+        if len(shares) < 3 or any(later <= share for share, later in pairwise(shares)):
+            raise ValueError(
+                f"steps must be shares from {SMALLEST:g} to below 1, each larger than the one before: with everybody "
+                "nobody is left to compare with; the last step's margin, once excluded, promotes to all"
+            )
+        return self
 
 
 class Ways(Declared):

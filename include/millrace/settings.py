@@ -129,7 +129,7 @@ class Settings(BaseSettings):
     Connect server, which needs `home` in reach of its workers; docs/training.md says more."""
 
     answer_cache: bool = True
-    """Answer an identical request to the same release and index build from memory."""
+    """Answer an identical request to the same release and index build from memory; not while releases are compared."""
     engine_cache_gb: int = Field(1, ge=1)
     """Key-value cache of each loaded generator, in GiB."""
     gateways: int = Field(1, ge=1, le=64)

@@ -28,7 +28,7 @@ def pinned(qa: Application, tmp_path: Path) -> Pinned:
         index_build="build-1",
         folder=tmp_path,
         config={},
-        mlflow_url="",
+        registry={},
     )
 
 
@@ -92,6 +92,23 @@ def test_a_question_that_can_not_be_answered_is_a_row_with_its_error(pinned: Pin
         None,
     ]
     assert {row["cost_usd"] for row in rows[:3]} == {0.0}
+
+
+def test_what_an_outage_left_unanswered_is_asked_again_when_it_is_over(pinned: Pinned) -> None:
+    class Restarting(Parrot):
+        left = 2 * AT_ONCE
+        lock = threading.Lock()
+
+        def generate(self, messages, config: Generation) -> Generated:  # type: ignore[no-untyped-def]
+            with self.lock:
+                self.left -= 1
+                if self.left > AT_ONCE:
+                    raise EngineError("Connection refused")
+            return super().generate(messages, config)
+
+    rows = answer_rows(a_release(Restarting(), Drawer()), pinned, asked(*map(str, range(2 * AT_ONCE))), "batch")
+    assert [row["answer"] for row in rows] == [f"you asked {number}" for number in range(2 * AT_ONCE)]
+    assert not any(row["error"] for row in rows)
 
 
 def test_a_release_that_answers_nothing_fails_instead_of_calling_every_question_bad(pinned: Pinned) -> None:

@@ -151,8 +151,14 @@ def test_another_release_answers_anew_and_what_can_not_be_answered_is_a_row_that
     assert (second["release_version"], second["asked"]) == (served.other, 2)
     assert answered(lake, served.other).keys() == {"long", "q00"}, "the oldest first"
 
+    other = infer(served.settings, served.application, run="other", retry_errors=True, batch="typo")
+    assert (other["asked"], other["changed"]) == (0, False)
+    assert answered(lake, served.champion)["long"]["written_by"] == "first", "of another batch"
     again = infer(served.settings, served.application, run="again", retry_errors=True)
     assert (again["asked"], again["errors"]) == (1, 1)
+    assert answered(lake, served.champion)["long"]["written_by"] == "again"
+    later = infer(served.settings, served.application, run="again", retry_errors=True)
+    assert later["asked"] == 0, "a later try of the same run"
     assert answered(lake, served.champion).keys() == ids(2) | {"long"}
     assert answered(lake, served.other)["long"]["written_by"] == "second", "others' errors stay"
 
@@ -197,6 +203,10 @@ def test_a_worker_on_another_machine_fetches_the_release_and_verifies_it(prepare
     folder = answering._folder(there)
     assert folder != here.folder
     assert verify_release(folder, here.release_id) == read_release(here.folder)
+    with pytest.raises(
+        BatchError, match=rf"is {here.release_id} in the registry at .* and rel-other where the run began"
+    ):
+        answering._folder(dataclasses.replace(there, release_id="rel-other"))
 
 
 def test_a_spark_that_is_not_there_is_said_and_nothing_is_written(served: Served, lake: Lake, submit: Submit) -> None:

@@ -179,6 +179,8 @@ def everything(talk: Talk, ingest: Callable[[], object], settings: Settings) -> 
     for user, name in ((ANN, "Ann of Arc"), (BOB, "Bob Moog")):
         talk.exchange(user, name, comment=f"{name} says no", correction=f"{name} knows better")
         talk.exchange(user, name, rating=7.0, comment=f"{name} can't count")  # refused: out of range
+    about = talk.exchange(BOB, "Bob Moog, whom somebody corrects")
+    talk.rate(about, user=ANN, correction="Ann of Arc knows better than bob")
     torn = f'{{"kind": "accepted", "user": "{ANN}", "question": "Ann of Arc, torn'
     next(talk.folder.glob("*.jsonl")).open("a").write(f"{torn}\n")
     ingest()
@@ -217,7 +219,7 @@ def test_nothing_of_a_user_is_left_on_disk_and_everything_of_others_is(
     assert len(holders(prod.home, "Ann of Arc")) > 10
 
     told = preview(prod, own, ANN)
-    assert (told.lines, told.files, told.trained) == (9, 1, ("2",))
+    assert (told.lines, told.files, told.trained) == (10, 1, ("2",))
     assert counts(lake) == before, "a preview changes nothing"
     assert not lake.exists(OPS_ERASURES)
 
@@ -228,9 +230,9 @@ def test_nothing_of_a_user_is_left_on_disk_and_everything_of_others_is(
     assert report.rows == {
         GOLD_TRAINING_EXAMPLES.path: 1,
         GOLD_PREFERENCE_EXAMPLES.path: 1,
-        BRONZE_EVENTS.path: 6,
+        BRONZE_EVENTS.path: 7,
         QUARANTINE_FEEDBACK.path: 2,
-        SILVER_FEEDBACK.path: 1,
+        SILVER_FEEDBACK.path: 2,
         SILVER_EXCHANGES.path: 2,
     }
 
@@ -262,7 +264,7 @@ def test_what_spark_commits_to_is_erased_by_spark(
     before = counts(lake)
     report = erase(on_spark, own, ANN, actor="person/otto", run="test")
     assert report.erased, report.waiting
-    assert (report.rows[BRONZE_EVENTS.path], report.rows[SILVER_EXCHANGES.path]) == (6, 2)
+    assert (report.rows[BRONZE_EVENTS.path], report.rows[SILVER_EXCHANGES.path]) == (7, 2)
     assert {path: before[path] - counts(lake)[path] for path in before} == {path: report.rows[path] for path in before}
     left = holders(on_spark.home, "Ann of Arc")
     assert all(f"{own.name}/gold/training_examples" in name for name in left), left  # a document's question
@@ -357,7 +359,7 @@ def test_the_trail_says_who_erased_whom_by_pseudonym_alone(
         ("person/otto", f"user/{ANN}", "begun"),
         ("person/otto", f"user/{ANN}", "erased"),
     ]
-    assert erased["details"]["counts"][SILVER_FEEDBACK.path] == 1
+    assert erased["details"]["counts"][SILVER_FEEDBACK.path] == 2
     assert erased["details"]["training_sets"] == ["prefer-1", "run-1", "train-1"]
     assert erased["details"]["releases"] == ["2"]
     assert verify(prod).entries == 2
@@ -402,7 +404,7 @@ if place == "delete":
     real, calls = erasure.Lake.delete, []
     def after_two(self, *args):
         calls.append(1)
-        return real(self, *args) if len(calls) < 4 else dies()
+        return real(self, *args) if len(calls) < 5 else dies()  # bronze is gone then
     erasure.Lake.delete = after_two
 else:
     setattr(erasure, place, dies)

@@ -112,6 +112,9 @@ def test_shortenings_save_by_tokens_and_on_machines_only_whole_ones() -> None:
     # Of 60 tokens 25 remain; the others are in one long answer.
     assert capped.completion_tokens == pytest.approx(20 * 35 / 60)
     assert one_chunk_less(usage, 400) is None
+    # Recorded answers are shorter than the plan's: a cap holds for the plan's.
+    assert capped_answers(usage, 10, {5: 1, 10: 1}).usage.completion_tokens == 10
+    assert capped_answers(usage, 10, {0: 5}).usage.completion_tokens == 10
     assert capped_answers(usage, 10, {}).usage.completion_tokens == 10
     assert capped_answers(usage, 30, {}).usage.completion_tokens == 20
 
@@ -481,7 +484,8 @@ SAID = ("--queries-per-day", "1000", "--prompt-tokens", "400", "--completion-tok
         ((*SAID, "--plot", "plan.pdf"), DECLARATION + PLAN, "end its name with .svg or .png"),
         ((*SAID, "--plot", "nowhere/plan.svg"), DECLARATION + PLAN, "nowhere is not a folder"),
         ((*SAID, "--since", "2026-11-25", "--until", "2026-11-24"), DECLARATION + PLAN, "nothing lies between"),
-        (("--check", "2026-11-25", "--plot", "plan.svg"), DECLARATION + PLAN, "a check has no plot"),
+        (("--check", "2026-11-25", "--shorter-prompt", "0.5"), DECLARATION + PLAN, "a check plans no shortening"),
+        (("--check", "2026-11-25", "--plot", "plan.svg"), DECLARATION + PLAN, "a check plans no shortening"),
         (("--check", "2026-11-25"), DECLARATION + PLAN, "no answer was computed"),
         (
             (*SAID, "--tokens-per-second", "300", "--check", "2026-11-25"),

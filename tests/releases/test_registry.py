@@ -219,6 +219,31 @@ def test_code_or_packages_that_somebody_put_beside_a_release_are_not_fetched_wit
     assert releases.fetch_release(registry, application, version), "what loads a release's own files can go on"
 
 
+def test_packages_that_only_the_sender_has_are_refused_though_the_manifest_names_them(
+    registry: Settings, application: Application, make_release: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = register(registry, application, make_release)
+    monkeypatch.setattr("millrace.releases.package.is_installed", lambda name: name != "openvino-genai")
+    with pytest.raises(ReleaseError, match="requires openvino-genai, not installed here, and it is not loaded"):
+        releases.fetch_model(registry, application, version, tmp_path / "model")
+
+
+def test_another_applications_release_is_not_fetched(
+    registry: Settings, application: Application, make_release: Make, tmp_path: Path
+) -> None:
+    version = register(registry, application, make_release)
+    other = application.model_copy(update={"name": f"{application.name}_other"})
+    manifest = releases.fetch_model(registry, application, version, tmp_path / "model")
+    copied = releases.register_copy(registry, other, manifest, tmp_path / "model", run="test", tags={})
+    for fetch in (
+        lambda: releases.fetch_release(registry, other, copied),
+        lambda: releases.fetch_model(registry, other, copied, tmp_path / "other"),
+    ):
+        with pytest.raises(ReleaseError, match=f"{other.name}@1 is a release of '{application.name}'"):
+            fetch()
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_release_id_that_is_no_id_is_no_path(
     registry: Settings, application: Application, make_release: Make
 ) -> None:
@@ -253,6 +278,10 @@ def test_a_prompt_is_a_version_in_the_prompt_registry_and_the_same_template_the_
     templates = ["{% for c in chunks %}{{ c.text }}{% endfor %}{{ question }}", "Briefly: {{ question }}"]
     made = [prompt_registry.register_prompt(registry, application, template, run="test") for template in templates * 2]
     assert [prompt.version for prompt in made] == ["1", "2", "1", "2"]
+    more = [f"{{{{ question }}}} {number}" for number in range(101)]  # a page of MLflow's holds a hundred
+    for template in more:
+        client(registry).register_prompt(f"{application.name}.prompt", template)
+    assert prompt_registry.register_prompt(registry, application, templates[0], run="test").version == "1"
     stored = client(registry).get_prompt_version(f"{application.name}.prompt", "1")
     assert stored is not None
     assert stored.template == templates[0] == made[0].template

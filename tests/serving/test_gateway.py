@@ -61,7 +61,8 @@ def test_the_official_client_streams_the_same_answer_and_the_last_chunk_says_the
     text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
     assert text == "you asked why is that?"
     assert [choice.finish_reason for chunk in chunks for choice in chunk.choices][-1] == "stop"
-    assert chunks[-1].usage.total_tokens == 10
+    assert [chunk.usage.total_tokens for chunk in chunks if chunk.usage] == [10], "clients add them up"
+    assert chunks[-1].choices == []
     assert chunks[-1].model_extra["millrace"]["index_build"] == "build-1"
     assert len({chunk.id for chunk in chunks}) == 1
 
@@ -181,6 +182,15 @@ def test_an_identical_question_is_answered_from_the_cache_and_is_an_exchange_of_
     assert not gateway.ask("why?").json()["millrace"]["from_cache"]
     streamed = gateway.ask("why?", stream=True).text
     assert '"from_cache": true' in streamed
+
+
+def test_releases_that_are_compared_are_both_computed(start: Start) -> None:
+    # Most users meet the champion: from memory it would answer more of them, and faster.
+    split = Split(sequence=1, rollout_id="r", epoch=1, champion="1", challenger="2", share=0.5, salt="s")
+    gateway = start(Shelf(split, {one: a_release(Parrot(), Drawer()) for one in ("1", "2")}))
+    told = [gateway.ask(user=user).json()["millrace"] for user in ("ann", "bob", "cho", "dan", "eve") * 2]
+    assert {one["arm"] for one in told} == {"champion", "challenger"}
+    assert not any(one["from_cache"] for one in told)
 
 
 def test_without_the_setting_nothing_is_cached(start: Start) -> None:

@@ -237,8 +237,14 @@ def test_events_that_were_written_after_their_interval_was_read_are_not_lost(
     ingest(START, between)
     gateway.at(29.9).rate(about, 0.5)  # its gateway was held up: the stamp is of the interval that was read
     late = gateway.ask("and this?")
+    bad = gateway.rate(about, 7)
+    with next(iter(gateway.log._folder.iterdir())).open("a") as segment:
+        segment.write(json.dumps(json.loads(bad.model_dump_json()) | {"format": 2, "event_id": "e" * 32}) + "\n")
     told = ingest(between, end)
-    assert (told["landed"]["lines"], told["landed"]["landed"]) == (0, 2)
+    assert (told["landed"]["lines"], told["landed"]["landed"]) == (0, 3)
+    assert (told["landed"]["quarantined"], told["refined"]["quarantined"]) == (1, 1)
+    quarantined = rows(lake, QUARANTINE_FEEDBACK, "item_id")
+    assert {row["found_in"] for row in quarantined.values()} == {START}, "as its own interval would have said"
     assert set(rows(lake, SILVER_EXCHANGES, "completion_id")) == {about["completion_id"], late["completion_id"]}
     assert [row["rating"] for row in rows(lake, SILVER_FEEDBACK, "completion_id").values()] == [0.5]
     assert not ingest(START, between)["landed"]["changed"]

@@ -17,6 +17,7 @@ import pyarrow as pa
 from millrace.applications import Application
 from millrace.errors import BatchError, EngineError, MillraceError, ReleaseError
 from millrace.lakehouse.tables import GOLD_ANSWERS
+from millrace.releases.package import read_release
 from millrace.releases.pipeline import Answer, AnswerPipeline
 from millrace.releases.pyfunc import open_pipeline
 from millrace.releases.registry import fetch_release
@@ -41,8 +42,8 @@ class Pinned:
     """The release on the machine that started the run."""
     config: dict[str, Any] = field(repr=False)  # may hold a key
     """As `releases.package.LOAD_CONFIG`."""
-    mlflow_url: str
-    """Where a worker that can't see `folder` fetches the release from."""
+    registry: dict[str, Any]
+    """Settings with which a worker that can't see `folder` fetches the release."""
 
 
 def answer_questions(batches: Iterator[pa.RecordBatch], pinned: Pinned, mode: str) -> Iterator[pa.RecordBatch]:
@@ -71,16 +72,20 @@ def answer_rows(
 
     with ThreadPoolExecutor(AT_ONCE, "batch") as pool:
         outcomes = list(pool.map(answer, questions))
-    failures = [outcome for outcome, _ in outcomes if isinstance(outcome, MillraceError)]
-    if failures:
-        _require_answers(pipeline, pinned, failures[0])
+        failed = [at for at, (outcome, _) in enumerate(outcomes) if isinstance(outcome, MillraceError)]
+        if failed:
+            _require_answers(pipeline, pinned, outcomes[failed[0]][0])
+            # Asked again: an outage may have come and gone since.
+            again = pool.map(answer, [questions[at] for at in failed])
+            for at, outcome in zip(failed, again, strict=True):
+                outcomes[at] = outcome
     return [
         _row(question, outcome, seconds, pinned, mode)
         for question, (outcome, seconds) in zip(questions, outcomes, strict=True)
     ]
 
 
-def _require_answers(pipeline: AnswerPipeline, pinned: Pinned, failure: MillraceError) -> None:
+def _require_answers(pipeline: AnswerPipeline, pinned: Pinned, failure: object) -> None:
     """It must be the questions that can't be answered, not the release that can't answer."""
     try:
         pipeline.answer(PROBE, build=pinned.index_build)
@@ -141,5 +146,11 @@ def _folder(pinned: Pinned) -> Path:
     """The release's folder here; on another machine it is fetched into the cache, and verified, first."""
     if pinned.folder.is_dir():
         return pinned.folder
-    here = Settings(home=Path(pinned.config["cache"]) / "batch", mlflow_uri=pinned.mlflow_url)
-    return fetch_release(here, pinned.application, pinned.version)
+    here = Settings(home=Path(pinned.config["cache"]) / "batch", **pinned.registry)
+    folder = fetch_release(here, pinned.application, pinned.version)
+    if (found := read_release(folder).release_id) != pinned.release_id:
+        raise BatchError(
+            f"{pinned.application.name}@{pinned.version} is {found} in the registry at {here.mlflow_url} and "
+            f"{pinned.release_id} where the run began; let the workers see the same registry"
+        )
+    return folder

@@ -49,7 +49,7 @@ def infer(
         release: its version; None: the champion.
         limit: questions to ask at most; None: all.
         batch: only questions that were submitted under this name.
-        retry_errors: first forget the release's answers that are errors, so that they are asked again.
+        retry_errors: also those to which the release has only an error of another run's.
 
     Returns:
         `release_version`, `release_id`, `index_build`, `questions_version`, `asked`, `errors` (of those asked),
@@ -78,13 +78,12 @@ def infer(
             run=run,
             slice=settings.batch_slice,
             workers=settings.batch_workers,
+            retry_errors=retry_errors,
         )
         questions = partial(_read, uri=lake.uri(BRONZE_QUESTIONS), version=version, batch=batch)
         # All of them, whatever is asked now: an id that stands for two questions has no right answer.
         refuse_duplicates(job, partial(questions, batch=None))
         lake.engine(GOLD_ANSWERS).create(lake.uri(GOLD_ANSWERS), GOLD_ANSWERS)
-        if retry_errors:
-            _forget_errors(lake, pinned.release_id, run)
         if mode == "batch":
             done = answer_waiting(job, questions, limit)
         else:
@@ -128,18 +127,17 @@ def pin(settings: Settings, application: Application, release: str | None = None
         index_build=build,
         folder=folder,
         config=load_config(settings, application.name, build),
-        mlflow_url=settings.mlflow_url,
+        registry={
+            "mlflow_uri": settings.mlflow_url,
+            "mlflow_workspaces": settings.mlflow_workspaces,
+            "environment": settings.environment,
+        },
     )
 
 
 def _read(session: SparkSession, *, uri: str, version: int, batch: str | None) -> DataFrame:
     rows = session.read.format("delta").option("versionAsOf", version).load(uri)
     return rows if batch is None else rows.where(f.col("batch") == batch)
-
-
-def _forget_errors(lake: Lake, release_id: str, run: str) -> None:
-    condition = f"target.release_id = '{release_id}' AND target.error IS NOT NULL"
-    lake.merge(GOLD_ANSWERS, GOLD_ANSWERS.rows_schema.empty_table(), run=run, delete_unmatched=condition)
 
 
 def _streamed(settings: Settings, job: Job) -> Outcome:

@@ -49,6 +49,8 @@ class Job:
     run: str
     slice: int
     workers: int
+    retry_errors: bool = False
+    """Whether an error that another run got is no answer."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ def answer_waiting(job: Job, questions: Questions, limit: int | None = None) -> 
         if answers.num_rows:
             # The cost first: a slice that is killed between the two is paid for twice.
             record_cost(job.lake, _cost(job, answers, time.perf_counter() - started), run=job.run)
+            if job.retry_errors:
+                _forget_errors(job, answers)
             job.lake.merge(GOLD_ANSWERS, answers, run=job.run)
         done += _outcome(answers)
         if answers.num_rows < size:
@@ -137,13 +141,14 @@ def _answer(session: SparkSession, *, job: Job, questions: Questions, size: int)
         session.read.format("delta")
         .load(job.lake.uri(GOLD_ANSWERS))
         .where(f.col("release_id") == job.pinned.release_id)
-        .select("question_id")
     )
+    if job.retry_errors:
+        answered = answered.where(f.col("error").isNull() | (f.col("written_by") == job.run))
     waiting = (
         questions(session)
         .groupBy("question_id")
         .agg(f.min("question").alias("question"), f.min("asked_at").alias("asked_at"))
-        .join(answered, "question_id", "left_anti")
+        .join(answered.select("question_id"), "question_id", "left_anti")
         .orderBy("asked_at", "question_id")
         .limit(size)
         .select("question_id", "question")
@@ -152,6 +157,14 @@ def _answer(session: SparkSession, *, job: Job, questions: Questions, size: int)
     function = partial(answer_questions, pinned=job.pinned, mode=job.mode)
     answers: pa.Table = mapped(waiting, function, GOLD_ANSWERS).toArrow()
     return answers
+
+
+def _forget_errors(job: Job, answers: pa.Table) -> None:
+    """Of the questions that `answers` has: a merge leaves a row that is there as it is."""
+    ids = ", ".join("'" + str(one).replace("'", "''") + "'" for one in answers["question_id"].to_pylist())
+    mine = f"target.release_id = '{job.pinned.release_id}' AND target.error IS NOT NULL"
+    gone = f"{mine} AND target.question_id IN ({ids})"
+    job.lake.merge(GOLD_ANSWERS, GOLD_ANSWERS.rows_schema.empty_table(), run=job.run, delete_unmatched=gone)
 
 
 def _outcome(answers: pa.Table) -> Outcome:

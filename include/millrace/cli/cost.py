@@ -72,7 +72,9 @@ def cost_plan(
         datetime | None,
         typer.Option(help="Plan from what was before this moment, UTC, and compare with what was recorded from it on."),
     ] = None,
-    shorter_prompt: Annotated[float, typer.Option(help="Share of the prompt's tokens that compression takes.")] = 0.2,
+    shorter_prompt: Annotated[
+        float | None, typer.Option(help="Share of the prompt's tokens that compression takes; empty: 0.2.")
+    ] = None,
     answer_at_most: Annotated[
         int | None, typer.Option(help="Tokens of the longest answer; empty: half of the mean answer's.")
     ] = None,
@@ -99,8 +101,8 @@ def cost_plan(
             "tokens_per_second": tokens_per_second,
         }
         if check is not None:
-            if plot is not None:
-                raise CostError("a check has no plot: leave out either --check or --plot")
+            if any(one is not None for one in (plot, shorter_prompt, answer_at_most)):
+                raise CostError("a check plans no shortening and draws nothing: leave out --check, or the others")
             earlier, later = (read_history(lake, declared.prices, part) for part in period.split(check))
             inputs = inputs_of(earlier, declared.plan, declared.prices, shortest_days=0, **given)
             held = compared(inputs, earlier, later)
@@ -112,7 +114,8 @@ def cost_plan(
         path = plotted(plot) if plot is not None else None
         history = read_history(lake, declared.prices, period)
         inputs = inputs_of(history, declared.plan, declared.prices, **given)
-        planned = plan(inputs, _shortenings(inputs, history, shorter_prompt, answer_at_most))
+        shorter = 0.2 if shorter_prompt is None else shorter_prompt
+        planned = plan(inputs, _shortenings(inputs, history, shorter, answer_at_most))
         if path is not None:
             write_plot(inputs, planned, path)
     if as_json:

@@ -190,6 +190,8 @@ class UpstreamEngine:
     def generate(self, messages: Sequence[Message], config: Generation) -> Generated:
         with _told(self._upstream):
             answer = self._create(messages, config, stream=False)
+        if not answer.choices:
+            raise EngineError(f"{self._asked} at {self._upstream.url} gave no answer: its list of choices is empty")
         choice = answer.choices[0]
         text = choice.message.content or ""
         return _generated(self, messages, text, answer.usage, finish_reason(choice.finish_reason))

@@ -34,9 +34,9 @@ HOLDERS: tuple[tuple[Table, str], ...] = (
     # In the order of erasing: what is found by something comes before that.
     (GOLD_TRAINING_EXAMPLES, "example_id"),
     (GOLD_PREFERENCE_EXAMPLES, "example_id"),
+    (SILVER_FEEDBACK, "completion_id"),  # found by what bronze says of who rated whose answer
     (BRONZE_EVENTS, "event_id"),
     (QUARANTINE_FEEDBACK, "item_id"),
-    (SILVER_FEEDBACK, "completion_id"),
     (SILVER_EXCHANGES, "completion_id"),
 )
 """Table that may hold something of a user → the column that says which rows."""

@@ -78,7 +78,7 @@ def evaluate_candidate(
     if split is None or split.champion is None:
         return _nothing("there is no champion to compare with")
     registered = versions(settings, application)
-    candidate = candidate or newest_unevaluated(lake, split.champion, list(registered))
+    candidate = candidate or waiting_candidate(settings, application)
     if candidate is None:
         return _nothing(f"no version after champion {split.champion} waits for an evaluation")
     if candidate not in registered:
@@ -117,6 +117,16 @@ def require_passed(result: dict[str, Any]) -> None:
         f"version {result['candidate']} was refused against champion {result['champion']}: {failed}. "
         f"Worst examples: {'; '.join(_told(example) for example in result['worst'])}. "
         f"All of them: evaluation {result['evaluation_id']} in ops/evaluations"
+    )
+
+
+def waiting_candidate(settings: Settings, application: Application) -> str | None:
+    """Whom `evaluate_candidate` takes if nobody is named."""
+    split = read_split(settings, application.name)
+    if split is None or split.champion is None:
+        return None
+    return newest_unevaluated(
+        Lake.of(settings, application.name), split.champion, list(versions(settings, application))
     )
 
 

@@ -242,11 +242,11 @@ def capped_answers(usage: Usage, most: int, lengths: Mapping[int, int]) -> Short
         CostError: no answer has 0 tokens or less.
     """
     positive("most tokens of an answer", most)
-    answers = sum(lengths.values())
-    if answers:
-        mean = sum(length * n for length, n in lengths.items()) / answers
-        kept = sum(min(length, most) * n for length, n in lengths.items()) / answers
-        after = usage.completion_tokens * kept / mean
+    answers, tokens = sum(lengths.values()), sum(length * n for length, n in lengths.items())
+    if tokens:
+        # Of the plan's answers, which may be longer than the recorded ones, spread as those are.
+        scale = usage.completion_tokens * answers / tokens
+        after = sum(min(length * scale, most) * n for length, n in lengths.items()) / answers
     else:
         after = min(usage.completion_tokens, most)
     return Shortening(f"answers of {most} tokens at most", replace(usage, completion_tokens=after))

@@ -7,6 +7,7 @@ exact requirements, a Dockerfile. What runs in the container is `millrace.releas
 import json
 import os
 import shutil
+import sys
 import tempfile
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -22,7 +23,7 @@ from millrace.retrieval.library import LibraryBuilds
 from millrace.settings import PACKAGE, Settings
 
 BASE = "python:3.11-slim-bookworm@sha256:528257d48c1da0dcecc2e725d1ae34498d60c965f1241e39cd6a85a8859bdf84"
-"""As the project's own Dockerfile."""
+"""As the project's own Dockerfile; where another Python writes the folder, its image, without a digest."""
 
 _DOCKERFILE = """\
 # Release {release_id} of {application} (version {version}), answering from index build {build}.
@@ -139,13 +140,16 @@ def _dockerfile(manifest: Manifest, version: str, build: str, folder: Path) -> s
         needs.append("the server that has its model (upstream_url, upstream_api_key)")
     told = f", but {' and '.join(needs)},\n# given as JSON in MLFLOW_PYFUNC_INFERENCE_CONFIG" if needs else ""
     copied = [name for name in (MODEL, INDEX) if (folder / name).is_dir()]
+    # What is installed here is what runs there, and it was chosen for this Python.
+    python = ".".join(map(str, sys.version_info[:2]))
+    base = BASE if BASE.startswith(f"python:{python}-") else f"python:{python}-slim-bookworm"
     return _DOCKERFILE.format(
         release_id=manifest.release_id,
         application=manifest.application,
         version=version,
         build=build,
         needs=told,
-        base=BASE,
+        base=base,
         files=LOAD,
         copies="".join(f"COPY --chown=10001:10001 {name} ./{name}\n" for name in copied),
     )

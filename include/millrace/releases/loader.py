@@ -13,7 +13,6 @@ from typing import Generic, TypeVar
 
 from millrace.applications import Application
 from millrace.engines.engine import Engine
-from millrace.errors import ReleaseError
 from millrace.releases.embedding import open_embedder
 from millrace.releases.generator import open_engine, upstream_of
 from millrace.releases.manifest import Manifest
@@ -109,8 +108,6 @@ class ReleaseLoader:
     def _open(self, version: str) -> AnswerPipeline:
         folder = fetch_release(self.settings, self.application, version)
         manifest = read_release(folder)
-        if manifest.application != self.application.name:
-            raise ReleaseError(f"{self.application.name}@{version} is a release of {manifest.application!r}")
         self.application.prices.of(manifest.generator.name)
         retrieval = manifest.retrieval
         try:

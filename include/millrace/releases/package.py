@@ -14,7 +14,7 @@ from typing import Any
 
 from millrace.errors import ReleaseError
 from millrace.releases.manifest import File, Manifest, file_sha256, read_manifest
-from millrace.releases.requirements import required, requirements
+from millrace.releases.requirements import is_installed, required, requirements
 
 MANIFEST = "manifest.json"
 CARD = "model_card.md"
@@ -195,6 +195,9 @@ def _said_otherwise(folder: Path, manifest: Manifest) -> str | None:
         names = {canonicalize_name(one.name) for one in asked if not one.url and str(one.specifier).startswith("==")}
         if len(names) != len(packages) or names != {canonicalize_name(name) for name in required(manifest)}:
             return f"requires other packages than {', '.join(required(manifest))}"
+        # The manifest names some of them itself, and who wrote it may own such a package: one that is here is known.
+        if unknown := [name for name in required(manifest) if not is_installed(name)]:
+            return f"requires {', '.join(unknown)}, not installed here"
         if pip != {"pip": packages} or python["dependencies"] != ["-r requirements.txt"]:
             return "requires other packages in conda.yaml or python_env.yaml than in requirements.txt"
         if conda["channels"] != ["conda-forge"] or not all(_TOOL.fullmatch(one) for one in built):

@@ -29,4 +29,10 @@ def register_prompt(settings: Settings, application: Application, template: str,
 def _prompt_versions(settings: Settings, client: Any, name: str, template: str) -> list[int]:
     if found_or_none(settings, lambda: client.get_prompt(name)) is None:
         return []
-    return [int(one.version) for one in client.search_prompt_versions(name) if one.template == template]
+    found, token = [], None
+    while True:
+        page = client.search_prompt_versions(name, page_token=token)
+        found += [int(one.version) for one in page if one.template == template]
+        token = page.token
+        if not token:
+            return found

@@ -213,7 +213,7 @@ def fetch_release(settings: Settings, application: Application, version: str) ->
             with tempfile.TemporaryDirectory(prefix=".download-", dir=folder.parent) as scratch:
                 model = _download(client, settings, application.name, version, "/data", Path(scratch))
                 install(model / DATA, folder, release_id)
-    read_release(folder)
+    _require_of(application, version, read_release(folder))
     os.utime(folder)  # used now: upkeep removes copies that nobody has used for long
     return folder
 
@@ -231,8 +231,14 @@ def fetch_model(settings: Settings, application: Application, version: str, fold
         release_id = _release_id(settings, client, application.name, version)
         model = _download(client, settings, application.name, version, "", Path(scratch))
         manifest = verify_model(model, release_id)
+        _require_of(application, version, manifest)
         model.rename(folder)
     return manifest
+
+
+def _require_of(application: Application, version: str, manifest: Manifest) -> None:
+    if manifest.application != application.name:
+        raise ReleaseError(f"{application.name}@{version} is a release of {manifest.application!r}")
 
 
 def embedding_folder(settings: Settings, manifest: Manifest) -> Path:

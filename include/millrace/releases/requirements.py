@@ -37,6 +37,14 @@ def required(manifest: Manifest) -> tuple[str, ...]:
     return ("millrace", *_EVERY, *_kind(manifest.generator), manifest.retrieval.embedding_model)
 
 
+def is_installed(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
 def locked(manifest: Manifest) -> list[str]:
     """`requirements` without Millrace, with all that they require in turn: to be installed without resolving.
 

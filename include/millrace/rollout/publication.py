@@ -28,8 +28,9 @@ def published(settings: Settings, application: Application) -> Published:
     Raises:
         ReleaseError: the registry does not answer, or the tag can't be understood.
     """
-    aliases = published_split.read_aliases(settings, application.name)
-    return Published(published_split.read_split(settings, application.name), aliases.get("champion"))
+    # The tag first: whoever publishes writes the alias first, so it is never seen behind the tag.
+    split = published_split.read_split(settings, application.name)
+    return Published(split, published_split.read_aliases(settings, application.name).get("champion"))
 
 
 def publish(settings: Settings, application: Application) -> None:

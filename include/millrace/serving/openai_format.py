@@ -38,16 +38,14 @@ def words(asked: Asked, begun: Begun, text: str) -> bytes:
 
 
 def closing(asked: Asked, begun: Begun, answered: Answered) -> bytes:
-    """The last chunk, with all that is known only now; then, if asked for, the usage by itself; then the end."""
-    known = {
-        "system_fingerprint": fingerprint(answered),
-        "usage": usage(answered),
-        "millrace": extra(asked, answered),
-    }
-    last = _event(_chunk(asked, begun, {}, answered.answer.finish_reason) | known)
-    if asked.include_usage:
-        last += _event(_chunk(asked, begun, {}, None) | known | {"choices": []})
-    return last + DONE
+    """The last chunk, with all that is known only now; then the end. The usage is told once, since clients add up what
+    chunks say: in a chunk of its own if it was asked for, as OpenAI does it, else in the last one."""
+    known = {"system_fingerprint": fingerprint(answered), "millrace": extra(asked, answered)}
+    used = {"usage": usage(answered)}
+    last = _chunk(asked, begun, {}, answered.answer.finish_reason) | known
+    if not asked.include_usage:
+        return _event(last | used) + DONE
+    return _event(last) + _event(_chunk(asked, begun, {}, None) | known | used | {"choices": []}) + DONE
 
 
 def broken(refusal: Refusal) -> bytes:

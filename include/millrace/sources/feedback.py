@@ -91,15 +91,13 @@ def land_events(
                 events.append(line)
                 continue
             reason = f"event id {event_id} belongs to another line already"
-        if line.at < start:
-            continue  # its own interval says so
         refused.append(
             {
                 "item_id": f"{line.segment}:{line.offset}",
                 "reason": reason,
                 "payload": line.text,
                 "segment": line.segment,
-                "found_in": start,
+                "found_in": _interval_of(line.at, start, end),
             }
         )
     landed = lake.merge(BRONZE_EVENTS, _bronze(events), run=run)
@@ -145,11 +143,10 @@ def refine_feedback(
             "reason": reasons[one.event.event_id],
             "payload": one.payload,
             "segment": one.segment,
-            "found_in": start,
+            "found_in": _interval_of(one.at, start, end),
         }
         for one in events
-        # Each is reported by its own interval only, or `found_in` would depend on who came first.
-        if one.event.event_id in reasons and start <= one.at < end
+        if one.event.event_id in reasons and start - LATE <= one.at < end
     ]
     completions: dict[str, _Completion] = defaultdict(_Completion)
     for one in sorted(events, key=lambda one: (one.at, one.event.event_id)):
@@ -379,6 +376,11 @@ def _interval(start: datetime, end: datetime) -> tuple[datetime, datetime]:
         raise SourceError(f"[{start}, {end}) is not an interval with a time zone; give start < end, in UTC")
     # Airflow's are of a class of its own, which forgets its time zone where a time is taken from it.
     return datetime.fromtimestamp(start.timestamp(), UTC), datetime.fromtimestamp(end.timestamp(), UTC)
+
+
+def _interval_of(at: datetime, start: datetime, end: datetime) -> datetime:
+    """Where the interval of `at` starts, as long as [start, end): what came late is reported as it would have been."""
+    return start + (at - start) // (end - start) * (end - start)
 
 
 def _wait_for_writers(end: datetime) -> None:

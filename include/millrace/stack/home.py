@@ -33,6 +33,8 @@ class Secrets:
     spark_secret: str
 
 
+PRIVATE = ("run", "logs", "lake", "events", "training", "releases", "indexes", "streams")
+"""Folders that no other account of the machine may look into: what users said is in them."""
 RESTORING = "restoring.json"
 """File of a home whose restore from a backup has begun and not ended."""
 
@@ -52,8 +54,9 @@ def prepare_home(settings: Settings) -> None:
     try:
         # As root, PostgreSQL runs as a user of its own, who must be able to pass through.
         home.mkdir(parents=True, exist_ok=True, mode=0o711 if os.geteuid() == 0 else 0o700)
-        for name in ("run", "logs"):
+        for name in PRIVATE:
             (home / name).mkdir(exist_ok=True, mode=0o700)
+            (home / name).chmod(0o700)  # also one that another version made
         if not (home / "format.json").exists():
             write_json(home / "format.json", {"format": FORMAT_VERSION})
     except OSError as error:

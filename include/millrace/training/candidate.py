@@ -18,7 +18,7 @@ from millrace.releases.recipe import Recipe
 from millrace.releases.registry import register_once
 from millrace.settings import Settings
 from millrace.training.export import verify_answers, write_full, write_merged
-from millrace.training.finetune import training_cost_id
+from millrace.training.finetune import read_set, training_cost_id
 from millrace.training.measure import PROBE_TOKENS, PROBES, as_tags, measure, side_by_side
 from millrace.training.spec import PRUNED
 from millrace.training.starting import starting_manifest, starting_weights
@@ -43,7 +43,8 @@ def release_candidate(
         `version`, `release_id`, `agreement` (of the exported model's answers with the trained one's), `changed`.
 
     Raises:
-        TrainingError: the fine-tune's files are gone, or the export doesn't answer like the trained model.
+        TrainingError: the fine-tune's files are gone, its set was changed since, or the export doesn't answer like the
+            trained model.
         EngineError: the server doesn't answer, or can't load the adapter.
         ReleaseError: MLflow doesn't answer.
     """
@@ -54,6 +55,8 @@ def release_candidate(
     }
     if not (folder / "result.json").exists():
         raise TrainingError(f"{folder} holds no finished fine-tune; run the train task again, it reuses what it can")
+    # Hours after the set was read: who was erased meanwhile is in the weights, and no longer in the set.
+    read_set(Lake.of(settings, application.name), trained["training_set"])
     generator, files, agreement = _export(settings, application, trained, folder)
     manifest = starting_manifest(settings, application, run=run).changed(generator=generator)
     registered = register_once(

@@ -81,9 +81,10 @@ def tune_embedding(
         max_examples, epochs: instead of the declared ones of `embedding_training`.
 
     Returns:
-        `release` (version that it was compared with), `folder`, `fingerprint`, counts `pairs`, `held_out`, `simulated`,
-        `origins`, `left_out`; of the held-out questions `recall` (of the chunk, among as many as the prompt takes) and
-        `reciprocal_rank`, each with `_before`; `better`, `why`, `model`, `lineage` and `build` (None: it isn't better).
+        `release` (version that it was compared with), `folder`, `fingerprint`, `erasures_seen`, counts `pairs`,
+        `held_out`, `simulated`, `origins`, `left_out`; of the held-out questions `recall` (of the chunk, among as many
+        as the prompt takes) and `reciprocal_rank`, each with `_before`; `better`, `why`, `model`, `lineage` and `build`
+        (None: it isn't better).
 
     Raises:
         TrainingError: too few pairs, the loss is not a number, or the model that was written isn't the trained one.
@@ -110,6 +111,7 @@ def tune_embedding(
         "release": version,
         "folder": str(folder),
         "fingerprint": folder.name,
+        "erasures_seen": erased,
         "pairs": len(pairs),
         "origins": dict(sorted(Counter(pair.origin for pair in pairs).items())),
         "simulated": sum(pair.simulated for pair in pairs),
@@ -152,6 +154,7 @@ def release_embedding(
 
     Raises:
         TrainingError: the model's files are gone.
+        ConflictError: a user was erased since, who may be in it; train it again.
         ReleaseError: MLflow doesn't answer.
     """
     folder = Path(tuned["folder"])
@@ -161,7 +164,9 @@ def release_embedding(
     manifest = read_release(released)
     retrieval = manifest.retrieval.model_copy(update={"lineage": tuned["lineage"], "tuned": describe_embedding(folder)})
     candidate = manifest.changed(retrieval=retrieval)
-    _remember(Lake.of(settings, application.name), folder, embedding_set(weights_sha256(folder)), run=run)
+    lake = Lake.of(settings, application.name)
+    require_nobody_erased(lake, tuned["erasures_seen"])
+    _remember(lake, folder, embedding_set(weights_sha256(folder)), run=run)
     tags = training_tags(settings, application, tuned["release"])
     simulated = tuned["simulated"] > 0 or tags.get("simulated") == "true"
     registered = register_once(
@@ -182,7 +187,7 @@ def release_embedding(
         | {name: f"{tuned[name]:.4g}" for name in MEASURES},
     )
     cost = training_cost_id(tuned["fingerprint"], tuned["seconds"])
-    attribute_cost(Lake.of(settings, application.name), cost, candidate.release_id, run=run)
+    attribute_cost(lake, cost, candidate.release_id, run=run)
     return registered
 
 

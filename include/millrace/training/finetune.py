@@ -115,13 +115,10 @@ def finetune(
         ReleaseError: MLflow doesn't answer.
     """
     lake = Lake.of(settings, application.name)
-    examples: Sequence[Example | PreferenceExample]
-    if is_preference_set(training_set):
-        table, method = GOLD_PREFERENCE_EXAMPLES, "dpo"
-        examples = read_preference_set(lake, training_set)
-    else:
-        table, method = GOLD_TRAINING_EXAMPLES, "sft"
-        examples = read_training_set(lake, training_set)
+    examples = read_set(lake, training_set)
+    table, method = (
+        (GOLD_PREFERENCE_EXAMPLES, "dpo") if is_preference_set(training_set) else (GOLD_TRAINING_EXAMPLES, "sft")
+    )
     training = application.training.model_copy(update={"method": method})
     if settings.upstream_model and not training.lora_rank:
         raise TrainingError(
@@ -342,6 +339,11 @@ def _forget(runs: Path, *, keep: int) -> None:
     folders = sorted((path for path in runs.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
     for folder in folders[:-keep]:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def read_set(lake: Lake, set_id: str) -> Sequence[Example | PreferenceExample]:
+    """Of either kind. Raises as `read_training_set`."""
+    return read_preference_set(lake, set_id) if is_preference_set(set_id) else read_training_set(lake, set_id)
 
 
 def training_cost_id(fingerprint: str, seconds: float) -> str:

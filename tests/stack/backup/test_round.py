@@ -11,6 +11,7 @@ import threading
 import time
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -31,6 +32,7 @@ from millrace.stack.backup import restore, save, saving
 from millrace.stack.backup.databases import Database
 from millrace.stack.backup.embedded import running_postgres
 from millrace.stack.backup.repository import Repository
+from millrace.stack.backup.store import Store
 from millrace.stack.home import RESTORING, prepare_home
 from tests.stack.backup.reading import cursor_in, databases, delta_tables, files
 
@@ -128,6 +130,23 @@ def test_a_table_is_saved_as_it_was_at_one_version_while_others_write_to_it(kept
     here = delta_tables(kept.home / "lake")
     assert here.pop("dev/qa/gold/counted") == there.pop("dev/qa/gold/counted")[: at + 1]
     assert here == there
+
+
+def test_a_table_whose_log_is_tidied_up_while_it_is_saved_makes_no_backup(
+    kept: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Store.read
+
+    def tidied(self: Store, path: str) -> Any:
+        if path == "dev/qa/silver/documents/_delta_log/00000000000000000000.json":
+            raise FileNotFoundError(path)
+        return read(self, path)
+
+    monkeypatch.setattr(Store, "read", tidied)
+    with pytest.raises(
+        BackupError, match=r"table dev/qa/silver/documents lost .*0\.json while version .* run the backup"
+    ):
+        save(kept, tmp_path / "backups")
 
 
 def test_a_decision_between_tables_and_registry_makes_both_be_read_again(
@@ -265,7 +284,7 @@ def test_a_servers_database_that_somebody_filled_meanwhile_is_not_passed_over(
             write_json(target.home / RESTORING, {"backup": saved.name})
             with cursor_in(postgres, "gateway") as cursor:
                 cursor.execute("create table keys (id int)")
-            with pytest.raises(BackupError, match="was empty when the restore began and is not now: stop what uses it"):
+            with pytest.raises(BackupError, match="was empty when the restore began and is not now: something uses it"):
                 restore(target, tmp_path / "backups")
             with cursor_in(postgres, "gateway") as cursor:
                 cursor.execute("drop table keys")

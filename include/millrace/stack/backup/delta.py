@@ -23,6 +23,11 @@ _DEPTH = 4
 _VERSIONS = re.compile(r"\d{20}")
 
 
+def is_log(table: str, path: str) -> bool:
+    """Whether the file at `path` says what the table at `table` is; checksums beside it say nothing more."""
+    return path.startswith(f"{table}/{LOG}/") and not path.endswith(".crc")
+
+
 class Tables:
     """The Delta tables below `root`, whose files are those of `files`."""
 

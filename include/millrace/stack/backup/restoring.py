@@ -150,8 +150,9 @@ def _write_databases(repository: Repository, dumps: Files, places: Places, mark:
                     mark.set(None, name)
             elif name in places.servers:
                 raise BackupError(
-                    f"{database.where} was empty when the restore began and is not now: stop what uses it, make it "
-                    "empty, then repeat the same restore"
+                    f"{database.where} was empty when the restore began and is not now: something uses it, or the "
+                    "restore was cut off just after filling it; stop what uses it, make it empty, then repeat the same "
+                    "restore"
                 )
             # Else it is in the home, where nothing starts meanwhile: it has all of it, from an earlier attempt.
 

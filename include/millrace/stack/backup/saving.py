@@ -28,6 +28,7 @@ from millrace.errors import BackupError
 from millrace.lakehouse.tables import OPS_DECISIONS, PLATFORM
 from millrace.retrieval.library import LibraryBuilds
 from millrace.settings import Settings
+from millrace.stack.backup.delta import is_log
 from millrace.stack.backup.embedded import locked, running_object_store, running_postgres, runs
 from millrace.stack.backup.places import NAMED_BY, Places, places_of
 from millrace.stack.backup.repository import Blob, Files, Manifest, Repository
@@ -187,8 +188,11 @@ class _Saving:
 
     def _table(self, path: str, at: int) -> None:
         tables = self._places.tables
-        self._keep("lake", tables.store, tables.files(path, at))
-        lost = tables.needed(path, at) - self._files("lake").keys()
+        found = list(tables.files(path, at))
+        self._keep("lake", tables.store, found)
+        # Of the log all: a clean-up that came meanwhile has replaced what is gone by what wasn't listed.
+        log = {one.path for one in found if is_log(path, one.path)}
+        lost = (tables.needed(path, at) | log) - self._files("lake").keys()
         if lost:
             raise BackupError(
                 f"table {path} lost {sorted(lost)[0]} while version {at} was saved; run the backup again, and if it "
