@@ -74,6 +74,10 @@ class RetrievalError(MillraceError):
     """No index build, or one that can't be trusted."""
 
 
+class BuildLost(RetrievalError):
+    """An index build that isn't there any more, isn't whole, or is of another format: it has to be made again."""
+
+
 class CanaryError(RetrievalError):
     """A new index build finds less than the one before."""
 

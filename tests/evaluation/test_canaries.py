@@ -143,6 +143,21 @@ def remade(settings: Settings, application: Application) -> str:
 
 
 @pytest.mark.model
+def test_where_the_published_build_is_lost_the_next_one_need_not_wait_for_it(
+    settings: Settings, qa: Application
+) -> None:
+    lost = build(settings, small(qa))
+    publish_build(settings, small(qa), lost, run="test")
+    (folder,) = settings.index_builds(qa.name).glob(f"*/{lost}")
+    shutil.rmtree(folder)
+    grown = small(qa, sources=[{"kind": "airflow_config", "sections": ["triggerer", "smtp"]}])
+    made = build(settings, grown)
+    outcome = publish_build(settings, grown, made, run="test")
+    assert (outcome["changed"], outcome["recall_before"]) == (True, None)
+    assert current(declared_builds(settings, grown)) == made
+
+
+@pytest.mark.model
 def test_documents_that_were_removed_are_no_loss(settings: Settings, qa: Application, lake: Lake) -> None:
     both = small(qa, sources=[{"kind": "airflow_config", "sections": ["triggerer", "smtp"]}])
     publish_build(settings, both, build(settings, both), run="test")

@@ -1,15 +1,20 @@
+from typing import Any
+
 import mlflow.pyfunc
 import pandas as pd
 import pytest
+from mlflow.exceptions import MlflowException
 
-from millrace.errors import ReleaseError
+from millrace.errors import EngineError, ReleaseError
 from millrace.releases.loader import ReleaseLoader
+from millrace.releases.pyfunc import PyfuncRelease
 from millrace.retrieval.embed import Embedder
 from millrace.retrieval.index import build_index, declared_builds
 from millrace.retrieval.search import Retriever
 from millrace.settings import Settings
 from tests.releases.conftest import Answering
 from tests.retrieval.stand_in import StandIn
+from tests.serving.parrot import Drawer, Parrot, a_release
 
 pytestmark = [pytest.mark.model, pytest.mark.filterwarnings("ignore:.*ocal (mode|Qdrant)")]
 
@@ -58,6 +63,24 @@ def test_plain_mlflow_answers_from_a_qdrant_server_too(answering: Answering, mod
     assert list(row.citations) == [hit.chunk_id for hit in hits][: len(row.citations)]
     assert len(row.citations) > 0
     stand_in.stop()
+
+
+def test_what_can_not_be_answered_is_the_callers_fault_or_the_servers_and_says_so() -> None:
+    class Away(Parrot):
+        def generate(self, messages: Any, config: Any) -> Any:
+            raise EngineError("vllm doesn't answer; start it")
+
+    def predict(engine: Parrot, *questions: str) -> pd.DataFrame:
+        return PyfuncRelease(a_release(engine, Drawer()), "build-1").predict(pd.DataFrame({"question": questions}))
+
+    assert list(predict(Parrot(), "one", "two")["answer"]) == ["you asked one", "you asked two"]
+    for engine, questions, said, status in (
+        (Parrot(), ["one", " "], "the question is empty", 400),
+        (Away(), ["one"], "vllm doesn't answer; start it", 503),
+    ):
+        with pytest.raises(MlflowException, match=said) as refused:
+            predict(engine, *questions)
+        assert refused.value.get_http_status_code() == status
 
 
 def test_a_release_without_an_index_says_what_it_needs(model_uri: str) -> None:

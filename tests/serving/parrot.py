@@ -40,6 +40,7 @@ class Parrot:
         self.prefix = prefix
         self.generated = 0
         self.closed = False
+        self.broken: str | None = None
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
         return sum(len(message.content.split()) for message in messages)
@@ -51,8 +52,8 @@ class Parrot:
         return stream.result
 
     def stream(self, messages: Sequence[Message], config: Generation) -> "ParrotStream":
-        if self.closed:
-            raise EngineError("the parrot is gone")
+        if self.closed or self.broken:
+            raise EngineError(self.broken or "the parrot is gone")
         self.generated += 1
         return ParrotStream(self, messages)
 

@@ -121,6 +121,29 @@ def test_a_challenger_that_broke_while_it_warmed_up_is_unloaded_when_the_split_d
     assert shelf.unloaded == ["2"]
 
 
+@pytest.mark.parametrize("victim", ["1", "2"])
+def test_a_release_whose_engine_broke_is_loaded_again(traffic: Traffic, shelf: Shelf, victim: str) -> None:
+    shelf.published = Split(sequence=1, rollout_id="r", epoch=1, champion="1", challenger="2", share=1.0, salt="s")
+    traffic.turn()
+    old = shelf.pipelines[victim]
+    assert isinstance(old, AnswerPipeline)
+    old.engine.broken = "out of memory"  # type: ignore[misc]
+    shelf.pipelines[victim] = ReleaseError("the machine is full")
+    traffic.turn()
+    assert shelf.unloaded == [victim]
+    if victim == "1":
+        assert "the machine is full" in (traffic.not_ready or "")
+    else:
+        assert traffic.not_ready is None
+        with traffic.route(None, "u") as route:
+            assert (route.pipeline, route.broken, route.fallback_version) == (None, "the machine is full", "1")
+    shelf.pipelines[victim] = a_release(Parrot(), Drawer())
+    traffic.turn()
+    assert (traffic.not_ready, served(traffic)) == (None, "2")
+    with traffic.route(victim, "u") as route:
+        assert route.pipeline is shelf.pipelines[victim]
+
+
 def test_pins_load_on_demand_and_only_a_few_stay_loaded(traffic: Traffic, shelf: Shelf) -> None:
     for version in ("3", "4", "5", "3"):
         assert served(traffic, version) == version

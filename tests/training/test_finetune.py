@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from deltalake import DeltaTable
 
 from millrace.applications import Application
 from millrace.errors import OutOfMemory, ReleaseError, TrainingError
@@ -200,6 +201,10 @@ def test_documents_become_a_registered_candidate_and_a_repeat_finds_it(tracked: 
     finetune(tracked, tiny, training_set=built["training_set"], run="again")
     costs = lake.read(OPS_COSTS, where=pc.field("stage") == "training").to_pylist()
     assert [cost["release_id"] for cost in costs] == [released["release_id"]]
+
+    DeltaTable(lake.uri(GOLD_TRAINING_EXAMPLES)).delete(f"example_id = '{rows[0]['example_id']}'")  # of an erased user
+    with pytest.raises(TrainingError, match=r"has 8 rows .* and they don't give its id"):
+        release_candidate(tracked, tiny, trained=trained, run="later")
 
 
 @pytest.mark.long

@@ -69,6 +69,11 @@ class Engine(Protocol):
         """Most tokens that prompt and completion may have together."""
         ...
 
+    @property
+    def broken(self) -> str | None:
+        """Why it will never answer again, though nobody closed it; None: it will."""
+        ...
+
     def count_tokens(self, messages: Sequence[Message]) -> int:
         """Tokens of `messages` as a prompt, chat template included."""
         ...

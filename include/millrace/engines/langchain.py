@@ -91,6 +91,11 @@ class LangChainEngine:
     def context_tokens(self) -> int:
         return self._context_tokens
 
+    @property
+    def broken(self) -> str | None:
+        """A call that fails leaves the next one alone."""
+        return None
+
     def count_tokens(self, messages: Sequence[Message]) -> int:
         """An estimate, rather too high: what a chain makes of messages nobody knows."""
         return estimated_prompt(messages)

@@ -57,6 +57,7 @@ class OpenVinoEngine:
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._refusal: str | None = None
+        self.broken: str | None = None
         self._thread = threading.Thread(target=self._compute, name=f"engine {path.name}", daemon=True)
         self._thread.start()
 
@@ -129,7 +130,8 @@ class OpenVinoEngine:
                     del running[number]
         except Exception as error:  # Whatever it was: nobody may wait for ever on a thread that has ended.
             with self._lock:
-                self._refusal = f"the engine of {self.path.name} broke: {_first_line(error)}; load the release again"
+                self.broken = f"the engine of {self.path.name} broke: {_first_line(error)}; load the release again"
+                self._refusal = self.broken
         self._give_up(running)
 
     def _arrived(self, *, wait: bool) -> Iterator[Job | None]:

@@ -51,6 +51,11 @@ class TransformersEngine:
     def context_tokens(self) -> int:
         return self._context_tokens
 
+    @property
+    def broken(self) -> str | None:
+        """A request that fails leaves the next one alone."""
+        return None
+
     def count_tokens(self, messages: Sequence[Message]) -> int:
         return int(self._encoded(messages)["input_ids"].shape[1])
 

@@ -159,6 +159,11 @@ class UpstreamEngine:
     def context_tokens(self) -> int:
         return self._context_tokens
 
+    @property
+    def broken(self) -> str | None:
+        """A server that comes back answers."""
+        return None
+
     def count_tokens(self, messages: Sequence[Message]) -> int:
         """As the server counts; where it can't say, an estimate that is rather too high."""
         with _told(self._upstream):

@@ -4,12 +4,13 @@ Canaries are questions with known answers from the training split, so that nothi
 what is published. Of releases it knows which lineages they search.
 """
 
+import logging
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from millrace.applications import Application
-from millrace.errors import CanaryError
+from millrace.errors import BuildLost, CanaryError
 from millrace.lakehouse.audit.chain import Event, record
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import SILVER_DOCUMENTS
@@ -20,6 +21,8 @@ from millrace.retrieval.index import builds_of
 from millrace.retrieval.search import Retriever
 from millrace.settings import Settings
 from millrace.sources.questions import Question, derive_questions
+
+log = logging.getLogger(__name__)
 
 DEPTH = 5
 """A canary is found if its document is among this many hits."""
@@ -67,7 +70,8 @@ def publish_build(
     """Publish `build` if its recall@5 on the canaries is at most `canary_margin` below the published build's.
 
     Only questions whose document is in the published build are counted; a document that was removed from the lake
-    asks nothing. Where there are none, `build` is held against what a first one must reach.
+    asks nothing. Where there are none, or the published build is lost, `build` is held against what a first one must
+    reach.
 
     Args:
         lineage: that the build is of; None: the declared one.
@@ -127,7 +131,12 @@ def _compare(
     if not asked:
         return {}
     retriever = Retriever(builds, lineage.open(settings))
-    there = retriever.documents(before) if before is not None else frozenset()
+    try:
+        there = retriever.documents(before) if before is not None else frozenset()
+    except BuildLost as lost:
+        # Nothing can be searched: the next build must not wait for one that will never be made again.
+        log.warning("%s: the published build is lost, the next one is held against a first: %s", application.name, lost)
+        before, there = None, frozenset()
     if known := [question for question in asked if question.document_id in there]:
         asked = known
     return {

@@ -7,6 +7,7 @@ Qdrant server: `{"qdrant_url": …, "environment": …}`. A release whose model 
 """
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ import pandas as pd
 from pydantic import SecretStr
 
 from millrace.engines.upstream import Upstream
-from millrace.errors import ReleaseError
+from millrace.errors import EngineError, ReleaseError, RetrievalError
 from millrace.releases.embedding import open_embedder
 from millrace.releases.generator import open_engine
 from millrace.releases.manifest import Manifest
 from millrace.releases.package import LOAD_CONFIG, read_release
-from millrace.releases.pipeline import AnswerPipeline
+from millrace.releases.pipeline import Answer, AnswerPipeline
 from millrace.retrieval.builds import Builds
 from millrace.retrieval.library import LibraryBuilds
 from millrace.retrieval.search import Retriever
@@ -86,6 +87,10 @@ def _builds(config: dict[str, Any], manifest: Manifest) -> Builds:
     )
 
 
+AT_ONCE = 8
+"""Questions that are answered together: an engine computes them at once."""
+
+
 class PyfuncRelease:
     """A release as MLflow calls it."""
 
@@ -95,8 +100,21 @@ class PyfuncRelease:
 
     def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Answers to the column `question`, in its order: `answer`, `citations` (chunk ids, best first),
-        `prompt_tokens`, `completion_tokens`."""
-        answers = [self._pipeline.answer(question, build=self._index_build) for question in model_input["question"]]
+        `prompt_tokens`, `completion_tokens`.
+
+        Raises:
+            MlflowException: a question can't be answered (MLflow's server says 400), or nothing can now (503).
+        """
+        from mlflow.exceptions import MlflowException
+        from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
+
+        try:
+            with ThreadPoolExecutor(AT_ONCE, "predict") as pool:
+                answers = list(pool.map(self._answer, model_input["question"]))
+        except ReleaseError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from error
+        except (EngineError, RetrievalError) as error:
+            raise MlflowException(str(error), error_code=TEMPORARILY_UNAVAILABLE) from error
         return pd.DataFrame(
             {
                 "answer": [answer.text for answer in answers],
@@ -106,3 +124,6 @@ class PyfuncRelease:
             },
             index=model_input.index,
         )
+
+    def _answer(self, question: str) -> Answer:
+        return self._pipeline.answer(question, build=self._index_build)

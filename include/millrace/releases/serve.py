@@ -1,8 +1,8 @@
 """`python -m millrace.releases.serve FOLDER`: one release over HTTP, as MLflow serves a model, with no other server.
 
-FOLDER is as `millrace release container` writes it. `POST /invocations` takes MLflow's JSON, `GET /ping` says whether
-it answers; both are MLflow's own. What `MLFLOW_PYFUNC_INFERENCE_CONFIG` says (`package.LOAD_CONFIG`) goes before what
-the folder says. One process, so that a container's signals arrive: SIGTERM lets requests come to their end.
+FOLDER is as `millrace release container` writes it. `POST /invocations` takes MLflow's JSON, `GET /ping` says that the
+release is loaded; both are MLflow's own. What `MLFLOW_PYFUNC_INFERENCE_CONFIG` says (`package.LOAD_CONFIG`) goes before
+what the folder says. One process, so that a container's signals arrive: SIGTERM lets requests come to their end.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from millrace.releases.package import LOAD_CONFIG
 MODEL, INDEX, LOAD = "model", "index", "load.json"
 """Names in the folder: the MLflow model, index builds by lineage, and what `load_model` is told (`LOAD_CONFIG`)."""
 CONFIG_VARIABLE = "MLFLOW_PYFUNC_INFERENCE_CONFIG"
+REQUEST_SECONDS = 600
 PATIENCE = 30
 """Seconds that requests may take to end after SIGTERM."""
 
@@ -28,6 +29,8 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080)
     given = parser.parse_args()
+    # MLflow's own limit is a minute, for all rows of a request together, and what ran on would be asked again.
+    os.environ.setdefault("MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT", str(REQUEST_SECONDS))
     import uvicorn
     from mlflow.pyfunc import load_model
     from mlflow.pyfunc.scoring_server import init

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 from pydantic import ValidationError
 
-from millrace.errors import RetrievalError
+from millrace.errors import BuildLost, RetrievalError
 from millrace.retrieval.builds import FORMAT, PAYLOAD, BuildManifest, Published, superfluous
 from millrace.retrieval.embed import DIMENSIONS
 
@@ -51,13 +51,11 @@ class LibraryBuilds:
         try:
             manifest = BuildManifest.model_validate_json(path.read_text())
         except (OSError, ValidationError) as error:
-            raise RetrievalError(
+            raise BuildLost(
                 f"there is no index build {build!r} in {self.folder} ({error}); build the index again"
             ) from None
         if manifest.format != FORMAT:
-            raise RetrievalError(
-                f"{path} has format {manifest.format}, this code reads {FORMAT}; build the index again"
-            )
+            raise BuildLost(f"{path} has format {manifest.format}, this code reads {FORMAT}; build the index again")
         return manifest
 
     def manifests(self) -> list[BuildManifest]:
@@ -149,9 +147,9 @@ class LibraryBuild:
                 self._shard = EdgeShard.load(str(folder / build / "shard"))
             points = self._shard.info().points_count
         except Exception as error:  # qdrant_edge raises nothing narrower
-            raise RetrievalError(f"index build {build} can't be opened: {error}; build the index again") from error
+            raise BuildLost(f"index build {build} can't be opened: {error}; build the index again") from error
         if points != manifest.chunks:
-            raise RetrievalError(
+            raise BuildLost(
                 f"index build {build} holds {points} chunks of {manifest.chunks}; "
                 f"delete {folder / build} and build the index again"
             )

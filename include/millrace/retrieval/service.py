@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pyarrow as pa
 from pydantic import ValidationError
 
-from millrace.errors import RetrievalError
+from millrace.errors import BuildLost, RetrievalError
 from millrace.retrieval.builds import FORMAT, PAYLOAD, BuildManifest, Published, superfluous
 from millrace.retrieval.embed import DIMENSIONS
 from millrace.retrieval.membership import OPEN, Member, Plan, gaps, next_serial, plan_build
@@ -195,7 +195,7 @@ class ServiceBuilds:
         serial, manifest = self._read_build(build)
         counted = self._count(serial, SEARCH_WAITS)
         if counted != manifest.chunks:
-            raise RetrievalError(
+            raise BuildLost(
                 f"index build {build} holds {counted} chunks of {manifest.chunks} in {self.where}; "
                 "run refresh_embeddings, which makes it again"
             )
@@ -261,19 +261,19 @@ class ServiceBuilds:
     def _read_build(self, build: str) -> tuple[int, BuildManifest]:
         payload = self._get(_build_id(build), SEARCH_WAITS)
         if payload is None:
-            raise RetrievalError(f"there is no index build {build!r} in {self.where}; build the index again")
+            raise BuildLost(f"there is no index build {build!r} in {self.where}; build the index again")
         return self._parse(build, payload)
 
     def _parse(self, build: str, payload: dict[str, Any]) -> tuple[int, BuildManifest]:
         try:
             manifest = BuildManifest.model_validate_json(payload["manifest"])
         except (ValidationError, KeyError) as error:
-            raise RetrievalError(
+            raise BuildLost(
                 f"index build {build} in {self.where} can't be understood ({error}); use the version of Millrace "
                 "that made it, or build the index again"
             ) from None
         if manifest.format != FORMAT:
-            raise RetrievalError(
+            raise BuildLost(
                 f"index build {build} in {self.where} has format {manifest.format}, this code reads {FORMAT}; "
                 "build the index again"
             )

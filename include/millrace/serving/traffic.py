@@ -194,8 +194,27 @@ class Traffic:
             self._say(f"no release of {self.application} is champion yet; declare one and admit it")
             return
         with self._loading:
+            self._drop_broken()
             self._adopt(split, split.champion)
             self._unload_unused()
+
+    def _drop_broken(self) -> None:
+        """Unload what has an engine that broke, so that it is loaded anew; until then its users are told so. Releases
+        with the same weights share one, which is closed when the last of them lets it go."""
+        with self._lock:
+            loaded = self._loaded
+            warm = {**self._pinned, **(loaded.pipelines if loaded else {})}
+            broken = {version: reason for version, one in warm.items() if (reason := one.engine.broken)}
+            for version in broken:
+                self._pinned.pop(version, None)
+            if loaded is not None and broken.keys() & loaded.pipelines.keys():
+                pipelines = {version: one for version, one in loaded.pipelines.items() if version not in broken}
+                told = {**loaded.broken, **broken}
+                # Without the champion nothing is left to fall back on.
+                self._loaded = _Loaded(loaded.split, pipelines, told) if loaded.split.champion in pipelines else None
+        for version, reason in broken.items():
+            self._say(f"version {version} is loaded again: {reason}")
+            self._releases.unload(version)
 
     def _adopt(self, split: Split, champion: str) -> None:
         pipelines: dict[str, AnswerPipeline] = {}
