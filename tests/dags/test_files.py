@@ -44,6 +44,23 @@ print(json.dumps({
 """
 
 
+ANOTHER = """
+import json
+from collections import defaultdict
+from airflow.sdk import DAG
+from millrace.applications import load_application
+from millrace.settings import read_settings
+from millrace_airflow import another
+found, events = [None, "3", ""], defaultdict(set)
+with DAG("a_stage") as dag:
+    another(load_application(read_settings(), "qa"), "releases", lambda: found.pop())
+for _ in range(3):
+    dag.get_task("another").python_callable(outlet_events=events)
+    print(json.dumps([[alias.name, [asset.uri for asset in emitted]] for alias, emitted in events.items()]))
+    events.clear()
+"""
+
+
 @pytest.fixture(scope="module")
 def read(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """Of staging and prod together: between them they have every stage."""
@@ -52,6 +69,10 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 def _read(home: Path, in_environment: str) -> dict:
+    return json.loads(_ran(READ, home, in_environment).splitlines()[-1])
+
+
+def _ran(script: str, home: Path, in_environment: str) -> str:
     environment = os.environ | {
         "AIRFLOW_HOME": str(home),
         "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home}/airflow.db",
@@ -60,9 +81,9 @@ def _read(home: Path, in_environment: str) -> dict:
         "MILLRACE_ENVIRONMENT": in_environment,
     }
     ran = subprocess.run(
-        [sys.executable, "-c", READ], cwd=PROJECT, env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", script], cwd=PROJECT, env=environment, capture_output=True, text=True, check=True
     )
-    return json.loads(ran.stdout.splitlines()[-1])
+    return ran.stdout
 
 
 def test_every_file_is_read_and_makes_one_dag_an_application(read: dict) -> None:
@@ -108,6 +129,14 @@ def test_what_a_person_can_fill_in_is_typed_described_and_has_a_default(read: di
             assert schema.get("description"), (name, field)
             assert schema.keys() & {"type", "enum"}, (name, field)
             jsonschema.validate(schema["default"], schema)
+
+
+def test_a_stage_begins_again_while_another_one_waits(read: dict, tmp_path: Path) -> None:
+    event = ["qa/releases", ["millrace://qa/releases"]]
+    told = [json.loads(line) for line in _ran(ANOTHER, tmp_path, "prod").splitlines()[-3:]]
+    assert told == [[event], [event], []]
+    for stage in ("evaluate_candidate", "approve"):
+        assert "another" in read["dags"][f"qa.{stage}"]["tasks"]
 
 
 @pytest.mark.parametrize(("stage", "its_own"), [("sample", "staging"), ("publish_sample", "prod")])

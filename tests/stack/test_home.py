@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from millrace import FORMAT_VERSION
 from millrace.errors import StackError
 from millrace.settings import Settings
-from millrace.stack.home import HomeLock, obtain_secrets, prepare_home, with_secrets
+from millrace.stack.home import PRIVATE, HomeLock, obtain_secrets, prepare_home, with_secrets
 
 
 def test_secrets_are_made_once_and_only_their_owner_can_read_them(settings: Settings) -> None:
@@ -17,6 +17,15 @@ def test_secrets_are_made_once_and_only_their_owner_can_read_them(settings: Sett
     first = obtain_secrets(settings.home)
     assert obtain_secrets(settings.home) == first
     assert stat.S_IMODE((settings.home / "secrets.json").stat().st_mode) == 0o600
+
+
+def test_what_users_said_is_for_the_owner_alone_also_in_a_home_that_was_open(settings: Settings) -> None:
+    (settings.home / "lake").mkdir(parents=True, mode=0o755)
+    prepare_home(settings)
+    assert {name: stat.S_IMODE((settings.home / name).stat().st_mode) for name in PRIVATE} == dict.fromkeys(
+        PRIVATE, 0o700
+    )
+    assert {"lake", "events", "training", "releases", "indexes"} <= set(PRIVATE)
 
 
 def test_a_secret_that_a_newer_version_needs_is_added_and_the_others_stay(settings: Settings) -> None:

@@ -56,7 +56,9 @@ def prepare_home(settings: Settings) -> None:
         home.mkdir(parents=True, exist_ok=True, mode=0o711 if os.geteuid() == 0 else 0o700)
         for name in PRIVATE:
             (home / name).mkdir(exist_ok=True, mode=0o700)
-            (home / name).chmod(0o700)  # also one that another version made
+            # One that an earlier version made. A volume of somebody else's is theirs to close.
+            if (home / name).stat().st_uid == os.geteuid():
+                (home / name).chmod(0o700)
         if not (home / "format.json").exists():
             write_json(home / "format.json", {"format": FORMAT_VERSION})
     except OSError as error:
