@@ -128,7 +128,7 @@ class PromptVersion(Part):
 class RetrievalLineage(Part):
     """How chunks were cut and embedded, and how many go into the prompt."""
 
-    lineage: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    lineage: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$")
     """Also the name of a folder."""
     embedding_model: str
     """Package of the embedding model."""
