@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -273,14 +274,17 @@ def test_a_version_that_is_not_there_is_named(registry: Settings, application: A
 
 
 def test_a_prompt_is_a_version_in_the_prompt_registry_and_the_same_template_the_same_version(
-    registry: Settings, application: Application
+    registry: Settings, application: Application, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     templates = ["{% for c in chunks %}{{ c.text }}{% endfor %}{{ question }}", "Briefly: {{ question }}"]
     made = [prompt_registry.register_prompt(registry, application, template, run="test") for template in templates * 2]
     assert [prompt.version for prompt in made] == ["1", "2", "1", "2"]
-    more = [f"{{{{ question }}}} {number}" for number in range(101)]  # a page of MLflow's holds a hundred
-    for template in more:
-        client(registry).register_prompt(f"{application.name}.prompt", template)
+    search = MlflowClient.search_prompt_versions  # a page of its own holds a hundred
+
+    def by_ones(self: MlflowClient, name: str, max_results: int | None = None, page_token: str | None = None) -> Any:
+        return search(self, name, 1, page_token)
+
+    monkeypatch.setattr(MlflowClient, "search_prompt_versions", by_ones)
     assert prompt_registry.register_prompt(registry, application, templates[0], run="test").version == "1"
     stored = client(registry).get_prompt_version(f"{application.name}.prompt", "1")
     assert stored is not None
