@@ -223,10 +223,19 @@ def test_code_or_packages_that_somebody_put_beside_a_release_are_not_fetched_wit
 def test_packages_that_only_the_sender_has_are_refused_though_the_manifest_names_them(
     registry: Settings, application: Application, make_release: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    version = register(registry, application, make_release)
-    monkeypatch.setattr("millrace.releases.package.is_installed", lambda name: name != "openvino-genai")
-    with pytest.raises(ReleaseError, match="requires openvino-genai, not installed here, and it is not loaded"):
-        releases.fetch_model(registry, application, version, tmp_path / "model")
+    metadata = tmp_path / "senders" / "evil_data-1.0.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text("Metadata-Version: 2.1\nName: evil-data\nVersion: 1.0\n")
+    manifest, weights = make_release("weights")
+    retrieval = manifest.retrieval.model_copy(update={"embedding_model": "evil-data"})
+    with monkeypatch.context() as there:
+        there.syspath_prepend(metadata.parents[1])
+        changed = manifest.changed(retrieval=retrieval)
+        version = releases.register_release(registry, application, changed, weights.parent, run="test", tags={})
+        releases.fetch_model(registry, application, version, tmp_path / "there")
+    with pytest.raises(ReleaseError, match="requires evil-data, not installed here, and it is not loaded"):
+        releases.fetch_model(registry, application, version, tmp_path / "here")
+    assert not (tmp_path / "here").exists()
 
 
 def test_another_applications_release_is_not_fetched(
