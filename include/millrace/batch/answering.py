@@ -19,12 +19,10 @@ from millrace.errors import BatchError, EngineError, MillraceError, ReleaseError
 from millrace.lakehouse.tables import GOLD_ANSWERS
 from millrace.releases.package import read_release
 from millrace.releases.pipeline import Answer, AnswerPipeline
-from millrace.releases.pyfunc import open_pipeline
+from millrace.releases.pyfunc import AT_ONCE, open_pipeline
 from millrace.releases.registry import fetch_release
 from millrace.settings import Settings
 
-AT_ONCE = 8
-"""Questions that a worker answers together: what continuous batching is for."""
 PROBE = "What are these documents about?"
 
 

@@ -78,7 +78,7 @@ def evaluate_candidate(
     if split is None or split.champion is None:
         return _nothing("there is no champion to compare with")
     registered = versions(settings, application)
-    candidate = candidate or waiting_candidate(settings, application)
+    candidate = candidate or newest_unevaluated(lake, split.champion, list(registered))
     if candidate is None:
         return _nothing(f"no version after champion {split.champion} waits for an evaluation")
     if candidate not in registered:

@@ -88,7 +88,7 @@ def _builds(config: dict[str, Any], manifest: Manifest) -> Builds:
 
 
 AT_ONCE = 8
-"""Questions that are answered together: an engine computes them at once."""
+"""Questions that are answered together: what continuous batching is for."""
 
 
 class PyfuncRelease:
