@@ -105,6 +105,7 @@ def test_every_change_is_told_and_every_change_told_is_one(pair: tuple[OwnModel,
 
 
 @given(pairs())
+@example((own_model(1000, 1), PaidApi("api", 3.287671232876712e-08, development_usd=1000)))
 def test_who_is_cheaper_for_good_is_so_at_all_higher_loads(pair: tuple[OwnModel, PaidApi]) -> None:
     own, other = pair
     found = break_even(own, other)

@@ -16,8 +16,8 @@ OWN_MODEL = "own model"
 MOST = 12
 """Changes that are listed; what follows for good is told nevertheless."""
 ROUNDING = 1e-9
-"""Two slopes are equal within this, relative; a machine is full, and two loads are equal, within this share of what one
-machine carries."""
+"""Two slopes are equal within this, relative; a machine is full within this share of what it carries; a month's dollars
+decide nothing within this share of what a machine costs, or of what the API takes for a full one's answers."""
 
 
 @dataclass(frozen=True)
@@ -97,16 +97,10 @@ def break_even(own: OwnModel, api: PaidApi) -> BreakEven:
     """
     line = _Line(own, api)
     stretches: list[tuple[float, float]] = []  # where the own model is cheaper: above the first, up to the second
-    machines, sliver = line.first, ROUNDING * own.capacity
-    for _ in range(MOST + 2):  # each step from the first on begins a stretch, or none after it does
-        begin, last = line.met(machines), float(machines)
-        if begin < machines * own.capacity - sliver:
-            last = line.last(machines)
-            if stretches and begin <= stretches[-1][1] + sliver:
-                begin, _ = stretches.pop()
-            stretches.append((begin, last * own.capacity))
-        elif line.gain <= 0:
-            break  # further machines only lose
+    machines = line.first
+    while len(stretches) * 2 <= MOST and line.wins(machines):
+        last = line.last(machines)
+        stretches.append((line.met(machines), last * own.capacity))
         if math.isinf(last):
             break
         machines = int(last) + 1
@@ -121,50 +115,60 @@ def break_even(own: OwnModel, api: PaidApi) -> BreakEven:
 
 
 class _Line:
-    """An API's straight line, seen from the own model's steps."""
+    """An API's straight line, seen from the own model's steps.
+
+    A step wins if its machines, when full, are cheaper than the API; it carries the next one if that is cheaper even
+    when empty. Both are told by comparing how many machines there are with a number that is computed once, so that
+    whatever is within rounding is decided everywhere alike.
+    """
 
     def __init__(self, own: OwnModel, api: PaidApi) -> None:
         self.own, self.api = own, api
         self.slope = api.query_usd * DAYS
         self.gap = own.development_usd + own.batch_usd - api.development_usd - api.batch_usd
         full = self.slope * own.capacity
+        rounding = ROUNDING * max(full, own.machine_usd)
         gain = full - own.machine_usd
-        self.gain = gain if abs(gain) > ROUNDING * max(full, own.machine_usd) else 0.0
+        self.gain = gain if abs(gain) > rounding else 0.0
         """Dollars a month that each further full machine saves against the API."""
-        joined = self.gap + own.machine_usd
-        self.joined = joined if abs(joined) > ROUNDING * own.machine_usd else 0.0
-        """What full machines must have gained to carry an empty one."""
+        must_win, must_carry = self.gap + rounding, self.gap + own.machine_usd - rounding
+        minimum = float(own.minimum_machines)
+        self.least, self.most = minimum, math.inf
+        """The steps that win."""
+        self.carrying_from, self.carrying_to = minimum, math.inf
+        """Those of them that carry the next; none: from an infinite one."""
+        if self.gain > 0:
+            self.least = max(minimum, math.floor(must_win / self.gain) + 1)
+            self.carrying_from = max(self.least, math.ceil(must_carry / self.gain))
+        elif self.gain < 0:
+            self.most = math.ceil(must_win / self.gain) - 1
+            self.carrying_to = min(self.most - 1, math.floor(must_carry / self.gain))
+        else:
+            self.most = math.inf if must_win < 0 else 0
+            self.carrying_from = minimum if must_carry <= 0 else math.inf
 
     @property
     def first(self) -> int:
-        """Machines of the first step that is worth a look: before it the API is cheaper throughout."""
-        skipped = math.floor(self.gap / self.gain) if self.gain > 0 else 0
-        return max(self.own.minimum_machines, skipped)
+        """Machines of the first step that may win."""
+        return int(self.least)
 
-    def met(self, machines: int) -> float:
-        """The load above which the own model is cheaper while it needs so many machines; infinite: nowhere."""
+    def wins(self, machines: int) -> bool:
+        return self.least <= machines <= self.most
+
+    def met(self, machines: float) -> float:
+        """The load above which the own model is cheaper while it needs so many machines, which win."""
         before = 0.0 if machines == self.own.minimum_machines else (machines - 1) * self.own.capacity
         step = self.gap + machines * self.own.machine_usd
-        if self.slope == 0:
-            return before if step < -ROUNDING * self.own.machine_usd else math.inf
-        return max(before, step / self.slope)
+        return min(max(before, step / self.slope), machines * self.own.capacity) if self.slope else before
 
     def last(self, machines: int) -> float:
-        """The last step of the stretch that begins within this one: until then no further machine, however empty,
-        makes the API cheaper. Infinite: never."""
-        if self.gain >= 0:
-            gained = machines * self.gain
-            return math.inf if gained >= self.joined * (1 - ROUNDING) and gained > self.gap else machines
-        return max(machines, math.ceil(self.joined / self.gain * (1 - ROUNDING)))
+        """The last step of the stretch that begins within this one, which wins. Infinite: it never ends."""
+        return self.carrying_to + 1 if self.carrying_from <= machines <= self.carrying_to else machines
 
     def settled(self) -> tuple[str | None, float | None]:
         """Who is cheaper at all high loads, and above which."""
-        own, joined = self.own, self.joined
-        if self.gain > 0:
-            return own.name, self.met(max(own.minimum_machines, math.ceil(joined / self.gain * (1 - ROUNDING))))
-        if self.gain < 0:
-            step = math.ceil(self.gap / self.gain * (1 - ROUNDING)) - 1
-            return self.api.name, step * own.capacity if step >= own.minimum_machines else 0.0
-        if self.gap >= 0:
-            return self.api.name, 0.0
-        return (own.name, self.met(own.minimum_machines)) if joined <= 0 else (None, None)
+        if not math.isinf(self.most):
+            return self.api.name, self.most * self.own.capacity if self.most >= self.own.minimum_machines else 0.0
+        if math.isinf(self.carrying_from):
+            return None, None
+        return self.own.name, self.met(self.carrying_from)
