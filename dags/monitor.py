@@ -63,8 +63,8 @@ def monitor(application: Application) -> DAG:
         def health() -> dict:
             from millrace.monitoring.health import check_health
 
-            before, now = known_before().get("failed", {}), datetime.now(UTC)
-            return check_health(read_settings(), application, succeeded, failed, failed_before=before, now=now)
+            now = datetime.now(UTC)
+            return check_health(read_settings(), application, succeeded, failed, before=known_before(), now=now)
 
         measured = metrics()
         drift(measured) >> bounds(measured)

@@ -179,8 +179,10 @@ def late_after(minutes: float) -> DeadlineAlert:
 
 
 def say_late(minutes: float, context: dict[str, Any]) -> None:
-    """Airflow calls this, on a worker, when a run has missed its deadline."""
+    """Airflow calls this, on a worker, when a run's deadline has passed; of a run that failed too."""
     run = context["dag_run"]
+    if run["state"] in ("success", "failed"):
+        return
     what = f"run {run['dag_run_id']} has not ended {minutes:g} minutes after it was queued; it is {run['state']}"
     _alert(f"{run['dag_id']} is late", what, run["dag_id"], run["dag_run_id"])
 

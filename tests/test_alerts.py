@@ -101,6 +101,26 @@ def test_an_alert_that_cannot_be_written_down_is_sent_all_the_same(settings: Set
     assert len(receiver.received) == 1
 
 
+def test_an_address_whose_service_breaks_keeps_nothing_from_the_others(
+    settings: Settings, receiver: Webhook, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from apprise.plugins.syslog import NotifySyslog
+
+    def breaks(*_: object, **__: object) -> bool:
+        raise ValueError("syslog://token")
+
+    monkeypatch.setattr(NotifySyslog, "send", breaks)
+    with caplog.at_level(logging.ERROR, "millrace.alerts"):
+        assert send(ALERT, to(settings, "syslog://", receiver.url), now=NOON)
+    assert "apprise fails with ValueError" in caplog.text
+    assert "token" not in caplog.text
+
+
+def test_where_the_lake_cannot_be_opened_it_is_sent_all_the_same(settings: Settings, receiver: Webhook) -> None:
+    nowhere = to(settings, receiver.url).model_copy(update={"lake_uri": "s3://lake", "object_store_port": 9})
+    assert send(ALERT, nowhere, now=NOON)
+
+
 def test_an_address_of_an_unknown_kind_is_refused_by_its_number(settings: Settings) -> None:
     with pytest.raises(SettingsError, match=r"address 2 of MILLRACE_ALERT_URLS \(pigeon:…\) is of no kind"):
         check_addresses(to(settings, "json://127.0.0.1/", "pigeon://coop/secret"))

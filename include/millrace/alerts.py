@@ -21,6 +21,8 @@ from millrace.settings import Settings
 
 log = logging.getLogger("millrace.alerts")
 
+SENT_AGAIN = timedelta(days=1)
+
 
 @dataclass(frozen=True)
 class Alert:
@@ -49,26 +51,26 @@ def send(alert: Alert, settings: Settings, *, now: datetime | None = None) -> bo
         Whether it was sent: False if it was said before, no address is set, or none took it.
     """
     now = now or datetime.now(UTC)
-    lake = Lake.of(settings, PLATFORM)
-    repeat = timedelta(hours=settings.alert_repeat_hours)
-    trouble = following(_known(lake, alert.title), now, repeat)
     log.error("ALERT %s: %s (%s; runbook %s)", alert.title, alert.what, alert.source, alert.runbook)
+    repeat = timedelta(hours=settings.alert_repeat_hours)
+    trouble = following(_known(settings, alert.title), now, repeat)
     due = trouble.sent_at is None or now - trouble.sent_at >= repeat
     sent = due and _deliver(alert, trouble, settings)
     if sent:
         trouble = Trouble(trouble.since, trouble.last_at, trouble.count, now)
-    _remember(lake, alert, trouble)
+    _remember(settings, alert, trouble)
     return sent
 
 
 def send_again(settings: Settings, *, now: datetime) -> int:
-    """Send what no address took when it was said, less than `alert_repeat_hours` ago.
+    """Send what no address took when it was last said, in the time of `SENT_AGAIN`. At least once: of two applications
+    whose monitors look at the same moment both may send.
 
     Returns:
         How many alerts were sent.
     """
-    lake, since = Lake.of(settings, PLATFORM), now - timedelta(hours=settings.alert_repeat_hours)
     try:
+        lake, since = Lake.of(settings, PLATFORM), now - SENT_AGAIN
         rows = lake.read(OPS_ALERTS, where=pc.field("sent_at").is_null() & (pc.field("last_at") >= since)).to_pylist()
     except MillraceError as error:
         log.error("which alerts reached nobody is not known: %s", error)
@@ -78,7 +80,7 @@ def send_again(settings: Settings, *, now: datetime) -> int:
         alert = Alert(row["title"], row["what"], row["source"], row["runbook"])
         trouble = Trouble(row["since"], row["last_at"], row["count"], sent_at=now)
         if _deliver(alert, trouble, settings):
-            _remember(lake, alert, trouble)
+            _remember(settings, alert, trouble)
             sent += 1
     return sent
 
@@ -131,8 +133,7 @@ def _deliver(alert: Alert, trouble: Trouble, settings: Settings) -> bool:
         log.error("nobody is sent the alert %r: %s", alert.title, error)
         return False
     for number, url in enumerate(addresses, 1):
-        address = apprise.Apprise.instantiate(url)
-        if address and address.notify(body=told(alert, trouble), title=alert.title, notify_type="failure"):
+        if _taken(url, alert, trouble):
             taken += 1
             continue
         # The address itself may hold a token.
@@ -146,13 +147,22 @@ def _deliver(alert: Alert, trouble: Trouble, settings: Settings) -> bool:
     return taken > 0
 
 
+def _taken(url: str, alert: Alert, trouble: Trouble) -> bool:
+    try:
+        address = apprise.Apprise.instantiate(url)
+        return bool(address and address.notify(body=told(alert, trouble), title=alert.title, notify_type="failure"))
+    except Exception as error:  # of whatever service this is
+        log.error("apprise fails with %s", type(error).__name__)  # what it says may hold the address
+        return False
+
+
 def _addresses(settings: Settings) -> list[str]:
     return settings.alert_urls.get_secret_value().split()
 
 
-def _known(lake: Lake, title: str) -> Trouble | None:
+def _known(settings: Settings, title: str) -> Trouble | None:
     try:
-        rows = lake.read(OPS_ALERTS, where=pc.field("title") == title).to_pylist()
+        rows = Lake.of(settings, PLATFORM).read(OPS_ALERTS, where=pc.field("title") == title).to_pylist()
     except MillraceError as error:
         log.error("whether this was said before is not known: %s", error)
         return None
@@ -160,7 +170,7 @@ def _known(lake: Lake, title: str) -> Trouble | None:
     return Trouble(**{name: rows[0][name] for name in names}) if rows else None
 
 
-def _remember(lake: Lake, alert: Alert, trouble: Trouble) -> None:
+def _remember(settings: Settings, alert: Alert, trouble: Trouble) -> None:
     row = {
         "title": alert.title,
         "content_hash": content_hash(trouble.last_at.isoformat(), str(trouble.count), str(trouble.sent_at)),
@@ -172,7 +182,8 @@ def _remember(lake: Lake, alert: Alert, trouble: Trouble) -> None:
         "count": trouble.count,
         "sent_at": trouble.sent_at,
     }
+    rows = pa.Table.from_pylist([row], schema=OPS_ALERTS.rows_schema)
     try:
-        lake.merge(OPS_ALERTS, pa.Table.from_pylist([row], schema=OPS_ALERTS.rows_schema), run=alert.source)
+        Lake.of(settings, PLATFORM).merge(OPS_ALERTS, rows, run=alert.source)
     except MillraceError as error:
         log.error("the alert could not be written down, so it may be sent again: %s", error)

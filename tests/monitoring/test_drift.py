@@ -112,6 +112,19 @@ def test_a_new_release_has_nothing_to_be_compared_with_and_its_questions_have() 
     assert {release: compared.verdict for release, compared in found} == {QUESTIONS: SAME, "rel-2": TOO_FEW}
 
 
+def test_users_who_always_ask_the_same_are_no_drift() -> None:
+    """Half of them gave the words that nothing of theirs is new to."""
+    rng = np.random.default_rng(6)
+    regulars = [
+        Exchange(**vars(each) | {"question": f"what about topic{n} and its part{n}"})
+        for n, each in enumerate(asked(rng, 200))
+    ]
+    again = [Exchange(**vars(each) | {"completion_id": f"again{n}"}) for n, each in enumerate(regulars)]
+    found = by_column(compare_window(again, regulars, Monitor()))
+    assert found["question_new_words"].verdict == SAME
+    assert found["question_new_words"].users == 100
+
+
 def test_a_cached_answer_says_nothing_of_seconds() -> None:
     rng = np.random.default_rng(5)
     cached = [Exchange(**vars(one) | {"from_cache": True, "seconds": 0.001}) for one in asked(rng, 200)]

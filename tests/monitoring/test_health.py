@@ -39,8 +39,8 @@ class Runs:
 def look(settings: Settings, application: Application, runs: Runs, **failed: int) -> dict[str, Any]:
     """A look at noon, with so many failed runs by stage, after one that found none."""
     counts = {f"qa.{stage}": count for stage, count in failed.items()}
-    before = dict.fromkeys(counts, 0)
-    return check_health(settings, application, runs, lambda dag: counts.get(dag, 0), failed_before=before, now=NOON)
+    before = {"at": (NOON - timedelta(hours=1)).isoformat(), "failed": dict.fromkeys(counts, 0)}
+    return check_health(settings, application, runs, lambda dag: counts.get(dag, 0), before=before, now=NOON)
 
 
 @pytest.fixture
@@ -83,9 +83,20 @@ def test_a_run_that_failed_without_a_word_is_said_and_one_whose_task_told_of_it_
 
 
 def test_what_was_never_counted_is_counted_from_now_on(home: Settings, qa: Application) -> None:
-    found = check_health(home, qa, Runs([], []), lambda dag: 7, failed_before={}, now=NOON)
+    found = check_health(home, qa, Runs([], []), lambda dag: 7, before={}, now=NOON)
     assert set(found["failed"].values()) == {7}
     assert alerts(home) == []
+
+
+def test_a_failure_that_was_told_since_the_look_before_is_told_however_long_ago_that_was(
+    home: Settings, qa: Application
+) -> None:
+    """As after a weekend without the monitor, or in a backfill of it."""
+    before = {"at": (NOON - timedelta(days=3)).isoformat(), "failed": {"qa.rollout": 0, "qa.finetune": 0}}
+    task = Alert("qa.rollout.tick failed", "no reason was given", "qa.rollout/scheduled__1", "http://runbook")
+    send(task, home, now=NOON - timedelta(days=2))
+    check_health(home, qa, Runs([], []), lambda dag: 1, before=before, now=NOON)
+    assert alerts(home) == ["qa.finetune failed", "qa.rollout.tick failed"]
 
 
 def test_an_alert_that_reached_nobody_is_sent_again_once_somebody_takes_it(

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from millrace.applications import Application
-from millrace.errors import LakehouseError
+from millrace.errors import LakehouseError, ReleaseError
 from millrace.lakehouse.cursors import read_cursor
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import (
@@ -48,12 +48,18 @@ def turn(settings: Settings, application: Application) -> Turn:
     """One run of the DAG: its three tasks."""
 
     def turn(
-        start: datetime = NOON, *, run: str = "run", now: datetime | None = None, answering: Collection[str] = ("1",)
+        start: datetime = NOON,
+        *,
+        run: str = "run",
+        now: datetime | None = None,
+        answering: Collection[str] = ("1",),
+        asked: Callable[..., Collection[str]] | None = None,
     ) -> dict[str, Any]:
         now = now or start + HOUR
         measured = measure(settings, application, start, start + HOUR, run=f"{run}/metrics")
         measure_drift(settings, application, measured, run=f"{run}/drift", now=now)
-        return check(settings, application, measured, run=f"{run}/bounds", now=now, answering=lambda *_: answering)
+        who = asked or (lambda *_: answering)
+        return check(settings, application, measured, run=f"{run}/bounds", now=now, answering=who)
 
     return turn
 
@@ -187,6 +193,28 @@ def test_what_a_backfill_finds_in_the_past_is_written_down_and_nobody_is_woken(
         found = turn(now=NOON + 40 * HOUR)
     assert found == {"breaches": 1, "actions": []}
     assert alerts(caplog) == []
+
+
+def test_trouble_that_is_found_late_starts_its_action_once_in_the_first_hour_that_is_recent(
+    lake: Lake, turn: Turn
+) -> None:
+    """As after feedback was not ingested for 30 hours."""
+    rated(lake, NOON - HOUR, 0.9)
+    turn(NOON - HOUR, run="before")
+    for hour in range(30):
+        rated(lake, NOON + hour * HOUR, 0.1)
+    assert turn(NOON + 29 * HOUR) == {"breaches": 30, "actions": ["retrain"]}
+
+
+def test_a_breach_waits_for_who_answers_to_be_known(lake: Lake, turn: Turn) -> None:
+    rated(lake, NOON, 0.1)
+
+    def away(*_: Any) -> Collection[str]:
+        raise ReleaseError("MLflow does not answer")
+
+    with pytest.raises(ReleaseError, match="MLflow does not answer"):
+        turn(asked=away)
+    assert turn(run="the next") == {"breaches": 1, "actions": ["retrain"]}
 
 
 def test_a_window_that_is_not_over_is_not_judged(lake: Lake, turn: Turn) -> None:

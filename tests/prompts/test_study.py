@@ -204,6 +204,25 @@ def test_a_prompt_that_was_lucky_is_not_better() -> None:
     assert "does not exclude that it is no better; the champion's prompt stays" in outcome.why
 
 
+def test_questions_on_one_document_are_drawn_together() -> None:
+    """Three to a document, answered alike: the interval is that of a third as many questions."""
+    trials, _ = held(copy=COPY)
+    start, best = trials[0], best_of(trials)
+    asked = [replace(question, document_id=f"d{n // 3}") for n, question in enumerate(HELD_OUT)]
+    gained = {question.question_id: float(n // 3 % 4 == 0) for n, question in enumerate(asked)}
+    sheets = {
+        start.number: replace(start, scores=dict.fromkeys(gained, 0.0)),
+        best.number: replace(best, scores=gained),
+    }
+    spread = {}
+    for name, questions in (("apart", HELD_OUT), ("together", asked)):
+        prepare = answering(a_space(OPTIMIZE, copy=COPY), Reader())
+        found = compare(trials, questions, prepare, GATE, sheets, lambda _: None, seed=1).difference
+        assert found is not None
+        spread[name] = found.high - found.low
+    assert spread["together"] > 1.4 * spread["apart"]
+
+
 def test_the_plain_reader_is_what_the_tests_above_say() -> None:
     space = a_space(OPTIMIZE)
     ask = answering(space, Reader())(space.start)

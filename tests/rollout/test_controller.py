@@ -329,13 +329,20 @@ def test_the_journal_is_readable_as_plain_rows(ticks: Tick, lake: Lake) -> None:
 
 
 def breach(
-    lake: Lake, version: str, start: Any, *, action: str = "rollback", after: float = 0, length: float = 3600
+    lake: Lake,
+    version: str,
+    start: Any,
+    *,
+    action: str = "rollback",
+    after: float = 0,
+    length: float = 3600,
+    found: float = 0,
 ) -> str:
-    """A row as the monitor writes it, of a window that began `after` seconds after `start`."""
+    """A row as the monitor writes it, of a window that began `after` seconds after `start`, `found` after its end."""
     began = start + timedelta(seconds=after)
     row = {
         "date": began.date(),
-        "breach_id": f"{version}-{began.isoformat()}-{action}",
+        "breach_id": f"{version}-{began.isoformat()}-{action}-{found}",
         "interval_start": began,
         "interval_end": began + timedelta(seconds=length),
         "release_id": f"rel-{version}",
@@ -346,7 +353,7 @@ def breach(
         "action": action,
         "reason": "failed_share was 0.8 on 100 exchanges",
         "simulated": True,
-        "at": began + timedelta(seconds=length),
+        "at": began + timedelta(seconds=length + found),
     }
     lake.merge(OPS_BREACHES, pa.Table.from_pylist([row], schema=OPS_BREACHES.rows_schema), run="test")
     return row["breach_id"]
@@ -362,7 +369,8 @@ def test_a_breach_of_the_challenger_makes_one_rollback_decision(
     breach(lake, "2", now, action="alert")
     breach(lake, "1", now)
     breach(lake, "2", now, after=-3700)
-    assert ticks()["decision"] == "hold", "of another release, of a time before the rollout, with another action"
+    breach(lake, "2", now, found=25 * 3600)
+    assert ticks()["decision"] == "hold", "another release, a time before the rollout, another action, a backfill's"
     breach_id = breach(lake, "2", now, after=-600)
     with caplog.at_level(logging.ERROR, "millrace.alerts"):
         assert ticks()["decision"] == "rollback"

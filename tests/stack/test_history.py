@@ -10,7 +10,7 @@ from millrace.stack import Stack
 from millrace.stack.home import obtain_secrets
 from millrace.stack.parts import all_parts
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.long, pytest.mark.stack, pytest.mark.timeout(600)]
 
 
 def test_old_runs_leave_airflows_database_and_the_latest_of_a_dag_stays(

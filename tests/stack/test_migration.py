@@ -6,8 +6,9 @@ an index build, six exchanges with feedback, and a journal.
 
 import json
 import tarfile
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from deltalake import DeltaTable
@@ -35,6 +36,12 @@ def old(settings: Settings) -> Settings:
     with tarfile.open(OLD) as archive:
         archive.extractall(settings.home, filter="data")
     return Settings(**{**settings.model_dump(), "completion_key": "k" * 20, "pseudonym_key": "p" * 20})
+
+
+class Later(datetime):
+    @classmethod
+    def now(cls, tz: Any = None) -> datetime:
+        return datetime.now(tz) + timedelta(days=60)
 
 
 def state(home: Path) -> dict[str, bytes]:
@@ -81,8 +88,8 @@ def test_a_migration_that_is_killed_anywhere_is_made_good_by_the_next(
 ) -> None:
     before = state(old.home)
     prepare_home(old)
-    (old.home / "backups" / ".format-1.making").mkdir(parents=True)
-    (old.home / "backups" / ".format-1.making" / "half").write_text("")
+    (old.home / "backups" / ".format-1.unfinished.making").mkdir(parents=True)
+    (old.home / "backups" / ".format-1.unfinished.making" / "half").write_text("")
     read, looked_at = DeltaTable.metadata, []
 
     def dies_at_the_fourth(table: DeltaTable):
@@ -100,6 +107,7 @@ def test_a_migration_that_is_killed_anywhere_is_made_good_by_the_next(
     copy = bring_up_to_date(old.home)
     assert copy is not None
     assert state(copy) == before
+    assert [path.name for path in copy.parent.iterdir()] == [copy.name], "nothing unfinished is left"
     assert {table.metadata().configuration[FORMAT_PROPERTY] for table in tables(old.home)} == {str(FORMAT_VERSION)}
 
 
@@ -127,3 +135,17 @@ def test_a_home_of_this_format_is_left_alone(settings: Settings) -> None:
     prepare_home(settings)
     assert bring_up_to_date(settings.home) is None
     assert not (settings.home / "backups").exists()
+
+
+def test_who_went_back_and_comes_again_is_copied_again(old: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare_home(old)
+    first = bring_up_to_date(old.home)
+    (old.home / "format.json").write_text('{"format": 1}')
+    (old.home / "since.txt").write_text("two months of work")
+    monkeypatch.setattr(migration, "datetime", Later)
+    second = bring_up_to_date(old.home)
+    assert first is not None
+    assert second is not None
+    assert first != second
+    assert not (first / "since.txt").exists()
+    assert (second / "since.txt").read_text() == "two months of work"

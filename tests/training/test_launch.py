@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from millrace.errors import TrainingError
+from millrace.training import program, spark_launch
 from millrace.training.launch import run_program
 from millrace.training.loop import require_fitting
 from millrace.training.program import require_same_config
@@ -52,14 +53,32 @@ def test_the_program_ends_when_nobody_touches_its_heartbeat_any_more(make_spec: 
         "import sys, time, threading; from pathlib import Path; from millrace.training import program; "
         "program.HEARTBEAT_SECONDS = 3; program._die_without(Path(sys.argv[1]))"
     )
-    spec.heartbeat.touch()
-    process = subprocess.Popen([sys.executable, "-c", wait, str(spec.heartbeat)])
+    heartbeat = spec.folder / "heartbeat-1"
+    heartbeat.touch()
+    process = subprocess.Popen([sys.executable, "-c", wait, str(heartbeat)])
     end = time.monotonic() + 8
     while time.monotonic() < end:
         assert process.poll() is None
-        os.utime(spec.heartbeat)
+        os.utime(heartbeat)
         time.sleep(0.5)
     assert process.wait(20) == 3
+
+
+def test_a_new_launcher_waits_until_the_processes_of_a_killed_one_have_missed_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(spark_launch.time, "sleep", waited.append)
+    spark_launch._wait_for_those_before(tmp_path)
+    left, long_gone = tmp_path / "heartbeat-1", tmp_path / "heartbeat-2"
+    long_gone.touch()
+    os.utime(long_gone, (0, 0))
+    spark_launch._wait_for_those_before(tmp_path)
+    assert waited == []
+    left.touch()
+    spark_launch._wait_for_those_before(tmp_path)
+    assert not list(tmp_path.iterdir()), "who watches one of these ends"
+    assert waited == [pytest.approx(program.HEARTBEAT_SECONDS, abs=5)]
 
 
 @pytest.mark.long  # a JVM, and two processes that load the model beside it

@@ -146,9 +146,9 @@ def test_one_enormous_example_is_left_out_and_counted_and_too_few_are_refused(
     make_spec: MakeSpec, examples: list[dict[str, str]]
 ) -> None:
     enormous = {"prompt": "word " * 5000, "answer": "no"}
-    assert train(make_spec(examples=[*examples, enormous], epochs=1))["left_out"] == 1
+    assert train(make_spec(examples=[*examples, enormous], epochs=1, processes=1))["left_out"] == 1
     with pytest.raises(TrainingError, match="7 of 8 training examples have at most 200 tokens, at least 8 are needed"):
-        train(make_spec("few", examples=[*examples[:7], enormous]))
+        train(make_spec("few", examples=[*examples[:7], enormous], processes=1))
 
 
 def test_a_process_that_dies_takes_the_others_with_it(make_spec: MakeSpec) -> None:
@@ -297,6 +297,7 @@ def test_every_zero_stage_learns_the_same_and_is_resumed(make_spec: MakeSpec, us
     assert result["base_held_out_loss"] == pytest.approx(expected["base_held_out_loss"], rel=1e-4)
 
 
+@pytest.mark.long
 def test_what_is_learnt_does_not_depend_on_how_a_step_is_cut(make_spec: MakeSpec) -> None:
     # Each step holds all examples; their answers are of unequal lengths.
     whole = make_spec("whole", micro_batch=4, gradient_accumulation=1)
@@ -306,7 +307,7 @@ def test_what_is_learnt_does_not_depend_on_how_a_step_is_cut(make_spec: MakeSpec
 
 
 def test_offload_without_a_gpu_is_refused(make_spec: MakeSpec) -> None:
-    spec = make_spec(deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
+    spec = make_spec(deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, processes=1)
     with pytest.raises(TrainingError, match="this machine has no GPU"):
         train(spec)
 
@@ -359,6 +360,7 @@ def test_a_damaged_checkpoint_is_said_and_removing_it_starts_anew(make_spec: Mak
     assert train(spec)["steps"] == 4
 
 
+@pytest.mark.long
 def test_a_process_that_gets_no_memory_says_so(make_spec: MakeSpec) -> None:
     spec = make_spec(micro_batch=2, gradient_accumulation=1, epochs=20)
 

@@ -101,6 +101,7 @@ def test_what_stays_keeps_its_bytes_and_the_rest_moves_up(six: Path, four: Path)
     assert told == asked | {"llama.block_count": (asked["llama.block_count"][0], 4)}
 
 
+@pytest.mark.long
 def test_without_blocks_that_do_nothing_both_engines_compute_the_same(six: Path, four: Path, cache: Path) -> None:
     import torch
 
@@ -174,6 +175,7 @@ def test_a_model_that_computes_no_numbers_is_refused(six: Path, tmp_path: Path) 
         block_influence(broken, PROMPTS, cache=tmp_path, max_tokens=400, threads=2)
 
 
+@pytest.mark.long
 def test_the_base_model_loses_less_with_its_least_influential_blocks_than_with_others(tmp_path: Path) -> None:
     import torch
 

@@ -40,7 +40,7 @@ HOLDERS: tuple[tuple[Table, str], ...] = (
     (SILVER_EXCHANGES, "completion_id"),
 )
 """Table that may hold something of a user → the column that says which rows."""
-WORK_FILES = ("examples.jsonl", "pairs.jsonl")
+WORK_FILES = ("examples.jsonl", "answers.jsonl", "pairs.jsonl")
 """What fine-tunes write of their examples, JSON with the `question` in each line, in a folder of each run."""
 
 

@@ -1,10 +1,12 @@
 """Keeping a table small and quick: many small files become few, and files that nobody can need any more go.
 
 What may still be needed is counted by time: the declared retention, and back to the oldest version that a reader of
-the change feed or an index build names. Content, change feed within that time and the journal's numbers stay as they
+the change feed or an index build names, as long as Delta's log knows it: until the first checkpoint after the
+retention. Content, change feed within that time and the journal's numbers stay as they
 are. Safe beside writers: a compaction that loses to one is tried again.
 """
 
+import logging
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -14,6 +16,8 @@ from deltalake import DeltaTable
 from millrace.lakehouse.commits import open_table
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import OPS_CURSORS, Table
+
+log = logging.getLogger("millrace.lakehouse")
 
 MARGIN = timedelta(hours=1)
 """Between two clocks, and for a reader that is at work."""
@@ -62,5 +66,8 @@ def _age(opened: DeltaTable, version: int, now: datetime) -> timedelta:
     if version >= opened.version():
         return timedelta()
     followed = [commit["timestamp"] for commit in opened.history() if commit.get("version", -1) == version + 1]
-    # A log that doesn't reach back that far has lost what would have been kept.
-    return now - datetime.fromtimestamp(followed[0] / 1000, UTC) if followed else timedelta()
+    if not followed:
+        # Delta's log keeps as many days as the table; what it has forgotten can't be read, whatever files there are.
+        log.warning("%s: version %d is still named, and its log is gone", opened.table_uri, version)
+        return timedelta()
+    return now - datetime.fromtimestamp(followed[0] / 1000, UTC)

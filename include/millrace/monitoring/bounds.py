@@ -78,7 +78,7 @@ def breaches(
     """Every breach of one window.
 
     Args:
-        exchanges: of the window, with ratings.
+        exchanges: of the window, in order, with ratings.
         drift: the window's rows of `gold/drift_hourly`.
         confidence: of the one-sided intervals.
     """
@@ -86,7 +86,7 @@ def breaches(
     for one in exchanges:
         if not one.pinned:
             releases[one.release_id].append(one)
-    assigned = _assigned([one for those in releases.values() for one in those])
+    assigned = _assigned([one for one in exchanges if not one.pinned])
     found = []
     for bound in bounds:
         if bound.metric == "drift":

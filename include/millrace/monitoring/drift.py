@@ -104,8 +104,10 @@ def compare_window(
     vocabulary, rest = _split(before)
     new_words: Callable[[Exchange], float | None] = lambda one: _novelty(one.question, vocabulary)  # noqa: E731
     now = _one_each(exchanges)
+    known = {one.user for one in before[: len(before) // 2]}  # who gave the vocabulary: nothing of theirs is new to it
+    others = [one for one in now if one.user not in known]
     found.append((QUESTIONS, _compare("question_words", now, before, lambda one: len(one.question.split()), policy)))
-    found.append((QUESTIONS, _compare("question_new_words", now, rest, new_words, policy)))
+    found.append((QUESTIONS, _compare("question_new_words", others, rest, new_words, policy)))
     for release_id in sorted({one.release_id for one in exchanges}):
         ours = _one_each([one for one in exchanges if one.release_id == release_id and one.completed])
         theirs = _one_each(

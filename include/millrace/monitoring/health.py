@@ -22,8 +22,8 @@ MISSED = 3
 FREE_SHARE = 0.1
 """Of the disk that holds the home; less is an alert. A compaction alone may take some percent for a while."""
 
-RECENT = timedelta(hours=2)
-"""A failure that its task told of less than this before is told."""
+TELLS_BEFORE = timedelta(minutes=10)
+"""A task tells of its failure at most this long before its run counts as failed."""
 
 Succeeded = Callable[[str, Sequence[datetime] | None], int]
 """DAG id, logical dates (None: any) → how many of its runs succeeded."""
@@ -37,7 +37,7 @@ def check_health(
     succeeded: Succeeded,
     failed: Failed,
     *,
-    failed_before: Mapping[str, int],
+    before: Mapping[str, Any],
     now: datetime,
 ) -> dict[str, Any]:
     """Alert of stages that stopped bringing data, of runs that failed, and of a disk that is nearly full; and send
@@ -47,9 +47,11 @@ def check_health(
     one whose process was killed (for memory, with its machine) can't, and its run is told of here.
 
     Args:
-        failed_before: `failed` of the look before; a DAG that isn't in it is counted from now on.
+        before: what the look before returned; empty: there was none. A DAG that it has no count of is counted from now
+            on.
 
-    Returns: `stale` (DAG ids), `failed` (DAG id → runs that failed), `disk_free` (share of the home's disk).
+    Returns: `at` (ISO 8601), `stale` (DAG ids), `failed` (DAG id → runs that failed), `disk_free` (share of the home's
+        disk).
     """
     stale = [
         dag
@@ -62,8 +64,9 @@ def check_health(
         _tell(settings, application, f"{dag} is stale", what, dag)
     counts = {dag: failed(dag) for dag in (f"{application.name}.{stage}" for stage in Deadlines.model_fields)}
     for dag, count in counts.items():
-        more = count - failed_before.get(dag, count)
-        if more > 0 and not said_since(settings, dag, now - RECENT):
+        more = count - before.get("failed", {}).get(dag, count)
+        looked = datetime.fromisoformat(before.get("at", now.isoformat()))
+        if more > 0 and not said_since(settings, dag, looked - TELLS_BEFORE):
             why = "a process was killed (is memory short?), or its worker was lost"
             what = f"{more} more of its runs failed, and no task said why: {why}"
             _tell(settings, application, f"{dag} failed", what, dag)
@@ -74,7 +77,7 @@ def check_health(
         what = f"{disk.free / 2**30:.1f} GiB of {disk.total / 2**30:.0f} are free; free some before writes are refused"
         title = f"the disk of {settings.home} is nearly full"
         _tell(settings, application, title, what, f"{application.name}.maintain_lakehouse")
-    return {"stale": stale, "failed": counts, "disk_free": round(free, 3)}
+    return {"at": now.isoformat(), "stale": stale, "failed": counts, "disk_free": round(free, 3)}
 
 
 def last_intervals(cron: str, now: datetime) -> list[datetime]:

@@ -19,12 +19,13 @@ from millrace.monitoring.bounds import Breach, bounds_of, breaches
 from millrace.monitoring.drift import QUESTIONS
 from millrace.monitoring.observed import read_windows
 from millrace.monitoring.windows import Window, by_date, from_text, move_on
+from millrace.policies import ACTS_WITHIN
 from millrace.releases.published_split import answering_now
 from millrace.settings import Settings
 
-RECENT = timedelta(days=1)
-"""What a backfill finds in windows that ended earlier is written down; nobody is woken and nothing is started."""
-STARTED = ("retrain", "reembed", "rollback")
+OF_WHO_ANSWERS = ("retrain", "reembed")
+"""A release that is gone needs them no more; whom a rollback is about, the rollout looks for itself."""
+STARTED = (*OF_WHO_ANSWERS, "rollback")
 """Actions that other stages hear of."""
 
 
@@ -44,7 +45,7 @@ def check(
 
     Args:
         measured: as `measure` returns it.
-        answering: which versions users are given now; asked only if a breach of one would start something.
+        answering: which versions users are given now; asked only if a breach's action is about one of them.
 
     Returns: `breaches` found for the first time, `actions` that this run, repeated or not, must start.
 
@@ -55,8 +56,11 @@ def check(
     over = [window for window in from_text(measured["windows"]) if window.end <= now]
     known = _known(lake, over, application)
     new = [breach for breach in _found(lake, application, over) if breach.breach_id not in known]
+    asking = {b.action for b in new} | {row["action"] for row in known.values() if row["written_by"] == run}
+    # Asked before anything is written: where it can't be known, the next run finds the breach again.
+    now_answering = answering(settings, application.name) if asking & set(OF_WHO_ANSWERS) else ()
     for breach in new:
-        if now - breach.interval_end <= RECENT:
+        if now - breach.interval_end <= ACTS_WITHIN:
             _tell(settings, application, breach)
     rows = [{"date": breach.interval_start.date(), "at": now} | vars(breach) for breach in new]
     if rows:
@@ -65,13 +69,12 @@ def check(
     move_on(lake, measured["seen"], run=run)
     ours = [row for row in known.values() if row["written_by"] == run and row["interval_start"] in _starts(over)]
     quiet = timedelta(hours=application.monitor.quiet_hours)
-    acting = [row for row in ours if row["action"] in STARTED and _acts(row, known.values(), quiet, now)]
-    # The rollout looks for itself whom a rollback is about; a release that is gone needs no retraining any more.
-    now_answering = answering(settings, application.name) if any(row["action"] != "rollback" for row in acting) else ()
     actions = {
         row["action"]
-        for row in acting
-        if row["action"] == "rollback" or row["release_version"] in (QUESTIONS, *now_answering)
+        for row in ours
+        if row["action"] in STARTED
+        and (row["action"] not in OF_WHO_ANSWERS or row["release_version"] in (QUESTIONS, *now_answering))
+        and _acts(row, known.values(), quiet, now)
     }
     return {"breaches": len(new), "actions": [action for action in STARTED if action in actions]}
 
@@ -98,16 +101,18 @@ def _known(lake: Lake, windows: Sequence[Window], application: Application) -> d
 
 
 def _acts(row: Mapping[str, Any], known: Iterable[Mapping[str, Any]], quiet: timedelta, now: datetime) -> bool:
-    """Whether this breach starts its action: it is recent, and the same one was not there shortly before.
+    """Whether this breach starts its action: it is recent, and the same one, as recent when it was found, was not there
+    shortly before.
 
     A rollback is never held back: the rollout acts on each breach once, and only against who answers now.
     """
     start = row["interval_start"]
-    if now - row["interval_end"] > RECENT:
+    if now - row["interval_end"] > ACTS_WITHIN:
         return False
     return row["action"] == "rollback" or not any(
         (other["release_id"], other["bound"]) == (row["release_id"], row["bound"])
         and start - quiet <= other["interval_start"] < start
+        and other["at"] - other["interval_end"] <= ACTS_WITHIN
         for other in known
     )
 

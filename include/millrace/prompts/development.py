@@ -1,7 +1,7 @@
 """Which questions a study works with: development questions only, in three parts that share no document.
 
-Examples to show, questions to search with, questions held out for the comparison at the end. The same documents give
-the same parts. Pure.
+Examples to show, questions to search with, questions held out for the comparison at the end. A document is in the same
+part every time, whatever others there are. Pure.
 """
 
 from collections.abc import Collection, Sequence
@@ -14,10 +14,11 @@ from millrace.scoring.duplicates import near_duplicates
 from millrace.sources.questions import Question
 
 LEAST = 8
-"""Questions to search with, and questions held out, below which nothing can be told apart."""
+"""Questions to search with, questions held out, and documents that these are about, below which nothing can be told
+apart."""
 
 SHOWN_FROM = 5
-"""Of every so many documents, one is for worked examples."""
+"""Of so many documents, about one is for worked examples."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ def choose_development(
         return question.question in trained, content_hash("development", question.question_id)
 
     # Whole documents go to one part: two questions on one option would tell about each other.
-    documents = sorted({question.document_id for question in candidates}, key=lambda one: content_hash("part", one))
-    part = {document: position % SHOWN_FROM for position, document in enumerate(documents)}
+    # By its name alone: examples that the champion shows stay examples, however the documents change.
+    part = {one.document_id: int(content_hash("part", one.document_id), 16) % SHOWN_FROM for one in candidates}
     shown, *others = (
         sorted((q for q in candidates if part[q.document_id] in places), key=order) for places in ((0,), (1, 3), (2, 4))
     )

@@ -18,6 +18,7 @@ import numpy as np
 from millrace.applications import Gate, Optimize
 from millrace.errors import PromptError, ReleaseError
 from millrace.lakehouse.content import content_hash
+from millrace.prompts.development import LEAST
 from millrace.prompts.space import Point, Space
 from millrace.releases.pipeline import Answer
 from millrace.scoring.bootstrap import Interval, mean_difference
@@ -166,7 +167,9 @@ def compare(
         why = f"trial {best.number} ({best.point}) fails on held-out questions: {theirs.why}"
         return Outcome(tried, best, ours, theirs, None, False, why)
     columns = [np.array([sheet.scores[q.question_id] for q in held_out]) for sheet in sheets]
-    difference = mean_difference(columns[0], columns[1], gate.confidence, gate.resamples, seed)
+    documents = [question.document_id for question in held_out]
+    groups = documents if len(set(documents)) >= LEAST else None
+    difference = mean_difference(columns[0], columns[1], gate.confidence, gate.resamples, seed, groups)
     better = difference.low > 0
     told = "which excludes 0" if better else "which does not exclude that it is no better; the champion's prompt stays"
     why = (

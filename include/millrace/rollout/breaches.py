@@ -2,7 +2,7 @@
 
 The monitor writes them (`ops/breaches`); this room only reads, and knows nothing of metrics. A breach counts against
 the release that is challenger now, or, while there is none, champion, if its window reaches into the time in which
-the release has been that; each is answered once, and the answer is in the journal.
+the release has been that, and it was found soon after; each is answered once, and the answer is in the journal.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import OPS_BREACHES
+from millrace.policies import ACTS_WITHIN
 from millrace.rollout.decisions import Decision, State
 
 MONITOR = "monitor"
@@ -54,7 +55,7 @@ def unanswered(lake: Lake, journal: Sequence[Decision], state: State) -> Breach 
             **{name: row[name] for name in Breach.__dataclass_fields__ if name != "version"},
         )
         for row in rows
-        if row["breach_id"] not in answered
+        if row["breach_id"] not in answered and row["at"] - row["interval_end"] <= ACTS_WITHIN
     ]
     return min(found, key=lambda breach: (breach.interval_start, breach.breach_id), default=None)
 

@@ -96,18 +96,20 @@ class Erased:
         ]
 
 
-def erasures_seen(lake: Lake) -> int | None:
-    """For `require_nobody_erased`: before users' questions are read."""
-    return lake.version(OPS_ERASURES)
+def erasures_seen(lake: Lake) -> str:
+    """For `require_nobody_erased`: before users' questions are read. Of what the table says: upkeep changes versions,
+    too."""
+    rows = lake.read(OPS_ERASURES, OPS_ERASURES.rows_schema.names).to_pylist()
+    return content_hash(*sorted(json.dumps(row, default=str, sort_keys=True) for row in rows))
 
 
-def require_nobody_erased(lake: Lake, seen: int | None) -> None:
+def require_nobody_erased(lake: Lake, seen: str) -> None:
     """Before something is kept that was made of users' questions: who was erased meanwhile may be in it.
 
     Raises:
         ConflictError: somebody was.
     """
-    if lake.version(OPS_ERASURES) != seen:
+    if erasures_seen(lake) != seen:
         raise ConflictError(
             f"a user of {lake.application} was erased while this was made of what users asked; nothing was kept, run "
             "it again"

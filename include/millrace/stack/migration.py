@@ -1,13 +1,15 @@
 """A home of an older format becomes one of this format: first a copy of it, then one step a format, then its number.
 
-Killed anywhere, the next start does it again: a copy counts once it has its name, every step can be repeated, and the
-home says its new format last. It runs before any part is started, so nobody else writes.
+Killed anywhere, the next start does it again, from the copy that there is: a copy counts once it has its name, and is
+called unfinished until every step is done; every step can be repeated, and the home says its new format last. It runs
+before any part is started, so nobody else writes.
 """
 
 import logging
 import os
 import shutil
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 from deltalake import DeltaTable
@@ -35,12 +37,14 @@ def migrate(home: Path, found: int) -> Path:
     Raises:
         StackError: the disk refused; the home is as it was.
     """
-    copy = home / BACKUPS / f"format-{found}"
+    unfinished = home / BACKUPS / f"format-{found}.unfinished"
+    copy = home / BACKUPS / f"format-{found}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     try:
-        if not copy.exists():
-            _copy(home, copy)
+        if not unfinished.exists():
+            _copy(home, unfinished)
         for number in range(found, FORMAT_VERSION):
             STEPS[number](home)
+        unfinished.rename(copy)
     except (OSError, DeltaError) as error:
         raise StackError(
             f"{home} has format {found} and can't be brought to {FORMAT_VERSION}: {error}; nothing is lost: "

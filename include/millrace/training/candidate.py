@@ -109,7 +109,7 @@ def _export(
     kept = folder / "export.json"
     told = json.loads(kept.read_text()) if kept.exists() else {}
     if told.get("generator") != generator.identity:
-        answers = json.loads((folder / "result.json").read_text())["answers"]
+        answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
         told = {"generator": generator.identity, "agreement": _agreement(settings, generator, files, answers)}
         building = folder / ".export.json"
         building.write_text(json.dumps(told))

@@ -46,7 +46,7 @@ from millrace.settings import Settings
 from millrace.sources.erased import erasures_seen, require_nobody_erased
 from millrace.sources.questions import derive_questions
 from millrace.training.contrastive import Embed, Found, Triple, measure, tune
-from millrace.training.finetune import training_cost_id
+from millrace.training.finetune import EMBEDDING, training_cost_id
 from millrace.training.pairs import Corpus, Pair, choose_pairs, seek
 from millrace.training.pool import held_out_questions
 from millrace.training.sets import MINIMUM
@@ -62,7 +62,6 @@ SAME = 1e-3
 """By how much the written model's measurement may differ from the trained one's: other kernels round differently."""
 KEPT = 2
 """Fine-tunes of an application's embedding model whose files stay on disk."""
-PREFIX = "embedding-"
 MEASURES = ("recall", "recall_before", "reciprocal_rank", "reciprocal_rank_before")
 
 
@@ -193,11 +192,14 @@ def release_embedding(
 
 def _remember(lake: Lake, folder: Path, set_id: str, *, run: str) -> None:
     """What was trained on, for the gate that looks for leaks, and for whoever erases a user."""
-    pairs = [json.loads(line) for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    # Documents and users may ask the same: then it is a user's, who may be erased.
+    pairs = sorted(map(json.loads, lines), key=lambda pair: str(pair["origin"]) != "document")
+    once = {content_hash(pair["question"], pair["chunk_id"]): pair for pair in pairs}
     rows = [
         {
             "training_set": set_id,
-            "example_id": content_hash(pair["question"], pair["chunk_id"]),
+            "example_id": example_id,
             "origin": pair["origin"],
             "simulated": pair["simulated"],
             "section": None,
@@ -206,7 +208,7 @@ def _remember(lake: Lake, folder: Path, set_id: str, *, run: str) -> None:
             "chunk_ids": [pair["chunk_id"]],
             "prompt": "",
         }
-        for pair in pairs
+        for example_id, pair in once.items()
         if not pair["held_out"]
     ]
     lake.merge(GOLD_TRAINING_EXAMPLES, pa.Table.from_pylist(rows, schema=GOLD_TRAINING_EXAMPLES.rows_schema), run=run)
@@ -244,7 +246,7 @@ def _tune(
     corpus: Corpus,
     pairs: Sequence[Pair],
     configuration: EmbeddingTraining,
-    erased: int | None,
+    erased: str,
     run: str,
 ) -> tuple[Path, dict[str, Any]]:
     """The folder with the model, and what was measured; what is there already is used."""
@@ -254,12 +256,12 @@ def _tune(
     told = [json.dumps(asdict(pair) | {"chunk": corpus.by_id[pair.chunk_id].text}, sort_keys=True) for pair in pairs]
     made_of = [str(PROGRAM), weights_sha256(source), json.dumps(learnt, sort_keys=True), str(depth), before.lineages]
     runs = settings.home / "training" / settings.environment / application.name
-    folder = runs / f"{PREFIX}{content_hash(*made_of, *told)[:16]}"
+    folder = runs / f"{EMBEDDING}{content_hash(*made_of, *told)[:16]}"
     if not folder.is_dir():
         runs.mkdir(parents=True, exist_ok=True)
-        for unfinished in runs.glob(f".{PREFIX}*"):  # of a run that was killed: there is one at a time
+        for unfinished in runs.glob(f".{EMBEDDING}*"):  # of a run that was killed: there is one at a time
             shutil.rmtree(unfinished)
-        with tempfile.TemporaryDirectory(prefix=f".{PREFIX}", dir=runs) as scratch:
+        with tempfile.TemporaryDirectory(prefix=f".{EMBEDDING}", dir=runs) as scratch:
             building = Path(scratch) / "model"
             building.mkdir()
             (building / "pairs.jsonl").write_text("".join(f"{line}\n" for line in told), encoding="utf-8")
@@ -281,7 +283,7 @@ def _tune(
             building.chmod(0o755)
             building.rename(folder)
     folder.touch()  # in use: among the last to be removed
-    for old in sorted(runs.glob(f"{PREFIX}*"), key=lambda path: path.stat().st_mtime)[:-KEPT]:
+    for old in sorted(runs.glob(f"{EMBEDDING}*"), key=lambda path: path.stat().st_mtime)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
     return folder, json.loads((folder / "result.json").read_text())
 

@@ -110,11 +110,13 @@ def verify_answers(engine: Engine, answers: Sequence[dict[str, str]]) -> float:
     """Mean token-F1 of the engine's answers against the trained model's.
 
     Args:
-        answers: `prompt` (a user message) and `answer` (greedy, at most 32 tokens), as the program's result has them.
+        answers: `prompt` (a user message) and `answer` (greedy, at most 32 tokens), as the program writes them.
 
     Raises:
-        TrainingError: they have too little in common: the file isn't what was trained.
+        TrainingError: they have too little in common: the file isn't what was trained; or there are none.
     """
+    if not answers:
+        raise TrainingError("a user was erased who asked all that was to be asked of the export; train it again")
     config = Generation(max_new_tokens=32, temperature=0)
     given = [(engine.generate([Message("user", a["prompt"])], config).text, a["answer"]) for a in answers]
     agreement = float(np.mean([token_f1(ours, theirs) for ours, theirs in given]))

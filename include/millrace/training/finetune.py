@@ -44,6 +44,8 @@ PROMPTS = 32
 """Of the set's examples, that say which blocks matter."""
 KEPT = 2
 """Fine-tunes of an application whose files stay on disk."""
+EMBEDDING = "embedding-"
+"""How folders of its embedding model's fine-tunes begin: they lie beside the others and are counted for themselves."""
 
 
 def build_set(
@@ -336,8 +338,8 @@ def _spec(settings: Settings, application: str, training: Training, base: Path, 
 
 def _forget(runs: Path, *, keep: int) -> None:
     """Remove the files of all but the last fine-tunes."""
-    folders = sorted((path for path in runs.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
-    for folder in folders[:-keep]:
+    own = (path for path in runs.iterdir() if path.is_dir() and not path.name.lstrip(".").startswith(EMBEDDING))
+    for folder in sorted(own, key=lambda path: path.stat().st_mtime)[:-keep]:
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -81,7 +81,8 @@ def train(spec: Spec, rendezvous: str | None) -> None:
         )
     torch.manual_seed(spec.seed)
     tokenizer, base = load(spec.base, spec.cache)
-    prompts, examples, left_out = _examples(spec, tokenizer)
+    asked, examples, left_out = _examples(spec, tokenizer)
+    prompts = [one["prompt"] for one in asked]
     training, held_out = split_held_out(prompts, spec.held_out, spec.seed)
     development: list[int] = []
     if spec.evaluate_steps:
@@ -109,7 +110,7 @@ def train(spec: Spec, rendezvous: str | None) -> None:
     after = _measured(objective, engine, held_out, spec, rank)
     # Where weights are shared out, an answer takes every process.
     answers = [
-        {"prompt": prompts[i], "answer": _greedy(engine.module, tokenizer, examples[i].prompt)}
+        asked[i] | {"answer": _greedy(engine.module, tokenizer, examples[i].prompt)}
         for i in ([*held_out, *training][:SHOWN] if rank == 0 or spec.zero_stage == 3 else ())
     ]
     weights = trained_weights(engine.module, rank)
@@ -118,6 +119,7 @@ def train(spec: Spec, rendezvous: str | None) -> None:
             save_adapter(engine.module, weights, spec.adapter)
         else:
             write_weights(weights, spec.weights)
+        replace_text(spec.answers, "".join(f"{json.dumps(one)}\n" for one in answers))
         done = plan[: progress.step]
         result = {
             "steps": progress.step,
@@ -128,7 +130,6 @@ def train(spec: Spec, rendezvous: str | None) -> None:
             "base_held_out_loss": before["loss"],
             "tokens": sum(examples[training[i]].tokens for step in done for batch in step for b in batch for i in b),
             "seconds": progress.seconds,
-            "answers": answers,
         }
         if progress.development:
             result["development"] = len(development)
@@ -266,8 +267,8 @@ def _greedy(model: Any, tokenizer: Any, prompt: Sequence[int]) -> str:
     return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)).strip()
 
 
-def _examples(spec: Spec, tokenizer: Any) -> tuple[list[str], Sequence[Any], int]:
-    """Prompts and encoded examples (pairs for dpo) that are not too long, and how many are."""
+def _examples(spec: Spec, tokenizer: Any) -> tuple[list[dict[str, str]], Sequence[Any], int]:
+    """`question` and `prompt`, and encoded examples (pairs for dpo), of those that are not too long; how many are."""
     tokenize = partial(tokenizer.encode, add_special_tokens=False)
 
     def encoded(example: dict[str, str]) -> Encoded | Pair:
@@ -276,18 +277,19 @@ def _examples(spec: Spec, tokenizer: Any) -> tuple[list[str], Sequence[Any], int
         return made[0] if spec.method == "sft" else Pair(*made)
 
     given = [json.loads(line) for line in spec.examples.read_text().splitlines()]
-    fitting = [(one["prompt"], e) for one in given if (e := encoded(one)).longest <= spec.max_tokens]
+    fitting = [(one, e) for one in given if (e := encoded(one)).longest <= spec.max_tokens]
     if len(fitting) < MINIMUM:
         raise TrainingError(
             f"{len(fitting)} of {len(given)} training examples have at most {spec.max_tokens} tokens, "
             f"at least {MINIMUM} are needed; raise training.max_tokens, or gather more examples"
         )
-    if (different := len({prompt for prompt, _ in fitting})) < SIDES:
+    if (different := len({one["prompt"] for one, _ in fitting})) < SIDES:
         raise TrainingError(
             f"the {len(fitting)} training examples have {different} different prompts, at least {SIDES} are needed to "
             "train on one and measure on another; gather examples of more questions"
         )
-    return [prompt for prompt, _ in fitting], [e for _, e in fitting], len(given) - len(fitting)
+    asked = [{"question": one.get("question", one["prompt"]), "prompt": one["prompt"]} for one, _ in fitting]
+    return asked, [e for _, e in fitting], len(given) - len(fitting)
 
 
 def require_fitting(tokenizer: Any, vocabulary: int) -> None:

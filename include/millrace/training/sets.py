@@ -5,6 +5,7 @@ A set's id is the hash of its examples; written once, it stays. Knows nothing of
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, TypeVar
@@ -138,7 +139,11 @@ def build_training_set(
         )
     older = [asked for asked in pool if asked.example_id in learnt]
     replayed, _ = choose(older, held_out, prompted, round(len(examples) * replay / (1 - replay)))
-    examples = sorted([*examples, *replayed], key=lambda example: example.example_id)
+    # Together once more: what is like a question depends on what else there is.
+    together = sorted([*examples, *replayed], key=lambda example: example.example_id)
+    examples, more = take(together, held_out, lambda example: example, len(together))
+    left_out = dict(Counter(left_out) + Counter(more))
+    replayed = [example for example in replayed if example in examples]
     refuse_leaks(examples, held_out, application.questions.evaluation_sections)
     set_id = training_set_id(examples)
     rows = [{"training_set": set_id} | asdict(example) for example in examples]

@@ -13,7 +13,7 @@ from millrace.applications import Training
 from millrace.errors import TrainingError
 from millrace.lakehouse.content import content_hash
 
-PROGRAM = 3
+PROGRAM = 4
 """Raise when the same spec gives other weights, or they are exported otherwise: earlier results are not reused then."""
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -215,9 +215,10 @@ class Spec(Strict):
         return self.folder / "failure.txt"
 
     @property
-    def heartbeat(self) -> Path:
-        """Touched again and again while somebody waits for processes on other machines."""
-        return self.folder / "heartbeat"
+    def answers(self) -> Path:
+        """What the trained weights answer to some of the examples, JSON with `question`, `prompt` and `answer` in each
+        line; written before the result."""
+        return self.folder / "answers.jsonl"
 
     def narrowed(self) -> "Spec | None":
         """The same steps in smaller micro-batches, which take less memory; None: they have one example already."""
