@@ -10,7 +10,8 @@ from millrace_airflow import HEAVY, NO_BACKFILL, START, run_name, stage
 RUNBOOK = """
 ### What it does
 *tidy*: OPTIMIZE and VACUUM of every table, in prod of the published sample's, too. The past stays readable for the
-table's declared retention, and as far back as a reader of its change feed or an index build needs. *remove*: lineages
+table's declared retention, and as far back as a reader of its change feed or an index build needs (until Delta's log
+forgets, at the first checkpoint after the retention: then the task log says so). *remove*: lineages
 of index builds that no release with an alias searches, local copies of other releases that nobody used for a while (the
 registry keeps them), event segments whose lines are all in the tables, old task logs, MLflow's traces, and the
 registry's files of releases that have had no alias for half a year (`[retention]` of the declaration). Airflow's own

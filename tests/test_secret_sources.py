@@ -188,6 +188,19 @@ def test_a_variable_of_airflow_is_not_asked_for_until_it_is_used(monkeypatch: py
     settings = read_settings()
     assert "qdrant_api_key=SecretVariable('**********')" in repr(settings)
     assert settings_variables(settings, keys=True)["MILLRACE_QDRANT_API_KEY_VARIABLE"] == "qdrant"
+    assert hide("nobody says back what was not used", settings.qdrant_api_key) == "nobody says back what was not used"
+
+
+def test_a_variable_of_airflow_is_hidden_once_it_was_used_and_masked_by_its_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    masked: set[str] = set()
+    monkeypatch.setattr(SecretVariable, "_looked_up", lambda self: "slack://a/b/c jsons://host/path")
+    monkeypatch.setattr("airflow.sdk.log.mask_secret", masked.add)
+    secret = SecretVariable("alerts", "MILLRACE_ALERT_URLS")
+    assert secret.get_secret_value() == "slack://a/b/c jsons://host/path"
+    assert hide("can't reach jsons://host/path", secret) == "can't reach …"
+    assert masked == {"slack://a/b/c jsons://host/path", "slack://a/b/c", "jsons://host/path"}
 
 
 ASKED = """

@@ -54,6 +54,24 @@ def test_a_setting_that_cannot_be_understood_is_named_with_its_value(monkeypatch
     assert "MILLRACE_GATEWAY_KEYS: Input should be '', 'required' or 'off' (got 'perhaps')" in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("POSTGRES_URL", "postgresql://postgres:hidden@db/postgres"),
+        ("LAKE_URI", "s3://key:hidden@bucket/lake"),
+        ("LAKE_ENDPOINT", "https://key:hidden@host/"),
+    ],
+)
+def test_a_login_in_an_address_that_may_have_none_is_not_said(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(f"MILLRACE_{name}", value)
+    with pytest.raises(SettingsError, match=f"MILLRACE_{name}: ") as refused:
+        read_settings()
+    assert "//…@" in str(refused.value)
+    assert "hidden" not in str(refused.value)
+
+
 def test_who_logs_in_to_airflow_is_json_or_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     for written, users in (("", {}), ('{"ann": "operator"}', {"ann": "operator"})):
         monkeypatch.setenv("MILLRACE_AIRFLOW_USERS", written)

@@ -27,6 +27,9 @@ _SHORTEST = 6
 """Characters of a secret that is looked for in a text: a shorter one would be found where it isn't."""
 _PASSWORD = re.compile(r"://[^\s/:@]*:([^\s/@]+)@")
 
+_IN_ADDRESSES = re.compile(r"(?<=//)[^/@\s]+(?=@)|(?<=token=)[^;\s]+")
+"""What an address may carry that nobody else is to know: a login, a Spark token."""
+
 log = logging.getLogger("millrace.secrets")
 
 
@@ -90,7 +93,16 @@ class SecretVariable(SecretStr):
             SettingsError: Airflow knows no such Variable here, or nothing is in it.
         """
         if not self._secret_value:
+            from airflow.sdk.log import mask_secret
+
             self._secret_value = self._looked_up()
+            for value in values_of(self):
+                mask_secret(value)
+        return self._secret_value
+
+    @property
+    def known(self) -> str:
+        """What it was when it was used; empty: it wasn't yet."""
         return self._secret_value
 
     def _display(self) -> str:
@@ -98,7 +110,6 @@ class SecretVariable(SecretStr):
 
     def _looked_up(self) -> str:
         from airflow.sdk import Variable
-        from airflow.sdk.log import mask_secret
 
         found = Variable.get(self.variable, default=None)
         if not isinstance(found, str) or not found.strip():
@@ -106,7 +117,6 @@ class SecretVariable(SecretStr):
                 f"{self._name}{FROM_AIRFLOW} names Airflow's Variable {self.variable!r}, and Airflow has none here "
                 "with anything in it; put the secret there, or correct [secrets] backend of Airflow's configuration"
             )
-        mask_secret(found.strip())
         return found.strip()
 
 
@@ -161,9 +171,10 @@ def hide(text: str, *secrets: SecretStr) -> str:
 
 def values_of(secret: SecretStr) -> set[str]:
     """What must not be seen of it: each of its lines, since some secrets are several, and what is of use without the
-    rest of a line: a key without its end, one of several addresses, a password in one, a text in JSON. Asks no vault.
+    rest of a line: a key without its end, one of several addresses, a password in one, a text in JSON. Asks no vault:
+    what was not used yet, nobody says back.
     """
-    held = {secret.get_secret_value()} if not isinstance(secret, SecretVariable) else set()
+    held = {secret.known if isinstance(secret, SecretVariable) else secret.get_secret_value()}
     if isinstance(secret, SecretFile):
         held |= secret.earlier
     parts = {part for text in held for line in text.splitlines() for part in _parts(line)}
@@ -189,6 +200,11 @@ def _texts(text: str) -> set[str]:
             case dict(values):
                 left += values.values()
     return found
+
+
+def without_logins(text: str) -> str:
+    """`text` without what its addresses carry that nobody else is to know."""
+    return _IN_ADDRESSES.sub("…", text)
 
 
 class WithoutSecrets(logging.Formatter):

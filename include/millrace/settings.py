@@ -16,7 +16,7 @@ from pydantic import Field, SecretStr, ValidationError, ValidatorFunctionWrapHan
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from millrace.errors import SettingsError
-from millrace.secret_sources import SecretFile, SecretSources, SecretVariable, is_set, variables_of
+from millrace.secret_sources import SecretFile, SecretSources, SecretVariable, is_set, variables_of, without_logins
 
 _PERSON = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -381,7 +381,7 @@ def _problem(error: Any) -> str:
         return str(error["msg"]).removeprefix("Value error, ")
     name = "_".join(str(part) for part in error["loc"])
     secret = Settings.model_fields[str(error["loc"][0])].annotation is SecretStr
-    got = "" if secret else f" (got {error['input']!r})"
+    got = "" if secret else f" (got {without_logins(repr(error['input']))})"
     return f"MILLRACE_{name.upper()}: {error['msg']}{got}"
 
 

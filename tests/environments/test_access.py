@@ -150,6 +150,20 @@ def test_what_was_begun_is_in_the_audit_trail_even_if_nobody_lived_to_say_how_it
     assert (entry["outcome"], entry["details"]) == ("attempted", {"change": "create role ann at example.com"})
 
 
+def test_what_was_done_is_recorded_and_not_what_was_meant(settings: Settings) -> None:
+    """Somebody granted another role between the two."""
+    wall = Wall(
+        "lake", "", list, lambda: ["let dev read prod"], lambda: ["let dev read prod", "take it from bob"], list
+    )
+    assert put_up(settings, wall, actor="person/ann") == ["let dev read prod", "take it from bob"]
+    told = [(entry["outcome"], entry["details"]["change"]) for entry in audit.search(settings, action="permission")]
+    assert told == [
+        ("attempted", "let dev read prod"),
+        ("changed", "let dev read prod"),
+        ("changed", "take it from bob"),
+    ]
+
+
 def test_both_walls_are_planned_put_up_told_to_the_audit_trail_and_checked(
     walled: Callable[..., Result], shared: Settings
 ) -> None:

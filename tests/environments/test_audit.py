@@ -200,6 +200,7 @@ def test_a_journal_that_was_changed_or_shortened_contradicts_the_trail(settings:
     journal = Lake.of(settings, "qa")
     first = decide(State(), "bootstrap", actor="controller", reason="the first", champion="1")
     append(journal, first, run="test")
+    assert verify(settings).waiting == 1, "of an application that no entry names"
     assert follow(settings, "qa", run="test") == 1
     append(journal, decide(State().after(first), "freeze", actor="ann", reason="because"), run="person/ann")
     assert verify(settings).waiting == 1

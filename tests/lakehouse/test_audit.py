@@ -126,10 +126,12 @@ def test_a_user_is_in_the_trail_as_a_pseudonym_only(settings: Settings, trail: L
     ):
         with pytest.raises(AuditError, match=r"pseudonym"):
             record(settings, [happened("g", **planted)], run="r")
+    account = {"change": "let arn:aws:iam::123456789012:user/millrace-prod write dev"}
+    record(settings, [happened("h", action="permission", details=account)], run="r")
     said = "".join(path.read_text() for path in Path(trail.uri(OPS_AUDIT)).rglob("*.json"))
     files = [path for path in Path(trail.uri(OPS_AUDIT)).rglob("*.parquet") if "_delta_log" not in path.parts]
     said += "".join(str(pq.read_table(path).to_pylist()) for path in files)
-    assert len(files) == 2
+    assert len(files) == 3
     assert hidden in said
     assert "erika" not in said
 

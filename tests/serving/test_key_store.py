@@ -3,16 +3,18 @@
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
+import psycopg2
 import pytest
 from pydantic import SecretStr
 
-from millrace.errors import ApiKeyError, KeysAway, SettingsError
+from millrace.errors import ApiKeyError, KeysAway, LakehouseError, SettingsError
 from millrace.private_files import write_private
 from millrace.secret_sources import SecretFile
 from millrace.serving.api_keys import ApiKey, digest, new_key, read_key
@@ -293,3 +295,43 @@ def test_whoever_keeps_a_record_is_told_what_happened_to_a_key(
     assert told[1].startswith(f"dev: API key {key.id} rotated by carl: the secret before is valid until ")
     assert told[2] == f"dev: API key {key.id} revoked by dora: it was in a chat"
     assert not [line for line in told for written in (first, second) if written.rsplit("_", 1)[1] in line]
+
+
+def test_a_secret_that_cannot_be_recorded_is_shown_all_the_same(
+    make: Make, store: KeyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, _ = make("ask")
+    shown: list[str] = []
+
+    def away(*_: object) -> None:
+        raise LakehouseError("the audit trail can't be written")
+
+    monkeypatch.setattr("millrace.serving.key_store.record_key_event", away)
+    with pytest.raises(LakehouseError):
+        store.rotate(key.id, overlap=DAY, actor="bob", show=shown.append)
+    found = store.find(key.id)
+    assert found is not None
+    assert found.opened_by(shown[0], now())
+
+
+def test_an_answer_that_is_lost_on_its_way_changes_nothing_twice(
+    make: Make, store: KeyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, lost = make("ask")  # so that there is a connection, which is what is tried again
+    execute, answered = KeyStore._execute, []
+
+    def once_without_answer(self: KeyStore, sql: str, values: Mapping[str, Any]) -> Any:
+        found = execute(self, sql, values)
+        if not sql.startswith("select") and not answered:
+            answered.append(sql)
+            raise psycopg2.OperationalError("server closed the connection unexpectedly")
+        return found
+
+    monkeypatch.setattr(KeyStore, "_execute", once_without_answer)
+    key, first = make("ask")
+    assert len(answered) == 1
+    assert len(store.all()) == 2
+    answered.clear()
+    rotated, second = store.rotate(key.id, overlap=DAY, actor="bob")
+    assert len(answered) == 1
+    assert [rotated.opened_by(written, now()) for written in (first, second, lost)] == [True, True, False]

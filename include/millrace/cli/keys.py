@@ -48,7 +48,7 @@ def key_create(
         settings = _settings()
         for each in application or ():
             load_application(settings, each)
-        key, written = KeyStore(settings).create(
+        key, _ = KeyStore(settings).create(
             name,
             owner=owner or getpass.getuser(),
             scopes=scope or ["ask", "feedback"],
@@ -57,8 +57,8 @@ def key_create(
             monthly_budget_usd=monthly_budget,
             expires_at=None if expires_days is None else now() + _duration(days=expires_days),
             actor=getpass.getuser(),
+            show=print,
         )
-        print(written)
         _note(f"API key {key.id} of {key.owner}, shown this once: {_about(key)}.")
         _warn_where_none_is_required(settings)
 
@@ -106,10 +106,9 @@ def key_rotate(
     from millrace.serving.key_store import KeyStore
 
     with one_sentence():
-        key, written = KeyStore(_settings()).rotate(
-            key_id, overlap=_duration(hours=overlap_hours), actor=getpass.getuser()
+        key, _ = KeyStore(_settings()).rotate(
+            key_id, overlap=_duration(hours=overlap_hours), actor=getpass.getuser(), show=print
         )
-        print(written)
         _note(f"API key {key.id} has a new secret, shown this once; the one before ends {_minute(key.earlier_until)}.")
 
 

@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 import pyarrow.compute as pc
 
+from millrace.applications import load_applications
 from millrace.errors import AuditError
 from millrace.lakehouse.audit.chain import FIRST, Action, Event, columns, digest
 from millrace.lakehouse.audit.head import Head, note, noted, noted_in
@@ -124,7 +125,7 @@ def search(
 
 
 class _Journals:
-    """What the journals of the applications in a trail tell, each read when the first entry names it."""
+    """What the journals of applications tell, each read once."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -135,10 +136,7 @@ class _Journals:
         if not entry["resource"].startswith(JOURNALS):
             return None
         application = entry["application"]
-        if application not in self._told:
-            events = journal_events(Lake.of(self._settings, application))
-            self._told[application] = {event.event_id: event for event in events}
-        event = self._told[application].pop(entry["event_id"], None)
+        event = self._of(application).pop(entry["event_id"], None)
         if event is None:
             return f"{entry['resource']} of {application}, which it tells of, is gone from the journal"
         told = columns(event)
@@ -151,7 +149,15 @@ class _Journals:
         return None
 
     def waiting(self) -> int:
-        return sum(len(events) for events in self._told.values())
+        """Rows that no entry told of, of the declared applications too that no entry names."""
+        names = {*self._told, *(application.name for application in load_applications(self._settings))}
+        return sum(len(self._of(name)) for name in names)
+
+    def _of(self, application: str) -> dict[str, Event]:
+        if application not in self._told:
+            events = journal_events(Lake.of(self._settings, application))
+            self._told[application] = {event.event_id: event for event in events}
+        return self._told[application]
 
 
 def _walk(lake: Lake) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,6 @@ whoever may read that can compare them. Of a secret it says sixteen bits of a sl
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 
@@ -20,10 +19,8 @@ from millrace.errors import LakehouseError
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import OPS_ENVIRONMENT, PLATFORM
 from millrace.releases.recipe import running_commit
+from millrace.secret_sources import without_logins
 from millrace.settings import Settings
-
-_IN_ADDRESSES = re.compile(r"(?<=//)[^/@\s]+(?=@)|(?<=token=)[^;\s]+")
-"""What an address may carry that nobody else is to know: a login, a Spark token."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,7 @@ def recorded_description(settings: Settings, *, environment: str = "") -> Descri
 
 
 def _told(value: object) -> str:
-    return _IN_ADDRESSES.sub("…", json.dumps(value, ensure_ascii=False, sort_keys=True))
+    return without_logins(json.dumps(value, ensure_ascii=False, sort_keys=True))
 
 
 def _digest(name: str, secret: str) -> str:

@@ -9,6 +9,7 @@ its rollout decides. Every step is a row of `ops/promotions`, and an entry of th
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from millrace.applications import Application
@@ -19,6 +20,7 @@ from millrace.lakehouse.audit.journals import follow
 from millrace.lakehouse.content import content_hash
 from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.promotions import Promotion, Step, Way, note_step, read_steps
+from millrace.lakehouse.trained import TRAINED_TAGS
 from millrace.releases.approval import read_answer
 from millrace.releases.recipe import CHANGED, COMMIT_TAG, Recipe, read_recipe, running_commit
 from millrace.releases.registry import BUILDER_TAG, RELEASE_TAG
@@ -57,7 +59,7 @@ def request(settings: Settings, application: Application, version: str, *, run_i
     named = f"{application.name}@{version}"
     way = _way(settings, application, tags)
     promotion = Promotion(
-        promotion_id=content_hash(settings.environment, application.name, source, version, run_id)[:12],
+        promotion_id=content_hash(settings.environment, application.name, source, version, run_id)[:12] + _pinned(tags),
         source=source,
         source_version=version,
         release_id=tags[RELEASE_TAG],
@@ -85,9 +87,11 @@ def record_answer(
     Raises:
         ApprovalError: nobody is named, no reason is given, who answered built the release, or somebody answered
             otherwise before.
+        ReleaseError: who built it, or what it was trained on, is another than when it was asked about.
     """
     promotion = Promotion(**asked)
     _, tags = find_release(settings, application, promotion.source_version, source=promotion.source)
+    _require_as_asked(promotion, tags)
     said = read_answer(
         settings,
         application.name,
@@ -143,7 +147,15 @@ def bring(settings: Settings, application: Application, asked: Mapping[str, Any]
             )
     if promotion.recipe is None:
         version, source = promotion.source_version, promotion.source
-        copied = copy_release(settings, application, version, source=source, run=run, approved=promotion.release_id)
+        copied = copy_release(
+            settings,
+            application,
+            version,
+            source=source,
+            run=run,
+            approved=promotion.release_id,
+            agreed=partial(_require_as_asked, promotion),
+        )
         why = f"copied with {copied['evaluations']} evaluations"
         note_step(lake, promotion, "copied", actor=ACTOR, reason=why, run=run, version=copied["version"])
         brought |= {"changed": copied["changed"], "version": copied["version"]}
@@ -196,6 +208,24 @@ def _way(settings: Settings, application: Application, tags: Mapping[str, str]) 
     kind = KINDS.get(tags.get("millrace.origin", ""))
     way: Way = getattr(getattr(application.promotion, settings.environment), kind) if kind else "models"
     return way
+
+
+def _pinned(tags: Mapping[str, str]) -> str:
+    """The end of a promotion's id: of what is asked and looked for by tags, which the release's own id doesn't hold and
+    whoever writes the other environment can change."""
+    said = (tags.get(name, "") for name in (BUILDER_TAG, *TRAINED_TAGS))
+    return content_hash(*said)[:8]
+
+
+def _require_as_asked(promotion: Promotion, tags: Mapping[str, str]) -> None:
+    """Raises:
+    ReleaseError: who built the release, or what it was trained on, is another than when it was asked about.
+    """
+    if not promotion.promotion_id.endswith(_pinned(tags)):
+        raise ReleaseError(
+            f"who built version {promotion.source_version} of {promotion.source}, or what it was trained on, is told "
+            "otherwise than when it was asked about; promote it again, and find out who changed its tags"
+        )
 
 
 def _require_makeable(settings: Settings, application: Application, promotion: Promotion) -> None:

@@ -5,6 +5,7 @@ else. The release is a candidate here as any other: this environment's gate asks
 """
 
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def copy_release(
     source: str,
     run: str,
     approved: str | None = None,
+    agreed: Callable[[Mapping[str, str]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Register here what is registered in environment `source`: the same release id and the same files.
 
@@ -56,6 +58,7 @@ def copy_release(
         version: in `source`.
         run: who copies, for provenance.
         approved: the id of the release that is meant; None: whichever it is now.
+        agreed: raises if its tags in `source` are not those that are meant.
 
     Returns:
         `version` (here), `release_id`, `changed`: whether it was registered now, `evaluations`: how many it came with.
@@ -73,6 +76,7 @@ def copy_release(
             f"{application.name}@{version} of {source} is {release_id} now, and {approved} was approved; promote it "
             "again, and find out who changed it"
         )
+    agreed(tags)
     _copy_training_sets(settings, origin, application, tags, run)
     copied = _copy_evaluations(settings, origin, application, version, release_id)
     known = find_version(settings, application, release_id)

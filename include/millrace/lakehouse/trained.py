@@ -9,6 +9,8 @@ from millrace.lakehouse.tables import GOLD_PREFERENCE_EXAMPLES, GOLD_TRAINING_EX
 
 EMBEDDING_TAG = "millrace.embedding"
 """Of a release, the SHA-256 of its fine-tuned embedding model's weights."""
+TRAINED_TAGS = ("training_set", "earlier_training_sets", EMBEDDING_TAG)
+"""Of a release, what `all_trained_sets` is told by."""
 
 
 def trained_sets(tags: Mapping[str, str]) -> tuple[str, ...]:

@@ -49,7 +49,7 @@ def _objection(settings: Settings, actor: str, builder: str | None, about: str) 
             f"{actor} is no person, and in {settings.environment} only a person decides about {about}: let an operator "
             "or admin of MILLRACE_AIRFLOW_USERS answer (clear the task `approve` to ask again)"
         )
-    if actor == builder:
+    if builder and actor.lower() == builder.lower():
         return (
             f"{actor} built {about} and can't decide about it: let somebody else answer (clear the task `approve` to "
             "ask again)"

@@ -7,7 +7,7 @@ left in this minute, and what it has spent. Nothing here knows a request.
 import contextlib
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -84,6 +84,7 @@ _REFUSALS = ("permission denied for database", "password authentication failed")
 _NO_ADDRESS = "MILLRACE_KEYS_URL is no address of PostgreSQL; write postgresql://user:password@host/database"
 
 Rows = list[tuple[Any, ...]]
+Show = Callable[[str], object]
 
 
 class RateExceeded(Exception):
@@ -127,8 +128,12 @@ class KeyStore:
         monthly_budget_usd: float | None,
         expires_at: datetime | None,
         actor: str,
+        show: Show = lambda _: None,
     ) -> tuple[ApiKey, str]:
         """A new key, and what its holder has to show: nobody can tell that again.
+
+        Args:
+            show: is given that first, before it is recorded, which may fail.
 
         Raises:
             ApiKeyError: a key can't be like that.
@@ -140,7 +145,10 @@ class KeyStore:
             "insert into api_keys.keys (id, environment, name, owner, sha256, scopes, applications,"
             " requests_per_minute, monthly_budget_usd, created_at, expires_at)"
             " values (%(id)s, %(environment)s, %(name)s, %(owner)s, %(sha256)s, %(scopes)s, %(applications)s,"
-            f" %(requests)s, %(budget)s, %(at)s, %(expires)s) returning {_COLUMNS}",
+            " %(requests)s, %(budget)s, %(at)s, %(expires)s)"
+            # Tried again where the answer was lost, it is there.
+            " on conflict (id) do update set name = excluded.name where keys.sha256 = excluded.sha256"
+            f" returning {_COLUMNS}",
             {
                 "id": key_id,
                 "environment": self._settings.environment,
@@ -155,6 +163,7 @@ class KeyStore:
                 "expires": expires_at,
             },
         )
+        show(written)
         self._record("created", made, actor, f"{name}, of {owner}, for {', '.join(sorted(made.scopes))}")
         return made, written
 
@@ -182,9 +191,12 @@ class KeyStore:
         self._record("revoked", ended, actor, reason)
         return ended
 
-    def rotate(self, key_id: str, *, overlap: timedelta, actor: str) -> tuple[ApiKey, str]:
+    def rotate(self, key_id: str, *, overlap: timedelta, actor: str, show: Show = lambda _: None) -> tuple[ApiKey, str]:
         """The key with a new secret, and what its holder has to show from now on. The secret before it is valid for
         `overlap` more; one before that, not any more.
+
+        Args:
+            show: as in `create`.
 
         Raises:
             ApiKeyError: there is no such key, or it has ended.
@@ -196,10 +208,13 @@ class KeyStore:
             raise ApiKeyError(f"API key {key_id} {ended}; make a new one with `millrace key create`")
         written = new_secret(self._settings.environment, key_id)
         rotated = self._changed(
-            "earlier_sha256 = sha256, earlier_until = %(until)s, sha256 = %(sha256)s",
+            # Tried again where the answer was lost, it is the new one already.
+            "earlier_sha256 = case when sha256 = %(sha256)s then earlier_sha256 else sha256 end,"
+            " earlier_until = %(until)s, sha256 = %(sha256)s",
             key_id,
             {"until": at + overlap, "sha256": digest(written)},
         )
+        show(written)
         self._record("rotated", rotated, actor, f"the secret before is valid until {at + overlap:%Y-%m-%d %H:%M} UTC")
         return rotated, written
 
@@ -219,7 +234,8 @@ class KeyStore:
         return float(rows[0][0])
 
     def charge(self, key_id: str, usd: Decimal) -> float:
-        """Add to what a key has spent; returns what that is this month, in US dollars."""
+        """Add to what a key has spent; returns what that is this month, in US dollars. Where a database goes between
+        the commit and its answer, it is added twice."""
         rows = self._run(_CHARGE, {"id": key_id, "usd": usd})
         return float(rows[0][0]) if rows else 0.0  # somebody took the row away
 

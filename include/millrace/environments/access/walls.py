@@ -30,7 +30,7 @@ from millrace.environments.access import (
 )
 from millrace.environments.access.matrix import READS, Holding, Observed
 from millrace.environments.access.mlflow_calls import Login
-from millrace.errors import AccessError, MillraceError, SettingsError
+from millrace.errors import AccessError, LakehouseError, MillraceError, SettingsError
 from millrace.lakehouse.audit.chain import Event, record
 from millrace.lakehouse.storage import Key
 from millrace.lakehouse.tables import PLATFORM
@@ -268,19 +268,23 @@ def put_up(settings: Settings, wall: Wall, *, actor: str) -> list[str]:
         actor: as in the audit trail.
 
     Raises:
-        MillraceError: as the wall's `apply`, or as `record`; what was changed stands.
+        MillraceError: as the wall's `plan` and `apply`, or as `record`; what was changed stands.
     """
-    changes = [str(one) for one in wall.plan()]
-    if not changes:
+    planned = [str(one) for one in wall.plan()]
+    if not planned:
         return []
-    told = wall.name != "lake"  # whose wall makes the bucket that the trail is in
-    if told:
-        record_changes(settings, wall.name, changes, actor=actor, outcome="attempted")
+    told = True
     try:
-        wall.apply()
+        record_changes(settings, wall.name, planned, actor=actor, outcome="attempted")
+    except LakehouseError:
+        if wall.name != "lake":  # whose wall makes the bucket that the trail is in
+            raise
+        told = False
+    try:
+        changes = [str(one) for one in wall.apply()]
     except MillraceError:
         if not told:
-            record_changes(settings, wall.name, changes, actor=actor, outcome="attempted")
+            record_changes(settings, wall.name, planned, actor=actor, outcome="attempted")
         raise
     record_changes(settings, wall.name, changes, actor=actor, outcome="changed")
     return changes

@@ -47,7 +47,7 @@ FIRST = "0" * 64
 """What the first entry has as `previous_hash`."""
 
 _ACTOR = re.compile(r"(?:service|person|key)/.+|user/[0-9a-f]{32}")
-_USER = re.compile(r"\buser/(?![0-9a-f]{32}\b)")
+_USER = re.compile(r"(?<![:\w])user/(?![0-9a-f]{32}\b)")  # after a colon: an account of AWS, in its ARN
 _ADDRESS = re.compile(r"[^\s@\"/]+@[^\s@\"/]+\.[A-Za-z]{2,}")
 
 
