@@ -555,12 +555,13 @@ def test_a_torn_line_goes_with_what_is_left_of_the_question() -> None:
     assert mentions('{"prompt": "Answer:\\nWhy?", "answ', WHY)
 
 
-def test_a_file_is_found_by_its_lines_alone(prod: Settings, qa: Application) -> None:
+@pytest.mark.parametrize("name", ["examples.jsonl", "answers.jsonl", "pairs.jsonl"])
+def test_a_file_is_found_by_its_lines_alone(prod: Settings, qa: Application, name: str) -> None:
     run = prod.home / "training" / "prod" / qa.name / "run-1"
     run.mkdir(parents=True)
     lines = [json.dumps({"question": one, "prompt": one}) for one in ("It fails. Why?", "What now?")]
-    (run / "examples.jsonl").write_text("\n".join(lines))
-    for asked, files in (("Why?", []), ("What now?", [run / "examples.jsonl"])):
+    (run / name).write_text("\n".join(lines))
+    for asked, files in (("Why?", []), ("What now?", [run / name])):
         assert list(erasure_search._files(prod, qa.name, Questions(frozenset({asked}), frozenset(), b""))) == files
 
 

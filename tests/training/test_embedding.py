@@ -19,7 +19,7 @@ from millrace.evaluation.canaries import publish_tuned
 from millrace.evaluation.gate import evaluate_candidate, find_leaks
 from millrace.evaluation.sets import Example
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import OPS_COSTS, SILVER_DOCUMENTS, SILVER_EMBEDDINGS
+from millrace.lakehouse.tables import GOLD_TRAINING_EXAMPLES, OPS_COSTS, SILVER_DOCUMENTS, SILVER_EMBEDDINGS
 from millrace.lakehouse.trained import all_trained_sets
 from millrace.releases.declare import declare_release
 from millrace.releases.lineages import build_indexes, embed_changes
@@ -212,6 +212,15 @@ def test_the_gate_compares_a_candidate_of_another_lineage(tracked: Settings, sma
 
 
 @pytest.mark.model
+def test_a_question_that_documents_and_a_user_ask_is_remembered_once_as_the_users(lake: Lake, tmp_path: Path) -> None:
+    told = {"question": "What does a pool do?", "chunk_id": "c1", "simulated": False, "held_out": False}
+    lines = [told | {"origin": origin} for origin in ("citation", "document")]
+    (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    embedding._remember(lake, tmp_path, "embedding-1", run="test")
+    (row,) = lake.read(GOLD_TRAINING_EXAMPLES).to_pylist()
+    assert (row["question"], row["origin"], row["chunk_ids"]) == ("What does a pool do?", "citation", ["c1"])
+
+
 def test_without_questions_nothing_is_trained(tracked: Settings, small: Application) -> None:
     quiet = small.model_copy(update={"sources": small.sources[1:]})
     index(tracked, quiet)

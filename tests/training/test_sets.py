@@ -8,7 +8,7 @@ from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import GOLD_TRAINING_EXAMPLES
 from millrace.scoring.duplicates import near_duplicates
 from millrace.training.pool import Asked, corrections
-from millrace.training.sets import Example, choose, read_training_set, refuse_leaks, training_set_id
+from millrace.training.sets import Example, choose, joined, read_training_set, refuse_leaks, training_set_id
 from tests.training.conftest import feedback
 
 
@@ -72,6 +72,20 @@ def test_corrections_take_at_most_half_while_there_are_documents_questions(size:
 def test_what_is_chosen_is_never_near_what_is_held_out(questions: list[str], held_out: list[str]) -> None:
     examples, _ = choose([asked(q) for q in questions], held_out, prompted, 20)
     assert not near_duplicates([e.question for e in examples], held_out)
+
+
+def test_what_is_nearly_asked_only_beside_what_is_replayed_is_left_out_and_does_not_end_the_run() -> None:
+    held_out = ["who wrote the blue manual of turbines"]
+    fresh = [example("who wrote the red manual of turbines"), *(example(f"fact{i} about thing{i}?") for i in range(11))]
+    replayed = [example(f"which is red or blue item{i}") for i in range(4)]
+    refuse_leaks(fresh, held_out, [])
+    refuse_leaks(replayed, held_out, [])
+    with pytest.raises(TrainingError, match="nearly the evaluation question"):
+        refuse_leaks([*fresh, *replayed], held_out, [])
+    both, left_out = joined(fresh, replayed, held_out)
+    refuse_leaks(both, held_out, [])
+    assert {e.question for e in [*fresh, *replayed]} - {e.question for e in both} == {fresh[0].question}
+    assert left_out == {"nearly an evaluation question": 1}
 
 
 @given(st.permutations([asked(f"Question {i}?") for i in range(12)]))

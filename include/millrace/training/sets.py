@@ -139,9 +139,7 @@ def build_training_set(
         )
     older = [asked for asked in pool if asked.example_id in learnt]
     replayed, _ = choose(older, held_out, prompted, round(len(examples) * replay / (1 - replay)))
-    # Together once more: what is like a question depends on what else there is.
-    together = sorted([*examples, *replayed], key=lambda example: example.example_id)
-    examples, more = take(together, held_out, lambda example: example, len(together))
+    examples, more = joined(examples, replayed, held_out)
     left_out = dict(Counter(left_out) + Counter(more))
     replayed = [example for example in replayed if example in examples]
     refuse_leaks(examples, held_out, application.questions.evaluation_sections)
@@ -207,6 +205,15 @@ def choose(
     """
     examples, left_out = take(_ranked(pool, size), held_out, prompted, size)
     return sorted(examples, key=lambda example: example.example_id), left_out
+
+
+def joined(
+    examples: Sequence[Example], others: Sequence[Example], held_out: Sequence[str]
+) -> tuple[list[Example], dict[str, int]]:
+    """Both, in the order of their ids, without what only together is nearly one of `held_out`: what is like a question
+    depends on what else there is. And what was left out, by reason."""
+    both = sorted([*examples, *others], key=lambda example: example.example_id)
+    return take(both, held_out, lambda example: example, len(both))
 
 
 def take(
