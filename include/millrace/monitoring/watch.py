@@ -56,12 +56,12 @@ def check(
     over = [window for window in from_text(measured["windows"]) if window.end <= now]
     known = _known(lake, over, application)
     new = [breach for breach in _found(lake, application, over) if breach.breach_id not in known]
-    asking = {b.action for b in new} | {row["action"] for row in known.values() if row["written_by"] == run}
-    # Asked before anything is written: where it can't be known, the next run finds the breach again.
-    now_answering = answering(settings, application.name) if asking & set(OF_WHO_ANSWERS) else ()
     for breach in new:
         if now - breach.interval_end <= ACTS_WITHIN:
             _tell(settings, application, breach)
+    asking = {b.action for b in new} | {row["action"] for row in known.values() if row["written_by"] == run}
+    # Before anything is written: where it can't be known, the next run finds the breach again.
+    now_answering = answering(settings, application.name) if asking & set(OF_WHO_ANSWERS) else ()
     rows = [{"date": breach.interval_start.date(), "at": now} | vars(breach) for breach in new]
     if rows:
         lake.merge(OPS_BREACHES, pa.Table.from_pylist(rows, schema=OPS_BREACHES.rows_schema), run=run)
