@@ -8,9 +8,9 @@ from millrace_airflow import announce, run_name, stage
 
 RUNBOOK = """
 ### What it does
-Registers what the declaration describes as a release: the base model, the declared prompt (or the variant chosen when
-it is triggered), the current retrieval lineage. It becomes a candidate: the gate and the rollout come next, as for
-any other. By hand, after a change of the declaration.
+Registers what the declaration describes as a release: the base model, the declared prompt, the current retrieval
+lineage; or, where a variant was chosen, the champion with that prompt. It becomes a candidate: the gate and the rollout
+come next, as for any other. By hand, after a change of the declaration.
 
 ### Healthy
 Green. A release that is registered already gives its version again, and no asset is updated.

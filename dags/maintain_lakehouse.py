@@ -14,7 +14,7 @@ table's declared retention, and as far back as a reader of its change feed or an
 forgets, at the first checkpoint after the retention: then the task log says so). *remove*: lineages
 of index builds that no release with an alias searches, local copies of other releases that nobody used for a while (the
 registry keeps them), event segments whose lines are all in the tables, old task logs, MLflow's traces, and the
-registry's files of releases that have had no alias for half a year (`[retention]` of the declaration). Airflow's own
+registry's files of releases that have answered nobody for half a year (`[retention]` of the declaration). Airflow's own
 history is the part *airflow-history*'s, which has the database's address: `MILLRACE_AIRFLOW_HISTORY_DAYS`.
 *describe* writes down what this environment is, for `millrace env diff`. *forget*: what a `millrace erase` has left.
 

@@ -16,7 +16,7 @@ from millrace.environments.audit import verify
 from millrace.errors import ReleaseError
 from millrace.lakehouse.audit.chain import record
 from millrace.lakehouse.lake import Lake
-from millrace.lakehouse.tables import BRONZE_EVENTS
+from millrace.lakehouse.tables import BRONZE_EVENTS, OPS_DECISIONS
 from millrace.releases.manifest import PromptVersion, declared_manifest, describe_weights
 from millrace.releases.published_split import publish_split
 from millrace.releases.registry import RELEASE_TAG, fetch_release, register_release, versions
@@ -178,8 +178,14 @@ def test_the_registrys_files_of_an_old_release_without_an_alias_go_and_the_rest_
     now = datetime.now(UTC)
 
     assert remove_files(tracked, application, before=now - timedelta(days=180)) == []
-    assert remove_files(tracked, application, before=now + timedelta(days=1)) == ["2"]
-    assert remove_files(tracked, application, before=now + timedelta(days=1)) == []
+    ceased = {"sequence": 0, "decided_at": now, "champion": "2"}, {"sequence": 1, "decided_at": now + timedelta(days=2)}
+    told = {"kind": "a", "actor": "a", "reason": "r", "epoch": 1, "champion": "1", "share": 0.0, "evidence": "{}"}
+    rows = [told | {"rollout_id": None, "challenger": None, "simulated": False} | one for one in ceased]
+    journal = pa.Table.from_pylist(rows, schema=OPS_DECISIONS.rows_schema)
+    Lake.of(tracked, application.name).merge(OPS_DECISIONS, journal, run="test")
+    assert remove_files(tracked, application, before=now + timedelta(days=1)) == [], "it was champion until later"
+    assert remove_files(tracked, application, before=now + timedelta(days=3)) == ["2"]
+    assert remove_files(tracked, application, before=now + timedelta(days=3)) == []
     assert fetch_release(tracked, application, "1").is_dir()
     with pytest.raises(ReleaseError, match=rf"files of release {application.name}@2 were removed .*; declare or train"):
         fetch_release(tracked, application, "2")

@@ -277,7 +277,8 @@ class Retention(Declared):
     traces: float = Field(30, gt=0)
     """In MLflow; `silver/exchanges` keeps the same of every exchange."""
     release_files: float = Field(180, gt=0)
-    """The registry's files of a release that has no alias, from its registration on; what it was stays known."""
+    """The registry's files of a release that has no alias, since it last answered users, or was registered; what it was
+    stays known."""
 
 
 class Demo(Declared):

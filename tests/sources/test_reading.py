@@ -1,4 +1,6 @@
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,8 +54,28 @@ def test_a_file_name_that_is_not_text_is_still_read(tmp_path: Path) -> None:
 
 def test_what_is_no_regular_file_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "folder.txt").mkdir()
-    (tmp_path / "dangling.txt").symlink_to(tmp_path / "nowhere")
+    (tmp_path / ".#edited.txt").symlink_to("ann@laptop.4711")  # an editor's lock
     assert list(read_source(folder(tmp_path))) == []
+
+
+def test_what_is_only_out_of_sight_is_not_taken_for_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b.txt").write_text("still there")
+    link = tmp_path / "c.txt"
+    link.symlink_to(tmp_path / "a volume that is not mounted")
+    with pytest.raises(SourceError, match=r"c\.txt links to .*, which isn't there; mount it, or remove the link"):
+        list(read_source(folder(tmp_path, pattern="**/*.txt")))
+    link.unlink()
+    listed = os.scandir
+
+    def refuses(path: Any = ".") -> Any:
+        if Path(path).name == "a":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", refuses)  # root may list what has mode 0
+    with pytest.raises(SourceError, match=r"can't be read .* Permission denied"):
+        list(read_source(folder(tmp_path, pattern="**/*.txt")))
 
 
 def test_a_folder_that_is_not_there_is_said(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from millrace.applications import Generation
 
 Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length", "cancelled"]
-CUT_SHORT = {"length", "max_tokens", "max_output_tokens", "model_context_window_exceeded", "content_filter", "safety"}
-"""What servers call the end of an answer that isn't whole, in lower case."""
+WHOLE = {"stop", "end_turn", "stop_sequence", "eos", "eos_token", "complete", "completed", "tool_calls", "tool_use"}
+"""What servers call the end of an answer that is whole, in lower case."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,9 @@ class Generated:
 
 
 def finish_reason(said: object) -> FinishReason:
-    """What a server's reason is called here. A filter that cuts an answer short is a length, too: it isn't whole."""
-    return "length" if str(said).lower() in CUT_SHORT else "stop"
+    """What a server's reason is called here; None: it says none. Whatever else ends an answer, a filter or a request
+    that was aborted, is a length, too: the answer isn't whole."""
+    return "stop" if said is None or str(said).lower() in WHOLE else "length"
 
 
 class Stream(Protocol):

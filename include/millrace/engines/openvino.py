@@ -5,6 +5,7 @@ alike share their computation (prefix caching). Callers wait on a queue of their
 alone or in a batch: everything is computed in float32 (`_EXACT`). It does not know what a release is.
 """
 
+import contextlib
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -122,8 +123,10 @@ class OpenVinoEngine:
                     sequence += 1
                     try:
                         running[sequence] = job, self._pipeline.add_request(sequence, job.prompt, job.config)
-                    except RuntimeError as error:  # This request is unusable, the others are not.
+                    except Exception as error:
                         job.tokens.put(EngineError(f"the request was refused: {_first_line(error)}"))
+                        if not isinstance(error, RuntimeError):  # then this request is unusable, the others are not
+                            raise
                 if not closing and self._pipeline.has_non_finished_requests():
                     self._pipeline.step()
                 for number in [n for n, (job, handle) in running.items() if _handed_out(job, handle)]:
@@ -145,8 +148,9 @@ class OpenVinoEngine:
     def _give_up(self, running: dict[int, tuple[Job, Any]]) -> None:
         error = EngineError(self._refusal or "the engine stopped")
         for job, handle in running.values():
-            handle.cancel()
             job.tokens.put(error)
+            with contextlib.suppress(Exception):
+                handle.cancel()
         for waiting in self._arrived(wait=False):
             if waiting is not None:
                 waiting.tokens.put(error)

@@ -254,6 +254,8 @@ class UpstreamStream(PulledStream):
         with _told(self._engine._upstream):
             chunk = next(self._chunks, None)
         if chunk is None:
+            # Without a last word from the server, the connection may have ended in the middle.
+            self._reason = self._reason or "length"
             return None
         self._usage = chunk.usage or self._usage
         if not chunk.choices:

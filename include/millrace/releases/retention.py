@@ -5,8 +5,11 @@ A version in the registry, its tags and its evidence stay for ever; what goes is
 
 from collections.abc import Collection
 from datetime import UTC, datetime
+from itertools import pairwise
 
 from millrace.applications import Application
+from millrace.lakehouse.lake import Lake
+from millrace.lakehouse.tables import OPS_DECISIONS
 from millrace.releases.mlflow_server import mlflow_client
 from millrace.releases.published_split import answering_now, read_aliases
 from millrace.releases.registry import FILES_TAG, versions
@@ -17,11 +20,14 @@ TOGETHER = 100
 
 
 def remove_files(settings: Settings, application: Application, *, before: datetime) -> list[str]:
-    """Remove the files of releases that were registered earlier, have no alias and answer nobody; their versions.
+    """Remove the files of releases that were registered and last answered users earlier, have no alias and answer
+    nobody; their versions.
 
     Raises:
         ReleaseError: MLflow doesn't answer.
+        LakehouseError: the journal can't be read.
     """
+    until = _answered_until(Lake.of(settings, application.name))
     kept = {*read_aliases(settings, application.name).values(), *answering_now(settings, application.name)}
     gone = []
     with mlflow_client(settings, f"remove files of old releases of {application.name}") as client:
@@ -29,7 +35,8 @@ def remove_files(settings: Settings, application: Application, *, before: dateti
             if version in kept or FILES_TAG in tags:
                 continue
             found = client.get_model_version(application.name, version)
-            if found.creation_timestamp / 1000 < before.timestamp():
+            registered = datetime.fromtimestamp(found.creation_timestamp / 1000, UTC)
+            if max(registered, until.get(version, registered)) < before:
                 _delete_artifacts(settings, client.get_model_version_download_uri(application.name, version))
                 # Last: where it is missing, whoever was killed here does it again.
                 client.set_model_version_tag(
@@ -37,6 +44,17 @@ def remove_files(settings: Settings, application: Application, *, before: dateti
                 )
                 gone.append(version)
     return gone
+
+
+def _answered_until(lake: Lake) -> dict[str, datetime]:
+    """Version → when it last ceased to answer users, by the journal of decisions."""
+    rows = lake.read(OPS_DECISIONS, ["sequence", "decided_at", "champion", "challenger"]).sort_by("sequence")
+    found = {}
+    for row, following in pairwise(rows.to_pylist()):
+        for version in (row["champion"], row["challenger"]):
+            if version is not None:
+                found[version] = following["decided_at"]
+    return found
 
 
 def delete_traces(settings: Settings, application: str, *, before: datetime) -> int:

@@ -58,7 +58,8 @@ class Server:
 
         Args:
             what: it does, as the end of "this key may not …".
-            waits: seconds before each further try; None: `WAITS`.
+            waits: seconds before each further try; None: `WAITS`. Where they are `SEARCH_WAITS`, a server that asks to
+                be left alone for more than `SEARCH_TIMEOUT` isn't asked again.
 
         Raises:
             Missing: there is no such collection.
@@ -72,7 +73,8 @@ class Server:
                 raise
             except Exception as error:  # the client raises its own, httpx's, and in local mode ValueError
                 again = _worth_another_try(error)
-                if wait is None or again is None:
+                hurry = waits is SEARCH_WAITS
+                if wait is None or again is None or (hurry and again > SEARCH_TIMEOUT):
                     raise self._sentence(error, what) from error
                 pause = max(again, wait * (1 + random.random() / 2))
                 log.warning("Qdrant at %s: %s; asking again in %.1f s", self.address, self._reason(error), pause)

@@ -374,7 +374,10 @@ class ServiceBuild:
             SEARCH_WAITS,
         ).points
         if len(found) < min(k, self.manifest.chunks):
-            self._builds.open(self.manifest.build)  # says what is wrong, if anything is
+            again = self._builds.open(self.manifest.build)  # says what is wrong, if anything is
+            if again._serial != self._serial:  # the collection was lost, and the build made again under its name
+                self._serial = again._serial
+                return self.nearest(vector, k)
         return [(point.score, point.payload or {}) for point in found]
 
     def documents(self) -> set[str]:

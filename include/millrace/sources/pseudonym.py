@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import hmac
+import os
 from pathlib import Path
 
 from millrace.errors import SettingsError
@@ -29,7 +30,7 @@ def require_same_key(key: bytes, noted: Path) -> None:
     """
     with contextlib.suppress(FileNotFoundError):
         found = noted.read_text().strip()
-        if found and not hmac.compare_digest(found, _fingerprint(key)):  # empty: somebody is writing it
+        if found and not hmac.compare_digest(found, _fingerprint(key)):  # empty: nothing could be noted
             raise SettingsError(
                 "MILLRACE_PSEUDONYM_KEY is another than what is stored was written with, so every user would be a "
                 "stranger: their exposures, ratings and erasures would not be found. Set the key from before; if it is "
@@ -42,8 +43,15 @@ def note_key(key: bytes, noted: Path) -> None:
     does it."""
     with contextlib.suppress(OSError):
         noted.parent.mkdir(parents=True, exist_ok=True)
-        with noted.open("x") as file:
-            file.write(_fingerprint(key))
+        making = noted.with_name(f".{noted.name}.{os.getpid()}")
+        try:
+            making.write_text(_fingerprint(key))
+            with contextlib.suppress(FileNotFoundError):
+                if not noted.read_text().strip():  # as an earlier Millrace left it on a full disk
+                    noted.unlink()
+            os.link(making, noted)  # whole, and only if there is none
+        finally:
+            making.unlink(missing_ok=True)
 
 
 def _fingerprint(key: bytes) -> str:
