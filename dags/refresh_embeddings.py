@@ -10,8 +10,9 @@ RUNBOOK = """
 ### What it does
 Started by the chunks. Embeds the chunks that changed since the last run into `silver/embeddings`, makes an
 index build of that state (an unchanged state is the same build) and asks it the canary questions. If it finds at most
-`canary_margin` less than the published build (a first one: half of all), it is published: the gateway uses it from the next request on. All that for every lineage
-that a release searches which users meet or may meet soon: with an embedding model that was fine-tuned there are two.
+`canary_margin` less than the published build (a first one: half of all), it is published: the gateway uses it from the
+next request on. All that for every lineage that a release searches which users meet or may meet soon: with an embedding
+model that was fine-tuned there are two.
 A breach whose action is reembed starts it too (by hand: `distrust`). The same text has the same vector, so instead of
 embedding it again nothing is trusted: all chunks are compared with all vectors, and a sample, embedded anew, must be
 what was kept. What the documents don't hold, only documents bring, or a new embedding model: a candidate release.
