@@ -47,6 +47,14 @@ def test_a_run_without_spaces_does_not_make_an_endless_passage() -> None:
     assert max(map(len, found)) <= 120 * 64
 
 
+@pytest.mark.parametrize("text", ["汉字没有空格", "ひらがなとカタカナ", "ภาษาไทยไม่มีช่องว่าง"])
+def test_text_of_languages_without_spaces_fits_the_embedder_too(text: str) -> None:
+    found = passages(text * 100 + " and config_option=1", Chunking(max_words=120, overlap_words=20))
+    assert max(map(len, found)) <= 120 + len(" and config_option=1")
+    assert found[-1].endswith(" and config_option=1")
+    assert all(before[-20:] == after[:20] for before, after in pairwise(found[:-1]))
+
+
 @pytest.mark.parametrize("text", ["", " \n\t "])
 def test_text_without_words_has_no_passages(text: str) -> None:
     assert passages(text, Chunking()) == []

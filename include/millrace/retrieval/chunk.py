@@ -18,8 +18,10 @@ from millrace.lakehouse.lake import Lake
 from millrace.lakehouse.tables import SILVER_CHUNKS, SILVER_DOCUMENTS
 from millrace.settings import Settings
 
-# A run of characters without spaces may be a megabyte long; a "word" of it may not.
-_WORD = re.compile(r"\S{1,64}")
+# Thai, Lao, Burmese, Khmer, Japanese and Chinese have no spaces: there a character is a word, as it is a token
+# to embedders. Another run of characters without spaces may be a megabyte long; a "word" of it may not.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]{{1,64}}")
 
 
 def chunk_documents(batches: Iterator[pa.RecordBatch], chunking: Chunking) -> Iterator[pa.RecordBatch]:
