@@ -54,6 +54,7 @@ def test_a_known_fact_is_answered_and_counted(engine: TransformersEngine) -> Non
     assert (cut.completion_tokens, cut.finish_reason) == (3, "length")
 
 
+@pytest.mark.long
 def test_the_same_prompt_gives_the_same_text_alone_and_while_others_ask(engine: TransformersEngine) -> None:
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda number: engine.generate(asked(number), SHORT), range(4)))

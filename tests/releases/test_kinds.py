@@ -68,6 +68,7 @@ def test_a_hugging_face_directory_becomes_a_candidate_once(
     assert "training_args.bin" not in {path.name for path in folder.iterdir()}
 
 
+@pytest.mark.long
 def test_two_kinds_in_one_process_answer_by_one_signature_and_do_not_disturb_each_other(
     answering: Answering, added: str, load: Load
 ) -> None:

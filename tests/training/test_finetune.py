@@ -106,6 +106,7 @@ def test_where_a_server_can_only_be_given_adapters_training_all_weights_is_refus
         finetune(served, full, training_set=training_set, run="test")
 
 
+@pytest.mark.long
 @pytest.mark.model
 @pytest.mark.timeout(600)
 def test_where_memory_is_short_micro_batches_get_smaller_and_stay_so(
