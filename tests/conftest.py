@@ -184,23 +184,27 @@ def gateway_environment(settings: Settings) -> dict[str, str]:
 
 @pytest.hookimpl(tryfirst=True)  # xdist looks for groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Whatever asks for a server carries its mark (starting it takes longer than `make unit` may), and tests of one
-    server stay in one process, however many there are. The loop leaves a used stack behind, so whoever looks at
-    a fresh one comes before; beside others it is the longest, and they begin."""
+    """Whatever asks for a server carries its mark (starting it takes longer than `make unit` may). Tests of one server
+    stay in one process, however many there are, and so do a file's that load models, which its fixtures share.
+
+    The loop leaves a used stack behind, so whoever looks at a fresh one comes before. Beside others it is the longest:
+    its tests begin, then the other groups, and what may run anywhere fills up the end."""
     for item in items:
         for server, mark in SERVERS.items():
             if server in getattr(item, "fixturenames", ()):
                 item.add_marker(mark)
         group = next((mark for mark in ("stack", *SERVERS.values()) if item.get_closest_marker(mark)), None)
+        if group is None and item.get_closest_marker("model"):
+            group = item.path.stem
         if group:
             item.add_marker(pytest.mark.xdist_group(group))
     beside_others = hasattr(config, "workerinput")
-    items.sort(
-        key=lambda item: (
-            beside_others and not item.get_closest_marker("stack"),
-            "end_to_end" in item.path.parts,
-        )
-    )
+
+    def place(item: pytest.Item) -> tuple[int, bool]:
+        alone = 2 - bool(item.get_closest_marker("xdist_group")) - bool(item.get_closest_marker("stack"))
+        return alone if beside_others else 0, "end_to_end" in item.path.parts
+
+    items.sort(key=place)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
